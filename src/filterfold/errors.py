@@ -1,0 +1,51 @@
+"""The errors that Filterfold raises on purpose.
+
+Every message is one line that says what was wrong, where, and what to do. The command line prints
+exactly that line and exits with code 2; anything that is not a `FilterfoldError` is a bug.
+"""
+
+from __future__ import annotations
+
+
+class FilterfoldError(Exception):
+    """Base class: catch this to catch every refusal of the library."""
+
+
+class ModelError(FilterfoldError):
+    """A model name, factory, or weight file that can't be used."""
+
+
+class DataError(FilterfoldError):
+    """A data set that is missing, unreadable, or of the wrong shape."""
+
+
+class TraceError(FilterfoldError):
+    """A model whose structure can't be followed."""
+
+
+class PlanError(FilterfoldError):
+    """A plan that is malformed, or does not fit the model that it is applied to."""
+
+
+class SelectionError(FilterfoldError):
+    """A budget or constraint that can't be met."""
+
+
+class SurgeryError(FilterfoldError):
+    """A cut that failed; the model is as it was before."""
+
+
+class VerificationError(FilterfoldError):
+    """A cut that changed the function more than it should have; the model is as it was before."""
+
+
+class CheckpointError(FilterfoldError):
+    """A checkpoint that is truncated, unsafe, or does not fit the model."""
+
+
+class ConfigError(FilterfoldError):
+    """An option or configuration value that makes no sense."""
+
+
+class RecordError(FilterfoldError):
+    """A results folder or record that is damaged or already taken."""

@@ -1,0 +1,1 @@
+"""Finding the channel groups of a network."""

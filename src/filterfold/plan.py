@@ -1,0 +1,267 @@
+"""The plan: what a cut will do, written down before anything is touched.
+
+A plan names tensors and units, never modules, so it can be printed, saved as JSON, compared, and
+replayed on any model with the same parameter names and shapes. Dropping and folding are one noun:
+every unit has the index that it ends up in, or -1; units with the same index are folded into one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .errors import PlanError
+
+FORMAT = 1
+DROPPED = -1
+
+Role = Literal["filter", "depthwise", "bias", "norm", "scale", "kernel"]
+"""What a slice is to its units: `filter` rows make the channel, `depthwise`, `bias`, `norm` and
+`scale` entries ride on it, `kernel` slices of a later layer read it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """The positions along one axis of a parameter or buffer that belong to a group's units.
+
+    **Arguments:**
+
+    - `tensor`: qualified name, as in `model.named_parameters()` or `model.named_buffers()`.
+    - `axis`: the axis along which the positions run.
+    - `units`: one entry for each position along that axis: the unit (0 … group size - 1) that the
+      position belongs to, or -1 where it belongs to no unit of this group.
+    - `role`: see `Role`.
+    """
+
+    tensor: str
+    axis: int
+    units: tuple[int, ...]
+    role: Role
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What happens to one group.
+
+    **Arguments:**
+
+    - `group`: the group's name.
+    - `assignment`: for every unit the new index (0 … new size - 1) that it ends up in, or -1 if it
+      is dropped. Every new index occurs at least once.
+    - `producers`, `consumers`: the slices that make and that read the units.
+    - `blend`: for every unit its share in the new unit's producers: new row = Σ blend·row over the
+      units folded into it. Defaults to the mean over the units of a new index.
+    - `gain`: for every unit the factor on its consumer slices: new kernel = Σ gain·kernel. Defaults
+      to 1. Dropped units take part in neither sum.
+    """
+
+    group: str
+    assignment: tuple[int, ...]
+    producers: tuple[Slice, ...]
+    consumers: tuple[Slice, ...]
+    blend: tuple[float, ...] | None = None
+    gain: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse an assignment that is not a map onto 0 … new size - 1."""
+        size, new = len(self.assignment), max(self.assignment, default=DROPPED) + 1
+        if new == 0:
+            raise PlanError(f"group {self.group!r}: the plan leaves no unit; keep at least one")
+        missing = set(range(new)) - set(self.assignment)
+        if missing or min(self.assignment) < DROPPED:
+            what = f"index {min(missing)} is never used" if missing else "an index is below -1"
+            raise PlanError(f"group {self.group!r}: the assignment is no map onto 0..{new - 1}: {what}")
+        for name, values in (("blend", self.blend), ("gain", self.gain)):
+            if values is not None and len(values) != size:
+                raise PlanError(f"group {self.group!r}: {name} has {len(values)} entries for {size} units")
+        for part in (*self.producers, *self.consumers):
+            if max(part.units, default=DROPPED) >= size:
+                raise PlanError(f"group {self.group!r}: {part.tensor} names unit {max(part.units)} of only {size}")
+
+    @property
+    def size(self) -> int:
+        """Number of units before the cut."""
+        return len(self.assignment)
+
+    @property
+    def new_size(self) -> int:
+        """Number of units after the cut."""
+        return max(self.assignment) + 1
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything is dropped, folded, or reordered."""
+        return self.assignment != tuple(range(self.size))
+
+    @property
+    def folds(self) -> bool:
+        """Whether some new unit is made of more than one old unit."""
+        kept = [index for index in self.assignment if index != DROPPED]
+        return len(kept) > self.new_size
+
+
+@dataclass(frozen=True, slots=True)
+class AttributeChange:
+    """A size written into user code that must change with the cut: `module.attribute = new`.
+
+    `module` is the qualified module name ("" for the root), `attribute` an entry of its `__dict__`;
+    `old` and `new` are an int, or an (arbitrarily nested) tuple or list of ints.
+    """
+
+    module: str
+    attribute: str
+    old: Any
+    new: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """An immutable description of one cut through the whole network.
+
+    **Arguments:**
+
+    - `cuts`: one for every group that the selection looked at, changed or not.
+    - `attributes`: sizes in user code to be rewritten (found by verification, replayed with the plan).
+    - `notes`: JSON-able remarks on how the plan came about: criterion, asked and achieved budget.
+
+    ```python
+    >>> part = Slice("conv.weight", 0, (0, 1, 2), "filter")
+    >>> plan = Plan((Cut("conv", (0, -1, 1), (part,), ()),))
+    >>> print(plan)
+    group  units  dropped  folded
+    conv   3->2   1        0
+    >>> Plan.from_json(plan.to_json()) == plan
+    True
+
+    ```
+    """
+
+    cuts: tuple[Cut, ...]
+    attributes: tuple[AttributeChange, ...] = ()
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def widths(self) -> dict[str, tuple[int, int]]:
+        """Group name → (units before, units after)."""
+        return {cut.group: (cut.size, cut.new_size) for cut in self.cuts}
+
+    @property
+    def changes(self) -> bool:
+        """Whether the plan does anything at all."""
+        return any(cut.changes for cut in self.cuts) or bool(self.attributes)
+
+    def __str__(self) -> str:
+        """A plain-text table, one line a group."""
+        rows = [("group", "units", "dropped", "folded")]
+        for cut in self.cuts:
+            dropped = cut.assignment.count(DROPPED)
+            folded = cut.size - dropped - cut.new_size
+            rows.append((cut.group, f"{cut.size}->{cut.new_size}", str(dropped), str(folded)))
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        return "\n".join(line.rstrip() for line in lines)
+
+    def to_json(self, indent: int | None = None) -> str:
+        """The plan as JSON text; `from_json` gives back an equal plan."""
+        document = {
+            "format": FORMAT,
+            "cuts": [_cut_to_dict(cut) for cut in self.cuts],
+            "attributes": [
+                {"module": a.module, "attribute": a.attribute, "old": a.old, "new": a.new} for a in self.attributes
+            ],
+            "notes": dict(self.notes),
+        }
+        return json.dumps(document, indent=indent)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan; raises `PlanError` naming what is malformed."""
+        try:
+            document = json.loads(text)
+            if document["format"] != FORMAT:
+                raise PlanError(f"plan format {document['format']!r} is not {FORMAT}: written by another version?")
+            return cls(
+                cuts=tuple(_cut_from_dict(entry) for entry in document["cuts"]),
+                attributes=tuple(
+                    AttributeChange(e["module"], e["attribute"], _freeze(e["old"]), _freeze(e["new"]))
+                    for e in document["attributes"]
+                ),
+                notes=document["notes"],
+            )
+        except PlanError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise PlanError(f"not a plan: {type(error).__name__}: {error}") from error
+
+
+def keep_units(size: int, kept: Iterable[int]) -> tuple[int, ...]:
+    """The assignment that keeps the units `kept` (in their old order) and drops the rest.
+
+    >>> keep_units(4, [3, 1])
+    (-1, 0, -1, 1)
+    """
+    rank = {unit: index for index, unit in enumerate(sorted(set(kept)))}
+    return tuple(rank.get(unit, DROPPED) for unit in range(size))
+
+
+def _cut_to_dict(cut: Cut) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "group": cut.group,
+        "assignment": _encode(cut.assignment),
+        "producers": [_slice_to_dict(part) for part in cut.producers],
+        "consumers": [_slice_to_dict(part) for part in cut.consumers],
+    }
+    for name, values in (("blend", cut.blend), ("gain", cut.gain)):
+        if values is not None:
+            entry[name] = list(values)
+    return entry
+
+
+def _cut_from_dict(entry: Mapping[str, Any]) -> Cut:
+    return Cut(
+        group=entry["group"],
+        assignment=_decode(entry["assignment"]),
+        producers=tuple(_slice_from_dict(part) for part in entry["producers"]),
+        consumers=tuple(_slice_from_dict(part) for part in entry["consumers"]),
+        blend=tuple(entry["blend"]) if "blend" in entry else None,
+        gain=tuple(entry["gain"]) if "gain" in entry else None,
+    )
+
+
+def _slice_to_dict(part: Slice) -> dict[str, Any]:
+    return {"tensor": part.tensor, "axis": part.axis, "units": _encode(part.units), "role": part.role}
+
+
+def _slice_from_dict(entry: Mapping[str, Any]) -> Slice:
+    return Slice(entry["tensor"], entry["axis"], _decode(entry["units"]), entry["role"])
+
+
+def _encode(values: Sequence[int]) -> list[list[int]]:
+    """Runs of [first, count, step]; most label vectors are one run, so JSON stays small.
+
+    >>> _encode((0, 1, 2, -1, -1, 3))
+    [[0, 3, 1], [-1, 2, 0], [3, 1, 1]]
+    """
+    runs: list[list[int]] = []
+    for value in values:
+        if runs:
+            first, count, step = runs[-1]
+            if count == 1 and value - first in (0, 1):
+                runs[-1] = [first, 2, value - first]
+                continue
+            if count > 1 and value == first + count * step:
+                runs[-1][1] += 1
+                continue
+        runs.append([value, 1, 1])
+    return runs
+
+
+def _decode(runs: Iterable[Sequence[int]]) -> tuple[int, ...]:
+    return tuple(first + step * index for first, count, step in runs for index in range(count))
+
+
+def _freeze(value: Any) -> Any:
+    """JSON has lists only; sizes in plans are compared, so they become tuples."""
+    return tuple(_freeze(item) for item in value) if isinstance(value, list) else value
