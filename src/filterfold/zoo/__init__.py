@@ -1,0 +1,13 @@
+"""Networks of the literature in the form that the papers prune, and the way to a user's own.
+
+`build` finds a network by name: `vgg16`, `vgg_small`, `resnet20|32|44|56|110`, `timm:NAME`,
+`torchvision:NAME`, `package.module:factory`, or `file.py:factory`.
+"""
+
+from __future__ import annotations
+
+from .registry import build, names, register
+from .resnet import ResNet, build_resnet
+from .vgg import VGG, build_vgg
+
+__all__ = ["VGG", "ResNet", "build", "build_resnet", "build_vgg", "names", "register"]

@@ -1,0 +1,229 @@
+"""From a name to a network: the registry of the zoo, other libraries, and a user's own factory."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol, TypeVar
+
+from torch import nn
+
+from ..errors import ModelError
+from .widths import check
+
+
+class Factory(Protocol):
+    """What the registry holds: keyword arguments only, returns the network."""
+
+    def __call__(self, *, classes: int, channels: int, width: float, image_size: int) -> nn.Module:
+        """Build the network."""
+
+
+F = TypeVar("F", bound=Factory)
+
+_FACTORIES: dict[str, Factory] = {}
+
+_KEYWORDS = {
+    "classes": ("classes", "num_classes", "n_classes"),
+    "channels": ("channels", "in_channels", "in_chans", "input_channels"),
+    "width": ("width",),
+    "image_size": ("image_size", "img_size"),
+}
+"""The names under which a user's factory may ask for each of `build`'s arguments."""
+
+
+def register(name: str) -> Callable[[F], F]:
+    """Put a factory into the zoo under a name: a decorator.
+
+    ```python
+    >>> @register("one_layer")
+    ... def one_layer(*, classes, channels, width, image_size):
+    ...     return nn.Sequential(nn.Flatten(), nn.Linear(channels * image_size**2, classes))
+    >>> build("one_layer", classes=2, channels=1, image_size=4)[1]
+    Linear(in_features=16, out_features=2, bias=True)
+    >>> del _FACTORIES["one_layer"]
+
+    ```
+    """
+
+    def put(factory: F) -> F:
+        if name in _FACTORIES:
+            raise ModelError(f"the zoo already has a model {name!r}; choose another name")
+        _FACTORIES[name] = factory
+        return factory
+
+    return put
+
+
+def names() -> tuple[str, ...]:
+    """The names in the registry, sorted."""
+    return tuple(sorted(_FACTORIES))
+
+
+def build(name: str, *, classes: int = 10, channels: int = 3, width: float = 1.0, image_size: int = 32) -> nn.Module:
+    """Build a network by name, with freshly drawn weights.
+
+    **Arguments:**
+
+    - `name`: a name of the registry (`vgg16`, `vgg_small`, `resnet20|32|44|56|110`), `timm:NAME`,
+      `torchvision:NAME`, or a user's own callable as `package.module:factory` or `path/file.py:factory`.
+      A user's factory is called with those of the arguments below that its signature names
+      (`num_classes` and `in_channels` are understood too).
+    - `classes`: number of outputs.
+    - `channels`: number of input channels.
+    - `width`: multiplier on every layer's width; only where the network has such a thing.
+    - `image_size`: height and width of the input in pixels, for networks whose shape depends on it.
+
+    **Returns:** the network, in training mode, on the CPU.
+
+    **Raises:** `ModelError` for an unknown name (with the nearest ones), a library that is not
+    installed, an argument that the network can't follow, or a factory that fails.
+
+    ```python
+    >>> model = build("resnet20", width=0.5, classes=100)
+    >>> model.linear
+    Linear(in_features=32, out_features=100, bias=True)
+
+    ```
+    """
+    check(name, classes=classes, channels=channels, width=width)
+    prefix, colon, rest = name.rpartition(":")
+    if not colon:
+        if name not in _FACTORIES:
+            raise ModelError(f"no model {name!r}{_near(name, names())}")
+        return _FACTORIES[name](classes=classes, channels=channels, width=width, image_size=image_size)
+    if prefix in ("timm", "torchvision"):
+        if width != 1.0:
+            raise ModelError(f"{name}: models of {prefix} have no width multiplier; leave width at 1")
+        return (_from_timm if prefix == "timm" else _from_torchvision)(rest, classes, channels)
+    offered = {"classes": classes, "channels": channels, "width": width, "image_size": image_size}
+    return _call(name, _find(name, prefix, rest), offered)
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=3)
+    if close:
+        return f"; did you mean {' or '.join(close)}?"
+    return f"; known are {', '.join(known)}, timm:NAME, torchvision:NAME and file.py:factory" if len(known) < 20 else ""
+
+
+def _library(name: str, wanted: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except (ImportError, RuntimeError) as error:  # a torchvision that doesn't fit torch raises RuntimeError
+        raise ModelError(
+            f"{wanted}: {name} can't be imported ({_first_line(error)}); pip install 'filterfold[zoo]'"
+        ) from error
+
+
+def _from_timm(name: str, classes: int, channels: int) -> nn.Module:
+    timm = _library("timm", f"timm:{name}")
+    if not timm.is_model(name.split(".")[0]):
+        raise ModelError(f"timm has no model {name!r}{_near(name, timm.list_models())}")
+    with _one_line(f"timm:{name}"):
+        model: nn.Module = timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels)
+    return model
+
+
+def _from_torchvision(name: str, classes: int, channels: int) -> nn.Module:
+    models = _library("torchvision.models", f"torchvision:{name}")
+    known = models.list_models(module=models)
+    if name not in known:
+        raise ModelError(f"torchvision has no classification model {name!r}{_near(name, known)}")
+    if channels != 3:
+        raise ModelError(f"torchvision:{name} takes 3 input channels, not {channels}; timm models take any number")
+    options = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    with _one_line(f"torchvision:{name}"):
+        model: nn.Module = models.get_model(name, weights=None, num_classes=classes, **options)
+    return model
+
+
+def _find(name: str, module_name: str, attribute: str) -> Callable[..., Any]:
+    with _one_line(name):
+        module = _load_file(Path(module_name)) if module_name.endswith(".py") else _import(module_name)
+    found = getattr(module, attribute, None)
+    if found is None:
+        public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        close = difflib.get_close_matches(attribute, public, n=3)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise ModelError(f"{name}: {module_name} has nothing called {attribute!r}{hint}")
+    if not callable(found):
+        raise ModelError(f"{name}: {attribute} is a {type(found).__name__}, not a callable that returns the network")
+    return found  # type: ignore[no-any-return]  # callable() does not narrow Any
+
+
+def _call(name: str, factory: Callable[..., Any], offered: dict[str, Any]) -> nn.Module:
+    try:
+        parameters = set(inspect.signature(factory).parameters)
+    except ValueError:  # some C callables have no signature
+        parameters = set()
+    accepted = {}
+    for argument, value in offered.items():
+        keyword = next((key for key in _KEYWORDS[argument] if key in parameters), None)
+        if keyword is not None:
+            accepted[keyword] = value
+        elif argument == "width" and value != 1.0:
+            raise ModelError(f"{name}: the factory has no argument 'width', so width={value} can't be followed")
+    with _one_line(name):
+        model = factory(**accepted)
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{name}: the factory returned a {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def _import(name: str) -> ModuleType:
+    with _on_path(Path.cwd()):
+        return importlib.import_module(name)
+
+
+def _load_file(path: Path) -> ModuleType:
+    """Run a Python file as a module; its folder is importable meanwhile, as for a script."""
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file")
+    resolved = path.resolve()
+    name = f"filterfold_factory_{abs(hash(resolved)):x}"
+    spec = importlib.util.spec_from_file_location(name, resolved)
+    if spec is None or spec.loader is None:
+        raise ModelError(f"{path}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and the like look their module up
+    try:
+        with _on_path(resolved.parent):
+            spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+@contextmanager
+def _on_path(folder: Path) -> Iterator[None]:
+    entry = str(folder)
+    sys.path.insert(0, entry)
+    try:
+        yield
+    finally:
+        sys.path.remove(entry)
+
+
+@contextmanager
+def _one_line(name: str) -> Iterator[None]:
+    """Turn what a foreign factory raises into one line that names it; the cause stays attached."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{name}: {type(error).__name__}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0]
