@@ -1,0 +1,123 @@
+"""What the tests give back: small, frozen, with the caveats in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Size, mean, standard deviation (n - 1; None for one trial), median and extremes of one group."""
+
+    n: int
+    mean: float
+    sd: float | None
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Significance:
+    """A test's name, statistic and p-value (None where it can't be computed), with its caveats.
+
+    `exact` says that the p-value comes from full enumeration rather than from an approximation.
+    """
+
+    test: str
+    statistic: float | None
+    p: float | None
+    n: tuple[int, ...]
+    exact: bool = False
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Pairwise:
+    """p-values of all pairs of groups; look one up with `result.p("a", "b")`, in either order."""
+
+    test: str
+    adjust: str | None
+    names: tuple[str, ...]
+    matrix: tuple[tuple[float, ...], ...]
+    notes: tuple[str, ...] = ()
+
+    def p(self, first: str, second: str) -> float:
+        """The p-value of one pair."""
+        return self.matrix[self.names.index(first)][self.names.index(second)]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Mean of the first sample minus mean of the second (control), with a two-sided interval.
+
+    `p` is that of Welch's t-test (of the paired t-test if `paired`); interval and p are None where
+    a sample has no spread to reckon with.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    confidence: float
+    p: float | None
+    n: tuple[int, int]
+    paired: bool
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """Cliff's δ in -1 … 1 and its size in words."""
+
+    delta: float
+    size: Literal["negligible", "small", "medium", "large"]
+
+
+@dataclass(frozen=True, slots=True)
+class Equivalence:
+    """Two one-sided tests of the difference (first minus control) against a margin.
+
+    `p_not_worse` tests "the loss is the margin or more", `p_not_better` the other side; `p`, the
+    larger of the two, is the p-value of equivalence (TOST). `low` and `high` bound the difference
+    with confidence 1 - 2·alpha, the interval that belongs to these tests.
+    """
+
+    difference: float
+    low: float | None
+    high: float | None
+    margin: float
+    alpha: float
+    p_not_worse: float | None
+    p_not_better: float | None
+    n: tuple[int, int]
+    paired: bool
+    notes: tuple[str, ...] = ()
+
+    @property
+    def p(self) -> float | None:
+        """The p-value of equivalence: the larger of the two one-sided ones."""
+        if self.p_not_worse is None or self.p_not_better is None:
+            return None
+        return max(self.p_not_worse, self.p_not_better)
+
+    @property
+    def not_worse(self) -> bool:
+        """Whether a loss of the margin or more is ruled out (non-inferiority)."""
+        return self.p_not_worse is not None and self.p_not_worse < self.alpha
+
+    @property
+    def equivalent(self) -> bool:
+        """Whether a difference of the margin or more, either way, is ruled out."""
+        return self.p is not None and self.p < self.alpha
+
+
+@dataclass(frozen=True, slots=True)
+class AgainstControl:
+    """One method's test against the control: p-value as it is, and corrected for all methods tested."""
+
+    name: str
+    p: float | None
+    p_adjusted: float | None
+    exact: bool
+    notes: tuple[str, ...] = ()
