@@ -1,0 +1,147 @@
+"""Costs against integers derived by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from filterfold.cost import measure
+from filterfold.errors import ModelError
+
+# (layer, example, kind, weights, uses); uses derived by hand: output positions of a convolution,
+# input positions of a transposed one, rows of a linear layer, per example
+LAYERS = [
+    (nn.Conv2d(4, 6, 3), (5, 4, 8, 8), "conv2d", 6 * 4 * 9, 6 * 6),
+    (nn.Conv2d(4, 6, 3, padding=1, stride=2), (5, 4, 9, 9), "conv2d", 6 * 4 * 9, 5 * 5),
+    (nn.Conv2d(4, 6, (3, 1), padding="same"), (1, 4, 8, 8), "conv2d", 6 * 4 * 3, 8 * 8),
+    (nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), (1, 4, 8, 8), "conv2d", 6 * 4 * 9, 8 * 8),
+    (nn.Conv2d(4, 6, 3, dilation=2, bias=False), (1, 4, 8, 8), "conv2d", 6 * 4 * 9, 4 * 4),
+    (nn.Conv2d(4, 6, 3, groups=2), (2, 4, 8, 8), "conv2d", 6 * 2 * 9, 6 * 6),
+    (nn.Conv2d(4, 8, 3, groups=4), (2, 4, 8, 8), "conv2d", 8 * 1 * 9, 6 * 6),
+    (nn.Conv1d(4, 6, 3), (2, 4, 8), "conv1d", 6 * 4 * 3, 6),
+    (nn.Conv3d(4, 6, 3), (2, 4, 5, 6, 7), "conv3d", 6 * 4 * 27, 3 * 4 * 5),
+    (nn.ConvTranspose2d(4, 6, 3, stride=2), (2, 4, 8, 8), "conv_transpose2d", 4 * 6 * 9, 8 * 8),
+    (nn.ConvTranspose2d(4, 6, 3, groups=2), (2, 4, 8, 8), "conv_transpose2d", 4 * 3 * 9, 8 * 8),
+    (nn.ConvTranspose1d(4, 6, 3), (2, 4, 8), "conv_transpose1d", 4 * 6 * 3, 8),
+    (nn.ConvTranspose3d(4, 6, 3), (2, 4, 3, 4, 5), "conv_transpose3d", 4 * 6 * 27, 3 * 4 * 5),
+    (nn.Linear(4, 6), (3, 4), "linear", 24, 1),
+    (nn.Linear(4, 6), (3, 5, 4), "linear", 24, 5),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape", "kind", "weights", "uses"), LAYERS, ids=lambda value: str(value))
+def test_single_layers(layer, shape, kind, weights, uses):
+    cost = measure(layer, torch.randn(shape))
+    (row,) = cost.layers
+    assert (row.kind, row.tensor, row.weights, row.uses) == (kind, "weight", weights, uses)
+    assert row.shape == tuple(layer.weight.shape)
+    assert row.macs == weights * uses == cost.macs
+    bias = 0 if layer.bias is None else layer.bias.numel()
+    assert (cost.weights, cost.parameters) == (weights, weights + bias)
+    assert cost.uncounted == ()
+
+
+class Functional(nn.Module):
+    """Raw parameters, standardised weights, plain products, a weight on the left, a shared layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.raw = nn.Parameter(torch.randn(5, 3, 3, 3))
+        self.standard = nn.Conv2d(5, 7, 1, bias=False)
+        self.matrix = nn.Parameter(torch.randn(7, 4))
+        self.mixer = nn.Parameter(torch.randn(2, 4))
+        self.shared = nn.Conv2d(3, 3, 1, bias=False)
+        self.register_buffer("blur", torch.ones(3, 1, 3, 3))
+
+    def forward(self, x):
+        x = self.shared(self.shared(x))  # 9 weights, 2 x 64 uses
+        x = F.conv2d(x, self.blur, padding=1, groups=3)  # 27 elements, 64 uses; no parameter
+        x = F.conv2d(x, self.raw)  # 135 weights, 36 uses
+        weight = self.standard.weight
+        weight = (weight - weight.mean((1, 2, 3), keepdim=True)) / weight.std((1, 2, 3), keepdim=True)
+        x = F.conv2d(x, weight).flatten(2)  # 35 weights, 36 uses
+        x = x.transpose(1, 2) @ self.matrix  # 28 weights, 36 uses
+        return self.mixer @ x.transpose(1, 2)  # 8 weights, 36 uses
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_functional_layers(batch):
+    cost = measure(Functional(), torch.randn(batch, 3, 8, 8))
+    uses = {layer.tensor: (layer.weights, layer.uses) for layer in cost.layers}
+    assert uses == {
+        "shared.weight": (9, 128),
+        "blur": (27, 64),
+        "raw": (135, 36),
+        "standard.weight": (35, 36),
+        "matrix": (28, 36),
+        "mixer": (8, 36),
+    }
+    assert cost.macs == 9 * 128 + 27 * 64 + (135 + 35 + 28 + 8) * 36
+    assert cost.weights == cost.parameters == 9 + 135 + 35 + 28 + 8
+    assert cost.activation_macs == 0
+
+
+def test_attention_is_told_apart():
+    cost = measure(nn.MultiheadAttention(8, 2, batch_first=True), tuple([torch.randn(3, 4, 8)] * 3))
+    uses = {layer.tensor: (layer.weights, layer.uses) for layer in cost.layers}
+    assert uses == {"in_proj_weight": (24 * 8, 4), "out_proj.weight": (8 * 8, 4)}
+    assert cost.activation_macs == 2 * (4 * 4 * 8)  # scores and values: 4 queries x 4 keys x 8 channels
+
+
+def test_weight_normalisation_belongs_to_the_direction():
+    layer = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 6, 3))
+    (row,) = measure(layer, torch.randn(1, 4, 8, 8)).layers
+    assert (row.tensor, row.uses) == ("parametrizations.weight.original1", 36)
+
+
+def test_what_has_no_formula_is_reported():
+    cost = measure(nn.LSTM(4, 6, batch_first=True), torch.randn(2, 5, 4))
+    assert cost.macs > 0 or cost.uncounted
+
+
+def test_inputs_may_be_mappings():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 2), nn.Linear(5, 2)
+
+        def forward(self, left, right):
+            return self.a(left) + self.b(right)
+
+    cost = measure(Two(), {"right": torch.randn(4, 5), "left": torch.randn(4, 3)})
+    assert cost.macs == 6 + 10
+
+
+def test_nothing_is_left_behind():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout())
+    net[1].eval()
+    net(torch.randn(2, 3, 8, 8)).sum().backward()
+    state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    grad, rng = net[0].weight.grad.clone(), torch.get_rng_state()
+    fast = torch.backends.mha.get_fastpath_enabled()
+    measure(net, torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
+    assert [module.training for module in net.modules()] == [True, True, False, True]
+    assert all(torch.equal(tensor, state[name]) for name, tensor in net.state_dict().items())
+    assert torch.equal(net[0].weight.grad, grad)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert torch.backends.mha.get_fastpath_enabled() == fast
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+    net(torch.randn(2, 3, 8, 8)).sum().backward()  # parameters still take part in training
+
+
+def test_a_failing_model_is_named_in_one_line():
+    with pytest.raises(ModelError, match=r"^Conv2d can't be run on one example of the inputs: [^\n]+$"):
+        measure(nn.Conv2d(3, 4, 3), torch.randn(1, 5, 8, 8))
+
+
+def test_the_table_can_be_read():
+    text = str(measure(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 2)), torch.zeros(1, 3, 3, 3)))
+    assert text.splitlines() == [
+        "layer  kind    shape    MACs  weights",
+        "0      conv2d  8x3x3x3   216      216",
+        "2      linear  2x8        16       16",
+        "total                    232      232",
+        "242 parameters in all",
+    ]
