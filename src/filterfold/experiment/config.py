@@ -1,0 +1,267 @@
+"""What is to be run: a setting that all trials share, a trial, and the comparison, which is many trials.
+
+Everything here is plain values. A trial's name comes from its content, so the same trial has the same name in
+every folder and on every machine, and a comparison can be taken up again by whoever has its folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypedDict
+
+from ..errors import ConfigError, RecordError
+from ..storage import write_json
+
+FORMAT = 1
+FILE = "comparison.json"
+
+DENSE = "dense"
+ONLINE = "online"
+ONLINE_PREFIX = "online-"
+
+
+class Described(TypedDict):
+    """The entries of a record that say which trial it is of."""
+
+    method: str
+    label: str
+    clusters: int | None
+    model: str
+    data: str
+    seed: int
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What all trials of a comparison have in common.
+
+    **Arguments:**
+
+    - `model`, `width`: name for `zoo.build`, and its width multiplier.
+    - `data`, `data_options`: source and keyword arguments for `data.load`.
+    - `recipe`: fields of `training.Recipe`, all but the seed, which is the trial's.
+    - `retrain_epochs`, `retrain_lr`: training after a one-shot cut, at a constant learning rate. Li et al. 2017, §4:
+      .001, 40 epochs on CIFAR-10.
+    - `round_to`: kept widths are multiples of this.
+    - `online`: options for `OnlineFilterClustering` other than the number of clusters.
+    """
+
+    model: str
+    data: str
+    width: float = 1.0
+    data_options: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    retrain_epochs: int = 40
+    retrain_lr: float = 0.001
+    round_to: int = 1
+    online: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse values that make no sense."""
+        for name, value, good in (
+            ("width", self.width, self.width > 0),
+            ("retrain_epochs", self.retrain_epochs, self.retrain_epochs >= 0),
+            ("retrain_lr", self.retrain_lr, self.retrain_lr > 0),
+            ("round_to", self.round_to, self.round_to >= 1),
+        ):
+            if not good:
+                raise ConfigError(f"{name} = {value:g} makes no sense here")
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One training run with one method and one seed.
+
+    **Arguments:**
+
+    - `method`: `dense`; a criterion's name (`l1`, `random`, …): train, cut in one shot, retrain; `online`: fold
+      clusters while training; `online-<criterion>`: the same schedule, but drop by that criterion.
+    - `seed`: of the initial weights, the batches, and the augmentation.
+    - `clusters`: filters that stay in every layer (online methods), or None.
+    - `keep`: share of the filters that stays, or None (criteria: the paper's own widths where it gives some, else
+      half).
+
+    >>> trial = Trial("online", 0, Setting("vgg_small", "digits"), clusters=10)
+    >>> trial.label, trial.id
+    ('online k=10', 'online-k10-s0-...')
+    """
+
+    method: str
+    seed: int
+    setting: Setting
+    clusters: int | None = None
+    keep: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse budgets that make no sense."""
+        if self.keep is not None and not 0 < self.keep <= 1:
+            raise ConfigError(f"keep = {self.keep:g}: the share of filters that stays must be over 0 and at most 1")
+        if self.clusters is not None and self.clusters < 1:
+            raise ConfigError(f"clusters = {self.clusters}: at least one filter must stay in every layer")
+        if self.is_online and (self.clusters is None) == (self.keep is None):
+            raise ConfigError(f"method {self.method!r} needs a number of clusters or a share to keep, one of the two")
+        if not self.is_online and self.clusters is not None:
+            raise ConfigError(f"method {self.method!r} takes no number of clusters; give a share to keep")
+        if self.method == DENSE and self.keep is not None:
+            raise ConfigError("method 'dense' cuts nothing, so it takes no share to keep")
+
+    @property
+    def is_online(self) -> bool:
+        """Whether the cuts happen while training."""
+        return self.method == ONLINE or self.method.startswith(ONLINE_PREFIX)
+
+    @property
+    def criterion(self) -> str | None:
+        """The criterion that ranks filters, or None where filters are folded or nothing is cut."""
+        if self.method in (DENSE, ONLINE):
+            return None
+        return self.method.removeprefix(ONLINE_PREFIX)
+
+    @property
+    def label(self) -> str:
+        """The name of the group of trials that differ from this one by the seed only."""
+        budget = f" k={self.clusters}" if self.clusters is not None else ""
+        return f"{self.method}{budget}" + (f" keep={self.keep:g}" if self.keep is not None else "")
+
+    @property
+    def id(self) -> str:
+        """A readable beginning, and a fingerprint of everything that the trial is."""
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        readable = self.label.replace(" ", "-").replace("=", "")
+        return f"{readable}-s{self.seed}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+    @property
+    def base(self) -> Trial:
+        """The dense training that this trial begins with, or would have to be compared with: same seed."""
+        return replace(self, method=DENSE, clusters=None, keep=None)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All that is not method, model, data, and seed."""
+        shared = asdict(self.setting)
+        return {"keep": self.keep} | {key: shared[key] for key in shared if key not in ("model", "data")}
+
+    def to_dict(self) -> Described:
+        """Plain values: the beginning of the trial's record."""
+        return {
+            "method": self.method,
+            "label": self.label,
+            "clusters": self.clusters,
+            "model": self.setting.model,
+            "data": self.setting.data,
+            "seed": self.seed,
+            "options": self.options,
+        }
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> Trial:
+        """The trial that a record is of, to be run again.
+
+        >>> trial = Trial("l1", 3, Setting("resnet20", "cifar10", recipe={"epochs": 2}), keep=0.5)
+        >>> Trial.from_dict(trial.to_dict()) == trial
+        True
+        """
+        options = dict(document["options"])
+        keep = options.pop("keep")
+        setting = Setting(model=document["model"], data=document["data"], **options)
+        return cls(document["method"], document["seed"], setting, document["clusters"], keep)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Trials to be compared: they have one setting."""
+
+    setting: Setting
+    trials: tuple[Trial, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse a comparison of nothing, and trials that can't be compared."""
+        if not self.trials:
+            raise ConfigError("nothing to compare: no method, or no trial")
+        if any(trial.setting != self.setting for trial in self.trials):
+            raise ConfigError("the trials of a comparison must share their setting")
+
+    def claim(self, folder: Path, command: str | None = None) -> None:
+        """Take a run folder for this comparison, or take it up again.
+
+        More trials of the same setting (further seeds, methods, numbers of clusters) may join a folder.
+
+        **Raises:** `RecordError` if the folder holds another comparison, or files that are none of ours.
+        """
+        path = Path(folder) / FILE
+        entries = {trial.id: _budget(trial) for trial in self.trials}
+        if path.exists():
+            found = _read(path)
+            difference = _difference(found["setting"], json.loads(json.dumps(asdict(self.setting))))
+            if difference:
+                raise RecordError(f"{folder} holds a different comparison ({difference}); give another folder")
+            entries = found["trials"] | entries
+        elif Path(folder).is_dir() and any(Path(folder).iterdir()):
+            raise RecordError(f"{folder} is not empty and holds no comparison; give another folder")
+        document = {"format": FORMAT, "setting": asdict(self.setting), "trials": entries, "command": command}
+        write_json(path, document)
+
+
+def plan(
+    setting: Setting,
+    methods: Sequence[str],
+    *,
+    clusters: Iterable[int] = (),
+    keep: Iterable[float] = (),
+    seeds: Iterable[int] = range(5),
+) -> Comparison:
+    """The trials of a comparison, seed by seed, so that a comparison that is stopped early is still balanced.
+
+    **Arguments:**
+
+    - `methods`: see `Trial`.
+    - `clusters`: numbers of clusters; online methods run once with each.
+    - `keep`: shares to keep; every method that cuts runs once with each. Without any, the criteria keep their own
+      default, and the online methods need `clusters`.
+
+    >>> [t.label for t in plan(Setting("m", "d"), ["dense", "l1", "online"], clusters=[5, 10], seeds=[0]).trials]
+    ['dense', 'l1', 'online k=5', 'online k=10']
+    """
+    counts, shares, trials = list(clusters), list(keep), []
+    for seed in seeds:
+        for method in dict.fromkeys(methods):
+            bare = method == DENSE or not (method == ONLINE or method.startswith(ONLINE_PREFIX) or shares)
+            budgets: list[dict[str, Any]] = [{}] if bare else [{"keep": share} for share in shares]
+            if not bare and (method == ONLINE or method.startswith(ONLINE_PREFIX)):
+                budgets = [{"clusters": count} for count in counts] + budgets
+                if not budgets:
+                    raise ConfigError(f"method {method!r} needs numbers of clusters or shares to keep")
+            trials += [Trial(method, seed, setting, **budget) for budget in budgets]
+    return Comparison(setting, tuple({trial.id: trial for trial in trials}.values()))
+
+
+def _budget(trial: Trial) -> dict[str, Any]:
+    return {"method": trial.method, "seed": trial.seed, "clusters": trial.clusters, "keep": trial.keep}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if document["format"] != FORMAT:
+            raise RecordError(f"{path}: format {document['format']!r} is not {FORMAT}: written by another version?")
+        if not isinstance(document["setting"], dict) or not isinstance(document["trials"], dict):
+            raise TypeError("setting and trials must be objects")
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise RecordError(f"{path}: not a comparison's description ({error}); give another folder") from error
+    return document
+
+
+def _difference(there: Any, here: Any, where: str = "") -> str | None:
+    """The first place where two trees of plain values differ, in words."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in sorted(there.keys() | here.keys()):
+            inner = f"{where}.{key}" if where else key
+            if difference := _difference(there.get(key), here.get(key), inner):
+                return difference
+        return None
+    return None if there == here else f"{where} is {there!r} there, {here!r} here"
