@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "filterfold"
 
 FLOORS: list[set[str]] = [
-    {"errors", "plan", "storage", "progress"},
+    {"errors", "plan", "storage", "progress", "modes", "axes"},
     {"cost", "clustering", "stats", "latency", "structure", "zoo", "data"},
     {"graph", "criteria", "selection", "surgery", "verify", "folding"},
     {"prune", "online", "sensitivity", "training", "checkpoint", "export"},
@@ -22,7 +22,15 @@ FLOORS: list[set[str]] = [
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
-SIBLINGS = {("storage", "errors"), ("plan", "errors"), ("verify", "surgery"), ("surgery", "graph"), ("verify", "graph")}
+SIBLINGS = {
+    ("storage", "errors"),
+    ("plan", "errors"),
+    ("axes", "plan"),
+    ("axes", "errors"),
+    ("verify", "surgery"),
+    ("surgery", "graph"),
+    ("verify", "graph"),
+}
 """Imports within one floor that are wanted, as (importer, imported)."""
 
 ABOVE_ALL = {"__init__"}
