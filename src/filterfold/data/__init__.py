@@ -1,0 +1,12 @@
+"""Image-classification data: found, decoded once, held out honestly, and batched on the device.
+
+`load` finds a data set and splits it; `batches` runs over one of its splits.
+"""
+
+from __future__ import annotations
+
+from .load import load
+from .splits import ImageData, Split, batches
+from .streaming import StreamedSplit
+
+__all__ = ["ImageData", "Split", "StreamedSplit", "batches", "load"]

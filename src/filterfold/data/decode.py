@@ -1,0 +1,126 @@
+"""From encoded images to uint8 arrays."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..errors import DataError
+from ..progress import track
+
+Pixels = npt.NDArray[np.uint8]
+
+_CHUNK = 512
+_THREADS_PAY_ABOVE = 16384
+"""Encoded bytes above which threads help: smaller images hold the interpreter lock longer than they decode."""
+
+
+def open_image(entry: Mapping[str, Any] | None, hint: tuple[str, ...] | None = None) -> Any:
+    """Open an entry {"bytes": ..., "path": ...} of an undecoded image column with Pillow.
+
+    `hint` names the likely format: trying every format in turn takes as long as decoding 32×32 pixels.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    if entry is None:
+        raise DataError("the entry is empty")
+    content = entry.get("bytes")
+    if content is None:
+        content = Path(entry["path"]).read_bytes()
+    if hint:
+        try:
+            return Image.open(io.BytesIO(content), formats=hint)
+        except UnidentifiedImageError:
+            pass
+    return Image.open(io.BytesIO(content))
+
+
+def convert(image: Any, channels: int) -> Any:
+    """An image in 8-bit grey or RGB; 16-bit and floating-point ones are refused."""
+    if image.mode[0] in "IF":
+        raise DataError(f"its mode is {image.mode}; convert such images to 8 bits first")
+    if image.mode == "P" and channels == 3:  # palettes may carry transparency, which RGB can't take directly
+        image = image.convert("RGBA")
+    wanted = "L" if channels == 1 else "RGB"
+    return image if image.mode == wanted else image.convert(wanted)
+
+
+def to_array(image: Any) -> Pixels:
+    """(channels, height, width), uint8."""
+    array = np.asarray(image, dtype=np.uint8)
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+
+
+def fit(image: Any, size: int) -> Any:
+    """Scale the shorter side to `size` and cut out the middle."""
+    from PIL import Image
+
+    width, height = image.size
+    if (width, height) == (size, size):
+        return image
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+
+
+def unreadable(name: str, split: str, row: int, entry: Any, error: Exception) -> DataError:
+    """The one line for an image that can't be decoded."""
+    path = entry.get("path") if isinstance(entry, Mapping) else None
+    where = f" ({path})" if path else ""
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return DataError(f"{name}: image {row} of split {split!r}{where} can't be read: {reason}; replace or remove it")
+
+
+def decode_all(
+    name: str, split: str, entries: Callable[[int, int], Sequence[Any]], count: int, *, channels: int, size: int
+) -> Tensor:
+    """Decode a whole split.
+
+    **Arguments:**
+
+    - `name`, `split`: for messages.
+    - `entries`: `entries(start, stop)` gives the undecoded column's entries.
+    - `count`: number of rows.
+    - `channels`: 1 or 3.
+    - `size`: height and width; other shapes are scaled and cut.
+
+    **Returns:** uint8, shape (count, channels, size, size).
+
+    **Raises:** `DataError` naming the row that can't be read.
+    """
+    images = np.empty((count, channels, size, size), dtype=np.uint8)
+    hint: tuple[str, ...] | None = None
+
+    def decode(row: int, entry: Any) -> None:
+        nonlocal hint
+        try:
+            image = open_image(entry, hint)
+            if hint is None and image.format:
+                hint = (image.format,)
+            images[row] = to_array(fit(convert(image, channels), size))
+        except Exception as error:  # Pillow's plugins raise anything, struct.error and SyntaxError included
+            raise unreadable(name, split, row, entry, error) from error
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in track(range(0, count, _CHUNK), f"decoding {name} {split}", -(-count // _CHUNK)):
+            part = entries(start, min(start + _CHUNK, count))
+            if _mean_bytes(part) > _THREADS_PAY_ABOVE:
+                list(pool.map(decode, range(start, start + len(part)), part))
+            else:
+                for row, entry in enumerate(part, start):
+                    decode(row, entry)
+    return torch.from_numpy(images)
+
+
+def _mean_bytes(entries: Sequence[Any]) -> float:
+    sizes = [len(entry["bytes"]) if entry and entry.get("bytes") else _THREADS_PAY_ABOVE + 1 for entry in entries]
+    return sum(sizes) / max(1, len(sizes))

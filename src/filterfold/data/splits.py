@@ -1,0 +1,203 @@
+"""Splits in memory, the data set that holds them, and the iterator over batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from ..errors import DataError
+from .augment import crop_and_flip, draw, seeded
+
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation of each channel, of pixel values scaled to 0 … 1."""
+
+
+@runtime_checkable
+class AnySplit(Protocol):
+    """What training and evaluation need of a split, in memory or streamed."""
+
+    @property
+    def labels(self) -> Tensor:
+        """Class indices, int64, shape (n,)."""
+
+    @property
+    def normalization(self) -> Normalization:
+        """Mean and standard deviation of each channel."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+
+    def to(self, device: torch.device | str) -> AnySplit:
+        """The split with what it holds in memory on a device."""
+
+    def pixels(self, chunks: list[Tensor], augment: str, seed: int, epoch: int) -> Iterator[Tensor]:
+        """For every chunk of indices its images: uint8, shape (chunk, channels, height, width)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Images and labels in memory.
+
+    **Arguments:**
+
+    - `images`: uint8, shape (n, channels, height, width).
+    - `labels`: int64 class indices, shape (n,).
+    - `normalization`: mean and standard deviation of each channel, of values scaled to 0 … 1;
+      `batches` subtracts and divides by them.
+    """
+
+    images: Tensor
+    labels: Tensor
+    normalization: Normalization
+
+    def __post_init__(self) -> None:
+        """Refuse tensors that do not belong together."""
+        if self.images.dtype != torch.uint8 or self.images.ndim != 4:
+            raise DataError(
+                f"images must be uint8 of shape (n, channels, height, width), not {self.images.dtype} "
+                f"of shape {tuple(self.images.shape)}"
+            )
+        if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
+            raise DataError(
+                f"labels must be int64 of shape ({len(self.images)},), not {self.labels.dtype} "
+                f"of shape {tuple(self.labels.shape)}"
+            )
+        if any(len(values) != self.images.shape[1] for values in self.normalization):
+            raise DataError(
+                f"the normalization has {len(self.normalization[0])} means and {len(self.normalization[1])} "
+                f"deviations for images of {self.images.shape[1]} channels; give one for each channel"
+            )
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.labels)
+
+    def to(self, device: torch.device | str) -> Split:
+        """The split with both tensors on a device."""
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+    def take(self, indices: Tensor) -> Split:
+        """The images at these places, in this order."""
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
+
+    def pixels(self, chunks: list[Tensor], augment: str, seed: int, epoch: int) -> Iterator[Tensor]:
+        """For every chunk of indices its augmented images, uint8, on the split's device."""
+        device = self.images.device
+        count = sum(map(len, chunks))
+        draws = draw(augment, count, min(self.images.shape[2:]), seeded(seed, epoch, 2), device)
+        start = 0
+        for chunk in chunks:
+            images = self.images[chunk.to(device)]
+            stop = start + len(chunk)
+            yield images if draws is None else crop_and_flip(images, draws.part(start, stop))
+            start = stop
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """A data set for image classification, split and ready to train on.
+
+    **Arguments:**
+
+    - `name`: what it was loaded as.
+    - `classes`: names of the classes; a label is an index into them.
+    - `channels`: 1 or 3.
+    - `image_size`: height and width in pixels.
+    - `train`, `validation`, `test`: the splits. Use `validation` for every choice, `test` only for
+      the final figure. `validation` may be empty.
+    - `augment`: the policy that suits the training split (see `batches`).
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    channels: int
+    image_size: int
+    train: AnySplit
+    validation: AnySplit
+    test: AnySplit
+    augment: str
+
+    def __str__(self) -> str:
+        """One line: name, sizes of the splits, shape of an image."""
+        sizes = f"{len(self.train)} train, {len(self.validation)} validation, {len(self.test)} test"
+        shape = f"{self.channels}x{self.image_size}x{self.image_size}"
+        return f"{self.name}: {sizes} images of {shape}, {len(self.classes)} classes"
+
+
+def batches(
+    split: AnySplit,
+    batch_size: int,
+    *,
+    shuffle: bool = False,
+    augment: str = "none",
+    seed: int = 0,
+    epoch: int = 0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+    drop_last: bool = False,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Run over a split once, in normalised batches on a device.
+
+    Order and augmentation depend on `(seed, epoch)` alone, not on the batch size, the device or the
+    global random state, so a run that is resumed at an epoch sees what it would have seen.
+
+    **Arguments:**
+
+    - `split`: a split of `ImageData`.
+    - `batch_size`: images a batch.
+    - `shuffle`: whether the order is drawn anew.
+    - `augment`: for splits in memory `none`, `crop` (black padding of an eighth of the size, random
+      place) or `crop-flip` (and mirrored by chance, He et al. 2016, section 4.2); for streamed ones
+      `none` (resize, centre crop) or `resized-crop-flip` (Szegedy et al. 2015).
+    - `seed`, `epoch`: see above.
+    - `device`, `dtype`, `channels_last`: what the images come as. A split in memory is best moved to
+      the device once, with `split.to(device)`.
+    - `drop_last`: leave an incomplete last batch out.
+
+    **Returns:** an iterator over (images (b, channels, height, width), labels (b,)).
+
+    **Raises:** `DataError` for an empty split or an unreadable image, `ConfigError` for an unknown policy.
+
+    ```python
+    >>> from filterfold.data import load
+    >>> images, labels = next(batches(load("digits").train, 32, shuffle=True))
+    >>> images.shape, labels.shape
+    (torch.Size([32, 1, 8, 8]), torch.Size([32]))
+
+    ```
+    """
+    if batch_size < 1:
+        raise DataError(f"batch_size={batch_size} makes no batch; give at least 1")
+    if not len(split):
+        raise DataError("the split has no images; load the data with a validation share above 0, or use another split")
+    count = len(split)
+    order = torch.randperm(count, generator=seeded(seed, epoch, 1)) if shuffle else torch.arange(count)
+    chunks = [order[start : start + batch_size] for start in range(0, count, batch_size)]
+    if drop_last and len(chunks[-1]) < batch_size:
+        chunks.pop()
+    return _normalised(split, chunks, augment, seed, epoch, torch.device(device), dtype, channels_last)
+
+
+def _normalised(
+    split: AnySplit,
+    chunks: list[Tensor],
+    augment: str,
+    seed: int,
+    epoch: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    mean, deviation = (torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1) for values in split.normalization)
+    factor = (1 / (255 * deviation)).to(device, torch.float32)
+    shift = (-mean / deviation).to(device, torch.float32)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    labels = split.labels
+    for chunk, pixels in zip(chunks, split.pixels(chunks, augment, seed, epoch), strict=True):
+        images = pixels.to(device, torch.float32, non_blocking=True).mul_(factor).add_(shift)
+        yield images.to(dtype=dtype, memory_format=layout), labels[chunk.to(labels.device)].to(device)
