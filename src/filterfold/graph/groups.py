@@ -26,6 +26,9 @@ class ChannelGroup:
       same number of times in the same tensors). A plan must leave at least one unit of every class.
     - `blocks`: shape `(size,)`: every block must keep the same number of units (the groups of a
       group normalisation, say). All zero where there is no such constraint.
+    - `symmetric`: whether the order of the units does not matter, so that permuting units of one
+      class leaves the network's function as it is; False where a convolution slides over them.
+    - `remark`: why the group is not exact, or None.
     """
 
     name: str
@@ -36,3 +39,5 @@ class ChannelGroup:
     frozen: str | None
     classes: tuple[int, ...]
     blocks: tuple[int, ...]
+    symmetric: bool = True
+    remark: str | None = None

@@ -1,0 +1,177 @@
+"""From labels to groups: connected labels are units, units that share a layer's filters are a group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..plan import Role, Slice
+from .groups import ChannelGroup
+from .labels import AxisLabels, Ledger
+
+Ints = NDArray[np.int64]
+NOWHERE = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Assembly:
+    """The groups, and for every label the group and the unit that it belongs to (-1: none)."""
+
+    groups: tuple[ChannelGroup, ...]
+    group_of: Ints
+    unit_of: Ints
+
+
+@dataclass(frozen=True, slots=True)
+class _Members:
+    """Components gathered into groups: `group_of`, `unit_of` per label, the axes that each group touches."""
+
+    group_of: Ints
+    unit_of: Ints
+    axes: list[list[AxisLabels]]
+    sizes: list[int]
+
+
+def assemble(ledger: Ledger) -> Assembly:
+    """All groups, in the order in which the model registers their first layers."""
+    blocks = list(ledger.blocks)
+    extra: list[tuple[Ints, Ints]] = []
+    while True:
+        component, count = _connect([*ledger.joins, *extra], ledger.size)
+        members = _gather(ledger, component, count)
+        parts, conflicts = _balance(members, blocks)
+        if not conflicts:
+            break
+        extra += [(rows[:1], rows) for rows in conflicts]
+        blocks = [rows for rows in blocks if not any(rows is conflict for conflict in conflicts)]
+    frozen = _reasons(ledger.frozen, members)
+    inexact = _reasons(ledger.inexact, members)
+    ordered = {group for vector in ledger.ordered for group in np.unique(members.group_of[vector]).tolist()}
+    groups = tuple(
+        _describe(ledger, members, group, parts[group], frozen.get(group), inexact.get(group), group not in ordered)
+        for group in range(len(members.axes))
+    )
+    return Assembly(groups, members.group_of, members.unit_of)
+
+
+def _connect(joins: list[tuple[Ints, Ints]], size: int) -> tuple[Ints, int]:
+    """Connected components: one number for each of `size` labels, and how many there are."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    pairs = [np.broadcast_arrays(a, b) for a, b in joins]
+    first = np.concatenate([np.zeros(0, np.int64), *(a.ravel() for a, _ in pairs)])
+    second = np.concatenate([np.zeros(0, np.int64), *(b.ravel() for _, b in pairs)])
+    graph = coo_array((np.ones(len(first), np.int8), (first, second)), shape=(size, size))
+    count, component = connected_components(graph, directed=False)
+    return component.astype(np.int64), int(count)
+
+
+def _gather(ledger: Ledger, component: Ints, count: int) -> _Members:
+    """Components that share a filter axis make a group; units are numbered in filter order."""
+    filters = [entry for entry in ledger.axes if ledger.roles.get(entry.start) == "filter"]
+    joins = [(np.array([count + place]), component[_span(entry)]) for place, entry in enumerate(filters)]
+    bucket, buckets = _connect(joins, count + len(filters))
+    numbers = np.full(buckets, NOWHERE, np.int64)
+    unit = np.full(count, NOWHERE, np.int64)
+    sizes: list[int] = []
+    for place, entry in enumerate(filters):
+        group = numbers[bucket[count + place]]
+        if group == NOWHERE:
+            group = numbers[bucket[count + place]] = len(sizes)
+            sizes.append(0)
+        parts = component[_span(entry)]
+        fresh = parts[np.sort(np.unique(parts, return_index=True)[1])]
+        fresh = fresh[unit[fresh] == NOWHERE]
+        unit[fresh] = np.arange(sizes[group], sizes[group] + len(fresh))
+        sizes[group] += len(fresh)
+    group_of = np.where(unit[component] == NOWHERE, NOWHERE, numbers[bucket[:count]][component])
+    axes: list[list[AxisLabels]] = [[] for _ in sizes]
+    for entry in ledger.axes:
+        touched = group_of[_span(entry)]
+        if touched.size and touched.max() != NOWHERE:
+            for group in np.unique(touched[touched != NOWHERE]).tolist():
+                axes[group].append(entry)
+    return _Members(group_of, unit[component], axes, sizes)
+
+
+def _span(entry: AxisLabels) -> slice:
+    return slice(entry.start, entry.start + entry.size)
+
+
+def _reasons(entries: list[tuple[Any, str]], members: _Members) -> dict[int, str]:
+    """For every group the first reason given for any of its labels."""
+    found: dict[int, str] = {}
+    for vector, reason in entries:
+        for group in np.unique(members.group_of[vector]).tolist():
+            found.setdefault(group, reason)
+    return found
+
+
+def _balance(members: _Members, blocks: list[Ints]) -> tuple[list[Ints], list[Ints]]:
+    """Turn equal-count constraints into one partition of each group's units; return those that don't fit."""
+    parts = [np.zeros(size, np.int64) for size in members.sizes]
+    conflicts: list[Ints] = []
+    for rows in blocks:
+        groups, units = members.group_of[rows], members.unit_of[rows]
+        group = int(groups.flat[0])
+        if (groups == NOWHERE).all() or (np.sort(units, 1) == np.sort(units[:1], 1)).all():
+            continue
+        wanted = np.full(members.sizes[group], NOWHERE, np.int64)
+        wanted[units] = np.arange(len(rows))[:, None]
+        once = (groups == group).all() and len(np.unique(units)) == units.size == members.sizes[group]
+        finer = _finer(parts[group], wanted) if once else None
+        if finer is None:
+            conflicts.append(rows)
+        else:
+            parts[group] = finer
+    return parts, conflicts
+
+
+def _finer(first: Ints, second: Ints) -> Ints | None:
+    """The finer of two partitions into equal blocks; None if neither refines the other."""
+    pairs = len(np.unique(np.stack([first, second], 1), axis=0))
+    if pairs == len(np.unique(first)):
+        return first
+    return second if pairs == len(np.unique(second)) else None
+
+
+def _describe(
+    ledger: Ledger,
+    members: _Members,
+    group: int,
+    blocks: Ints,
+    frozen: str | None,
+    inexact: str | None,
+    symmetric: bool,
+) -> ChannelGroup:
+    """One group with its slices."""
+    size = members.sizes[group]
+    producers: list[Slice] = []
+    consumers: list[Slice] = []
+    counts: list[Ints] = []
+    for entry in members.axes[group]:
+        here = members.group_of[_span(entry)] == group
+        units = np.where(here, members.unit_of[_span(entry)], NOWHERE)
+        role: Role = ledger.roles.get(entry.start, "scale")
+        (consumers if role == "kernel" else producers).append(
+            Slice(entry.tensor, entry.axis, tuple(units.tolist()), role)
+        )
+        counts.append(np.bincount(units[here], minlength=size))
+    classes = np.unique(np.stack(counts), axis=1, return_inverse=True)[1].reshape(-1)
+    maker = next(part for part in producers if part.role == "filter")
+    return ChannelGroup(
+        name=maker.tensor.rpartition(".")[0] or maker.tensor,
+        size=size,
+        producers=tuple(producers),
+        consumers=tuple(consumers),
+        exact=inexact is None,
+        frozen=frozen,
+        classes=tuple(classes.tolist()),
+        blocks=tuple(blocks.tolist()),
+        symmetric=symmetric,
+        remark=inexact,
+    )

@@ -1,0 +1,144 @@
+"""Labels: which unit every position along every axis of a tensor belongs to.
+
+Every position along every axis of every parameter and buffer gets a label, a fresh integer. An
+activation's *layout* says, for each of its axes, which labels its positions carry. Walking the
+network only ever writes down pairs of labels that must go together; the connected components of
+those pairs are the units.
+
+Because a tensor is rectangular, a unit can only leave it as whole hyperplanes; so one label vector
+per axis says everything, and what would make an axis ragged ties labels instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..plan import Role
+
+Vector = NDArray[np.int64]
+
+Axis = tuple[Vector, ...] | None
+"""One axis: its label vectors, each of the axis's length. More than one where labelled axes were
+merged by a reshape. `FIXED`: no labels, the size must stay. `FREE`: no labels, the size follows."""
+
+FIXED: Axis = ()
+FREE: Axis = None
+
+Layout = tuple[Axis, ...]
+"""One `Axis` for each axis of a tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class AxisLabels:
+    """The labels `start … start + size - 1` stand for the positions along `tensor`'s `axis`."""
+
+    tensor: str
+    axis: int
+    start: int
+    size: int
+
+
+@dataclass(slots=True)
+class Ledger:
+    """Everything that the walk finds out about labels."""
+
+    axes: list[AxisLabels] = field(default_factory=list)
+    roles: dict[int, Role] = field(default_factory=dict)
+    joins: list[tuple[Vector, Vector]] = field(default_factory=list)
+    frozen: list[tuple[Vector, str]] = field(default_factory=list)
+    inexact: list[tuple[Vector, str]] = field(default_factory=list)
+    ordered: list[Vector] = field(default_factory=list)
+    blocks: list[Vector] = field(default_factory=list)
+    size: int = 0
+    _starts: list[int] = field(default_factory=list)
+    _constants: list[tuple[int, int]] = field(default_factory=list)
+
+    def open(self, tensor: str, shape: Sequence[int]) -> Layout:
+        """Fresh labels for all axes of a parameter or buffer."""
+        layout: list[Axis] = []
+        for axis, size in enumerate(shape):
+            self.axes.append(AxisLabels(tensor, axis, self.size, size))
+            self._starts.append(self.size)
+            layout.append((np.arange(self.size, self.size + size),))
+            self.size += size
+        return tuple(layout)
+
+    def constants(self, count: int, reason: str) -> Vector:
+        """Fresh frozen labels for positions that no parameter makes, such as padding."""
+        vector = np.arange(self.size, self.size + count)
+        self._constants.append((self.size, self.size + count))
+        self.size += count
+        self.frozen.append((vector, reason))
+        return vector
+
+    def is_constant(self, vector: Vector) -> NDArray[np.bool_]:
+        """Which labels came from `constants`."""
+        found = np.zeros(len(vector), dtype=bool)
+        for start, stop in self._constants:
+            found |= (vector >= start) & (vector < stop)
+        return found
+
+    def join(self, first: Vector, second: Vector) -> None:
+        """The labels at equal places (after broadcasting) go together."""
+        if first is not second:
+            self.joins.append((first, second))
+
+    def join_axes(self, axes: Iterable[Axis], where: str) -> Axis:
+        """Axes of equal size that are the same axis from now on; the result is that axis.
+
+        A labelled axis that meets a fixed one is frozen; a free one follows whatever it meets.
+        """
+        present = [axis for axis in axes if axis is not None]
+        labelled = [axis for axis in present if axis]
+        if not labelled:
+            return FIXED if present else FREE
+        first = labelled[0]
+        if len(labelled) < len(present):
+            for axis in labelled:
+                self.freeze(axis, f"must keep the size of a fixed axis at {where}")
+        for axis in labelled[1:]:
+            if axis is first:
+                continue
+            if len(axis) == len(first):
+                for a, b in zip(first, axis, strict=True):
+                    self.join(a, b)
+            else:
+                self.freeze(axis, f"meets an axis merged in another way at {where}")
+                self.freeze(first, f"meets an axis merged in another way at {where}")
+        return first
+
+    def freeze(self, axis: Axis, reason: str) -> None:
+        """None of the axis's labels may be cut."""
+        for vector in axis or ():
+            self.frozen.append((vector, reason))
+
+    def soften(self, axis: Axis, reason: str, *, ordered: bool = False) -> None:
+        """Removing the axis's labels is not the same as masking them (`ordered`: their order matters too)."""
+        for vector in axis or ():
+            self.inexact.append((vector, reason))
+            if ordered:
+                self.ordered.append(vector)
+
+    def balance(self, vector: Vector, parts: int) -> None:
+        """The `parts` equal stretches of the vector must keep equally many positions each."""
+        self.blocks.append(vector.reshape(parts, -1))
+
+    def assign(self, axis: Axis, role: Role) -> None:
+        """The parameter axis that these labels come from plays this role.
+
+        An axis that makes channels and also reads them (a tied weight) counts as making them.
+        """
+        for vector in axis or ():
+            places = np.searchsorted(self._starts, vector, side="right") - 1
+            for place in np.unique(places):
+                entry = self.axes[place]
+                before = self.roles.get(entry.start)
+                if before in (None, role, "scale"):
+                    self.roles[entry.start] = role
+                elif "kernel" in (before, role):
+                    self.roles[entry.start] = role if before == "kernel" else before
+                    self.soften(axis, f"{entry.tensor} both makes and reads them")

@@ -1,0 +1,192 @@
+"""Tracing: from a model and example inputs to its channel groups."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import TraceError
+from . import rules_layer, rules_math, rules_shape
+from .assemble import Assembly, assemble
+from .groups import ChannelGroup
+from .labels import FIXED, Ledger
+from .rules import RULES
+from .walk import Mark, Recorder, Step, Walk, module_stack
+
+_LOG = logging.getLogger("filterfold.graph")
+_RULE_FILES = (rules_layer, rules_math, rules_shape)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sizes:
+    """What every operation's result measures, and which labels its axes carry: for predicting a cut's sizes."""
+
+    steps: tuple[Step, ...]
+    assembly: Assembly
+
+
+class Traced(tuple[ChannelGroup, ...]):
+    """The channel groups of a model, in the order in which the model registers their first layers.
+
+    A tuple of `ChannelGroup` that can also be asked by name: `groups.by_name["layer1.0.conv1"]`.
+    `unmet` names the parameters that the example inputs never reached, in evaluation or training mode.
+    """
+
+    by_name: Mapping[str, ChannelGroup]
+    sizes: Sizes
+    unmet: tuple[str, ...]
+
+    def __new__(cls, groups: Iterable[ChannelGroup], sizes: Sizes, unmet: Iterable[str]) -> Traced:
+        """Build from groups."""
+        traced = super().__new__(cls, groups)
+        traced.by_name = {group.name: group for group in traced}
+        traced.sizes = sizes
+        traced.unmet = tuple(unmet)
+        return traced
+
+
+def trace(model: nn.Module, example_inputs: Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]) -> Traced:
+    """Find all channels of a network that can be removed, and everything that must go with each.
+
+    Runs the model once on the example inputs, in evaluation mode (and once more in training mode if
+    that left parameters unused), and leaves nothing behind: modes, buffers, gradients, random state.
+
+    **Arguments:**
+
+    - `model`: any module; convolutions, linear layers, raw parameters and functional calls are followed.
+    - `example_inputs`: a tensor, a tuple of positional arguments, or a dictionary of keyword arguments,
+      on the model's device. One example is enough.
+
+    **Returns:** the groups as a `Traced` tuple; groups that can't be cut say why in `frozen`.
+
+    **Raises:** `TraceError` if the model does not run on the inputs.
+
+    ```python
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    >>> groups = trace(net, torch.zeros(1, 3, 8, 8))
+    >>> [(group.name, group.size, group.frozen) for group in groups]
+    [('0', 8, None), ('3', 4, "reaches the model's output")]
+    >>> [part.tensor for part in groups[0].producers]
+    ['0.weight', '0.bias', '1.weight', '1.bias', '1.running_mean', '1.running_var']
+    >>> [(part.tensor, part.axis) for part in groups[0].consumers]
+    [('3.weight', 1)]
+
+    ```
+    """
+    ledger = Ledger()
+    walk = Walk(ledger, RULES)
+    names = _register(model, walk)
+    positional, keywords = _arguments(example_inputs)
+    with _left_as_it_was(model, walk):
+        model.eval()
+        _run(model, walk, positional, keywords)
+        unmet = [name for key, name in names.items() if key not in walk.met]
+        steps = tuple(walk.steps)
+        if unmet:
+            unmet = _train_pass(model, walk, names, positional, keywords)
+    if unmet:
+        _LOG.info("never reached by the example inputs: %s", ", ".join(unmet))
+    assembly = assemble(ledger)
+    return Traced(assembly.groups, Sizes(steps, assembly), unmet)
+
+
+def _register(model: nn.Module, walk: Walk) -> dict[int, str]:
+    """Open labels for every parameter and buffer; returns the names of the parameters by identity."""
+    names = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if nn.parameter.is_lazy(tensor):
+            raise TraceError(f"{name} has no shape yet: run the model once before tracing it")
+        walk.know(tensor, Mark(walk.ledger.open(name, tensor.shape), weight=True))
+        if isinstance(tensor, nn.Parameter):
+            names[id(tensor)] = name
+    return names
+
+
+def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (tuple(inputs), {}) if isinstance(inputs, tuple | list) else ((inputs,), {})
+
+
+def _run(model: nn.Module, walk: Walk, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    """One forward pass under the recorder; what comes out of the model is frozen."""
+    for tensor in _leaves([positional, keywords]):
+        walk.know(tensor, Mark((FIXED,) * tensor.ndim))
+    try:
+        with torch.inference_mode(), module_stack(model, walk.stack), Recorder(walk):
+            outputs = model(*positional, **keywords)
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        message = f"the model does not run on the example inputs: {type(error).__name__}: {reason[0] if reason else ''}"
+        raise TraceError(message) from error
+    for tensor in _leaves(outputs):
+        walk.freeze(walk.layout(tensor), "reaches the model's output")
+
+
+def _train_pass(
+    model: nn.Module, walk: Walk, names: dict[int, str], positional: tuple[Any, ...], keywords: dict[str, Any]
+) -> list[str]:
+    """Run again in training mode, for branches that exist only there; norms and dropout stay in evaluation mode."""
+    before = len(walk.met)
+    for module in model.modules():
+        if not isinstance(module, nn.modules.batchnorm._NormBase | nn.modules.dropout._DropoutNd):
+            module.training = True
+    try:
+        _run(model, walk, positional, keywords)
+    except TraceError as error:
+        _LOG.warning("training mode could not be traced, branches that exist only there are unknown: %s", error)
+    _LOG.debug("training mode met %d more tensors", len(walk.met) - before)
+    return [name for key, name in names.items() if key not in walk.met]
+
+
+def _leaves(value: Any, depth: int = 0) -> Iterator[Tensor]:
+    """All tensors in nested tuples, lists, dictionaries, dataclasses and plain objects."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _leaves(item, depth + 1)
+    elif isinstance(value, list | tuple | set):
+        for item in value:
+            yield from _leaves(item, depth + 1)
+    elif hasattr(value, "__dict__") and not isinstance(value, type | nn.Module) and depth < 8:
+        for item in vars(value).values():
+            yield from _leaves(item, depth + 1)
+
+
+@contextmanager
+def _left_as_it_was(model: nn.Module, walk: Walk) -> Iterator[None]:
+    """Restore modes, attributes, buffers and random state when done."""
+    modules = [(module, dict(vars(module))) for module in model.modules()]
+    tables = [
+        (module, name, dict(getattr(module, name))) for module, _ in modules for name in ("_parameters", "_buffers")
+    ]
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002  # the global state is the user's
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        for tensor, value in walk.saved.values():
+            with torch.no_grad():
+                tensor.copy_(value)
+        for module, name, table in tables:
+            current = getattr(module, name)
+            if {key: id(entry) for key, entry in current.items()} != {key: id(entry) for key, entry in table.items()}:
+                current.clear()
+                current.update(table)
+        for module, attributes in modules:
+            current = vars(module)
+            for key in [key for key in current if key not in attributes]:
+                del current[key]
+            current.update(attributes)
