@@ -1,0 +1,13 @@
+"""From scores or clusters and a budget to a plan.
+
+Every group gets an *order* of its units, the most wanted first, such that any number of units from
+its front respects the group's classes and blocks; and the numbers of units that it may keep
+(`round_to`, `min_keep`). What remains is to choose one number per group: given directly by a keep
+ratio, or searched exactly for a budget.
+"""
+
+from .folding import from_clusters
+from .forecast import predict
+from .ratio import select
+
+__all__ = ["from_clusters", "predict", "select"]

@@ -1,0 +1,121 @@
+"""The numbers of kept units that meet a budget, by binary search over a monotone family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+from itertools import accumulate
+from math import ceil
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..cost import Cost
+from ..errors import SelectionError
+from .forecast import axes, per_unit, shrunk
+from .order import Room
+
+Scope = Literal["layer", "global"]
+Normalize = Literal["mean", "max", "l2", "none"]
+
+NORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda scores: scores.abs().mean(),
+    "max": lambda scores: scores.abs().max(),
+    "l2": lambda scores: scores.norm(),
+    "none": torch.ones_like,
+}
+
+
+def count(size: int, share: float) -> int:
+    """`int(size * share)` with float noise removed, the count of Li et al. (2017).
+
+    >>> count(10, 1 - 0.9), int(10 * (1 - 0.9))
+    (1, 0)
+    """
+    return int(round(size * share, 9 if size < 10**6 else 3))  # the noise grows with the size
+
+
+def search(
+    ranked: Sequence[Room], shares: Mapping[str, float], cost: Cost | None, scope: Scope, normalize: Normalize
+) -> list[int]:
+    """The largest numbers of kept units, one per group, whose amounts are within the shares.
+
+    With larger indices a family (common keep ratios, or prefixes of the global ranking) only grows,
+    so binary search finds its largest member that fits; single groups then take the step to the
+    next member as long as that fits.
+    """
+    meter = _Meter(ranked, None if "units" in shares else cost)
+    totals = meter.amounts([room.group.size for room in ranked])
+    limits = {name: count(totals[name], share) for name, share in shares.items()}
+
+    def fits(counts: Sequence[int]) -> bool:
+        amounts = meter.amounts(counts)
+        return all(amounts[name] <= limit for name, limit in limits.items())
+
+    length, counts_at = _uniform(ranked) if scope == "layer" else _ranking(ranked, normalize)
+    if not fits(counts_at(0)):
+        least = meter.amounts(counts_at(0))
+        asked = ", ".join(f"{'keep' if name == 'units' else name}={share:g}" for name, share in shares.items())
+        reachable = ", ".join(f"{name} {ceil(1e4 * least[name] / max(1, totals[name])) / 1e4:.4f}" for name in shares)
+        raise SelectionError(f"{asked} can't be met: the smallest share within reach is {reachable}")
+    low, high = 0, length
+    while high - low > 1:  # invariant: low fits, high does not (or is the end)
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(counts_at(middle)) else (low, middle)
+    counts = counts_at(low)
+    for index, more in enumerate(counts_at(high) if high < length else counts):
+        trial = [*counts[:index], more, *counts[index + 1 :]]
+        if more != counts[index] and fits(trial):
+            counts = trial
+    return counts
+
+
+def _uniform(ranked: Sequence[Room]) -> tuple[int, Callable[[int], list[int]]]:
+    """All common keep ratios that make a difference, from the smallest: their number, and the counts of each."""
+    sizes = {room.group.size for room in ranked}
+    ratios = sorted({Fraction(count, size) for size in sizes for count in range(size + 1)})
+    return len(ratios), lambda at: [room.nearest(int(room.group.size * ratios[at])) for room in ranked]
+
+
+def _ranking(ranked: Sequence[Room], normalize: Normalize) -> tuple[int, Callable[[int], list[int]]]:
+    """Prefixes of the ranking over all groups, from the shortest: their number, and the counts of each."""
+    entries = []
+    for index, room in enumerate(ranked):
+        scores = torch.tensor(room.scores, dtype=torch.float64)
+        scale = NORMS[normalize](scores)
+        scaled = torch.where(scale > 0, scores / scale, scores).sort(descending=True, stable=True).values.tolist()
+        entries += [(-score, index, rank) for rank, score in enumerate(scaled) if rank >= room.allowed[0]]
+    entries.sort()
+
+    def counts_at(at: int) -> list[int]:
+        counts = [room.allowed[0] for room in ranked]
+        for _, index, _ in entries[:at]:
+            counts[index] += 1
+        return [room.nearest(count) for room, count in zip(ranked, counts, strict=True)]
+
+    return len(entries) + 1, counts_at
+
+
+class _Meter:
+    """Units, MACs and parameters for any numbers of kept units, by table."""
+
+    def __init__(self, ranked: Sequence[Room], cost: Cost | None) -> None:
+        self.cost = cost
+        self.tables: list[tuple[tuple[str, int], int, list[int]]] = []
+        for index, room in enumerate(ranked):
+            for key, units in axes(room.group.producers, room.group.consumers).items():
+                positions = per_unit(units, room.group.size)
+                total = sum(positions)
+                removed = [total - kept for kept in accumulate((positions[unit] for unit in room.order), initial=0)]
+                self.tables.append((key, index, removed))
+
+    def amounts(self, counts: Sequence[int]) -> dict[str, int]:
+        amounts = {"units": sum(counts)}
+        if self.cost is not None:
+            removed: dict[tuple[str, int], int] = {}
+            for key, index, table in self.tables:
+                removed[key] = removed.get(key, 0) + table[counts[index]]
+            after = shrunk(self.cost, removed)
+            amounts |= {"macs": after.macs, "parameters": after.parameters}
+        return amounts
