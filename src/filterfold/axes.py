@@ -64,17 +64,20 @@ def _weights(weight: Tensor, slot: Tensor, count: int, kind: Kind) -> Tensor:
     return mean * total.square()[slot]
 
 
-def unit_weights(cut: Cut, *, producer: bool) -> np.ndarray[Any, np.dtype[np.float64]]:
+def unit_weights(
+    cut: Cut, *, producer: bool, own: Sequence[float] | None = None
+) -> np.ndarray[Any, np.dtype[np.float64]]:
     """For every unit its factor in the sum over the units folded with it; 0 for dropped units.
 
     Producers: `blend`, by default one over the number of units folded together; consumers: `gain`, by default 1.
+    A slice's `own` weight goes before both.
 
     >>> cut = Cut("conv", (0, 0, -1, 1), (), ())
     >>> unit_weights(cut, producer=True).tolist(), unit_weights(cut, producer=False).tolist()
     ([0.5, 0.5, 0.0, 1.0], [1.0, 1.0, 0.0, 1.0])
     """
     new = np.asarray(cut.assignment)
-    given = cut.blend if producer else cut.gain
+    given = own if own is not None else cut.blend if producer else cut.gain
     if given is not None:
         weights = np.asarray(given, dtype=np.float64)
     elif producer:
@@ -123,7 +126,8 @@ def _axis(name: str, length: int, parts: Sequence[_Part]) -> AxisCut | None:
         _refuse_overlap(name, parts, owner[own], entry)
         owner[own] = index
         home[own] = _homes(name, entry, units, own)
-        weight[own] = unit_weights(entry.cut, producer=entry.producer)[units[own]]
+        shares = unit_weights(entry.cut, producer=entry.producer, own=entry.part.weight)
+        weight[own] = shares[units[own]]
     keep = np.flatnonzero(home == np.arange(length))
     place = np.full(length, -1)
     place[keep] = np.arange(len(keep))
@@ -176,7 +180,8 @@ def edits_of(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Edit]:
         first_name.setdefault(id(tensor), name)
     parts: dict[tuple[str, int], list[_Part]] = {}
     for cut in plan.cuts:
-        if not cut.changes and cut.blend is None and cut.gain is None:
+        weighted = any(part.weight is not None for part in (*cut.producers, *cut.consumers))
+        if not cut.changes and cut.blend is None and cut.gain is None and not weighted:
             continue
         for producer, slices in ((True, cut.producers), (False, cut.consumers)):
             for part in slices:

@@ -33,12 +33,15 @@ class Slice:
     - `units`: one entry for each position along that axis: the unit (0 … group size - 1) that the
       position belongs to, or -1 where it belongs to no unit of this group.
     - `role`: see `Role`.
+    - `weight`: for every unit the factor on its positions of this very tensor, where it differs from
+      the cut's `blend` or `gain` (folded filters and their batch norms have scales of their own).
     """
 
     tensor: str
     axis: int
     units: tuple[int, ...]
     role: Role
+    weight: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,8 @@ class Cut:
         for part in (*self.producers, *self.consumers):
             if max(part.units, default=DROPPED) >= size:
                 raise PlanError(f"group {self.group!r}: {part.tensor} names unit {max(part.units)} of only {size}")
+            if part.weight is not None and len(part.weight) != size:
+                raise PlanError(f"group {self.group!r}: {part.tensor} has {len(part.weight)} weights for {size} units")
 
     @property
     def size(self) -> int:
@@ -231,11 +236,13 @@ def _cut_from_dict(entry: Mapping[str, Any]) -> Cut:
 
 
 def _slice_to_dict(part: Slice) -> dict[str, Any]:
-    return {"tensor": part.tensor, "axis": part.axis, "units": _encode(part.units), "role": part.role}
+    entry = {"tensor": part.tensor, "axis": part.axis, "units": _encode(part.units), "role": part.role}
+    return entry if part.weight is None else entry | {"weight": list(part.weight)}
 
 
 def _slice_from_dict(entry: Mapping[str, Any]) -> Slice:
-    return Slice(entry["tensor"], entry["axis"], _decode(entry["units"]), entry["role"])
+    weight = tuple(entry["weight"]) if "weight" in entry else None
+    return Slice(entry["tensor"], entry["axis"], _decode(entry["units"]), entry["role"], weight)
 
 
 def _encode(values: Sequence[int]) -> list[list[int]]:
