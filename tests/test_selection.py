@@ -14,6 +14,7 @@ from filterfold.errors import SelectionError
 from filterfold.graph.groups import ChannelGroup
 from filterfold.plan import Cut, Plan, Slice
 from filterfold.selection import from_clusters, predict, select
+from filterfold.selection.search import count
 
 
 def group(name="conv", size=4, *, classes=None, blocks=None, frozen=None, consumers=()):
@@ -29,18 +30,26 @@ def kept(plan, index=0):
 # --- counts ---------------------------------------------------------------------------------------
 
 
+SHARES = [share for tenths in range(1, 10) for share in (1 - tenths / 10, (10 - tenths) / 10)]
+
+
+def exact(size, share):
+    """`int(size * share)` of the decimal that was meant, in rational arithmetic."""
+    return int(size * Fraction(round(10 * share), 10))
+
+
 def test_counts_are_free_of_float_noise():
-    """`int(C * keep)` for keep = 1 - p, against rational arithmetic, for every width up to 512."""
-    wrong = []
-    for size in range(2, 513):
-        one = group(size=size)
-        scores = {"conv": torch.arange(size)}
-        for tenths in range(1, 10):
-            exact = max(1, int(size * (1 - Fraction(tenths, 10))))
-            for keep in (1 - tenths / 10, (10 - tenths) / 10):
-                if select([one], scores, keep=keep).cuts[0].new_size != exact:
-                    wrong.append((size, keep))
-    assert wrong == []
+    pairs = [(size, share) for size in range(1, 513) for share in SHARES]
+    assert any(int(size * share) != exact(size, share) for size, share in pairs)  # the noise is real
+    assert [pair for pair in pairs if count(*pair) != exact(*pair)] == []
+
+
+def test_a_group_keeps_that_count():
+    groups = [group(str(size), size) for size in range(2, 65)]
+    scores = _scores(**{one.name: one.size for one in groups})
+    for share in SHARES:
+        widths = select(groups, scores, keep=share).widths
+        assert widths == {one.name: (one.size, max(1, exact(one.size, share))) for one in groups}
 
 
 def test_ties_keep_exact_counts_and_lower_indices():
@@ -63,9 +72,8 @@ def test_ties_keep_exact_counts_and_lower_indices():
     ],
 )
 def test_rounding_is_to_the_nearest_multiple(size, keep, round_to, count):
-    plan = select(
-        [group("a", size), group("b", 64)], _scores(a=size, b=64), keep={"a": keep, "b": 0.5}, round_to=round_to
-    )
+    groups, shares = [group("a", size), group("b", 64)], {"a": keep, "b": 0.5}
+    plan = select(groups, _scores(a=size, b=64), keep=shares, round_to=round_to)
     assert plan.cuts[0].new_size == count
     asked = int(round(size * keep, 9))
     assert plan.notes.get("adjusted", {}).get("a", [asked, asked]) == [asked, count]
@@ -220,11 +228,7 @@ def test_prediction_equals_the_measured_small_network():
     cost = measure(net, EXAMPLE)
     assert (cost.macs, cost.parameters) == by_hand(4, 5)
     for a, b in itertools.product(range(1, 5), range(1, 6)):
-        plan = (
-            select(groups, _scores(**{"0": 4, "2": 5}), keep={"0": a / 4, "2": b / 5}, cost=cost)
-            if (a, b) != (4, 5)
-            else Plan(())
-        )
+        plan = select(groups, _scores(**{"0": 4, "2": 5}), keep={"0": a / 4, "2": b / 5}, cost=cost)
         small = measure(tiny((a, b))[0], EXAMPLE)
         assert predict(plan, cost) == small
         assert (small.macs, small.parameters) == by_hand(a, b)
@@ -295,6 +299,8 @@ def test_an_impossible_budget_names_the_smallest_share(scope):
 
 # --- refusals -------------------------------------------------------------------------------------
 
+WHOLE = "nothing would be cut: min_keep, round_to or the small widths leave every group whole"
+FROZEN = "nothing would be cut: every channel group is frozen or ignored (out: an output)"
 COST = measure(nn.Conv2d(3, 4, 1), torch.zeros(1, 3, 2, 2))
 
 
@@ -315,9 +321,9 @@ COST = measure(nn.Conv2d(3, 4, 1), torch.zeros(1, 3, 2, 2))
         ({"keep": 0.5, "normalize": "std"}, "normalize='std': must be one of mean, max, l2, none"),
         ({"keep": 0.5, "ignore": ["blok1"]}, "ignore: 'blok1' matches no layer; did you mean 'block1'?"),
         ({"keep": {"blok1": 0.5}}, "keep: 'blok1' matches no layer; did you mean 'block1'?"),
-        ({"keep": 0.9, "round_to": 4}, "nothing would be cut: min_keep, round_to or the small widths leave every group whole"),
-        ({"keep": 0.5, "ignore": ["*"]}, "nothing would be cut: every channel group is frozen or ignored (out: an output)"),
-        ({"macs": 0.5, "cost": COST, "ignore": ["*"]}, "nothing would be cut: every channel group is frozen or ignored (out: an output)"),
+        ({"keep": 0.9, "round_to": 4}, WHOLE),
+        ({"keep": 0.5, "ignore": ["*"]}, FROZEN),
+        ({"macs": 0.5, "cost": COST, "ignore": ["*"]}, FROZEN),
     ],
 )  # fmt: skip
 def test_refusals(options, message):
