@@ -12,7 +12,7 @@ from .permutations import permutation
 from .power import resolvable_difference, trials_needed
 from .results import AgainstControl, Difference, Effect, Equivalence, Pairwise, Significance, Summary
 from .several import against_control, dunn, holm, kruskal_wallis
-from .two import cliffs_delta, equivalence, mann_whitney, mean_difference, mean_ratio, summarise
+from .two import cliffs_delta, equivalence, mann_whitney, mean_difference, mean_interval, mean_ratio, summarise
 
 __all__ = [
     "AgainstControl",
@@ -30,6 +30,7 @@ __all__ = [
     "kruskal_wallis",
     "mann_whitney",
     "mean_difference",
+    "mean_interval",
     "mean_ratio",
     "permutation",
     "resolvable_difference",

@@ -26,6 +26,22 @@ def summarise(values: ArrayLike) -> Summary:
     return Summary(len(x), float(x.mean()), sd, float(np.median(x)), float(x.min()), float(x.max()))
 
 
+def mean_interval(values: ArrayLike, *, confidence: float = 0.95) -> tuple[float, float] | None:
+    """Student's interval for the mean of one group; None for a single value.
+
+    >>> low, high = mean_interval([1.0, 2.0, 3.0])
+    >>> round(low, 3), round(high, 3)
+    (-0.484, 4.484)
+    """
+    from scipy.special import stdtrit
+
+    x = check_sample(values)
+    if len(x) < 2:
+        return None
+    half = float(stdtrit(len(x) - 1, (1 + confidence) / 2)) * float(x.std(ddof=1)) / math.sqrt(len(x))
+    return float(x.mean()) - half, float(x.mean()) + half
+
+
 def mean_difference(
     sample: ArrayLike, control: ArrayLike, *, confidence: float = 0.95, paired: bool = False
 ) -> Difference:

@@ -1,0 +1,126 @@
+"""Numbers as they are printed: few digits, the same everywhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from .. import stats
+from .study import Measure
+
+MISSING = "–"
+
+
+def number(x: float | None, kind: str = "number") -> str:
+    """One number in its kind's form.
+
+    >>> number(89.304, "percent"), number(313_201_664, "count"), number(0.01234, "seconds"), number(None)
+    ('89.30', '313 M', '0.0123', '–')
+    """
+    if x is None or math.isnan(x):
+        return MISSING
+    if kind == "percent":
+        return f"{x:.2f}"
+    if kind == "count":
+        return _count(x)
+    if kind == "seconds":
+        return significant(x, 3) if abs(x) < 100 else f"{x:.0f}"
+    return significant(x, 3)
+
+
+def mean_sd(values: Sequence[float], measure: Measure) -> str:
+    """Mean ± standard deviation; the mean alone where all values agree or there is only one.
+
+    >>> mean_sd([89.0, 90.0], Measure("top1", "Top-1", "%", "percent"))
+    '89.50 ± 0.71'
+    """
+    if not values:
+        return MISSING
+    found = stats.summarise(values)
+    mean = number(found.mean, measure.kind)
+    if found.sd is None or found.low == found.high:
+        return mean
+    if measure.kind == "count":
+        # Both in the mean's unit: "1.20 ± 0.05 M" reads better than "1.20 M ± 50.0 k".
+        factor, unit = _scale(found.mean)
+        return f"{significant(found.mean / factor, 3)} ± {significant(found.sd / factor, 2)}{unit}"
+    if measure.kind == "percent":
+        return f"{mean} ± {found.sd:.2f}"
+    digits = len(mean.partition(".")[2])
+    return f"{mean} ± {found.sd:.{digits}f}"
+
+
+def p_value(p: float | None) -> str:
+    """A p-value to four places, as the reference tables have them.
+
+    >>> p_value(0.03318), p_value(0.00001), p_value(1.0)
+    ('.0332', '< .0001', '1')
+    """
+    if p is None:
+        return MISSING
+    if p < 0.0001:
+        return "< .0001"
+    return "1" if p > 0.99995 else f"{p:.4f}"[1:]
+
+
+def signed(x: float | None, digits: int = 2) -> str:
+    """A difference with its sign; a true minus, so that columns line up.
+
+    >>> signed(-0.698), signed(0.5)
+    ('−0.70', '+0.50')
+    """
+    if x is None:
+        return MISSING
+    text = f"{x:+.{digits}f}"
+    return text.replace("-", "−") if float(text) else f"{0:.{digits}f}"
+
+
+def interval(low: float | None, high: float | None, digits: int = 2) -> str:
+    """Two bounds of a difference.
+
+    >>> interval(-1.2, 0.3)
+    '−1.20 … +0.30'
+    """
+    return MISSING if low is None or high is None else f"{signed(low, digits)} … {signed(high, digits)}"
+
+
+def times(ratio: float | None) -> str:
+    """A ratio.
+
+    >>> times(3.9512), times(12.3)
+    ('3.95×', '12.3×')
+    """
+    return MISSING if ratio is None else f"{significant(ratio, 3)}×"
+
+
+def plain(x: float) -> str:
+    """A margin or level without trailing zeros.
+
+    >>> plain(0.5), plain(2.0)
+    ('0.5', '2')
+    """
+    return f"{x:g}"
+
+
+def significant(x: float, digits: int) -> str:
+    """So many significant digits, never in scientific notation unless tiny."""
+    if x == 0:
+        return "0"
+    places = digits - 1 - math.floor(math.log10(abs(x)))
+    if places > 8:
+        return f"{x:.{digits - 1}e}"
+    return f"{x:.{max(places, 0)}f}"
+
+
+def _scale(x: float) -> tuple[float, str]:
+    for factor, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if abs(x) >= factor:
+            return factor, unit
+    return 1.0, ""
+
+
+def _count(x: float) -> str:
+    factor, unit = _scale(x)
+    if factor == 1:
+        return f"{x:.0f}"
+    return f"{significant(x / factor, 3)}{unit}"
