@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "filterfold"
 
 FLOORS: list[set[str]] = [
-    {"errors", "plan", "storage", "progress", "modes", "axes"},
+    {"errors", "plan", "groups", "storage", "progress", "modes", "axes"},
     {"cost", "clustering", "stats", "latency", "structure", "zoo", "data"},
     {"graph", "criteria", "selection", "surgery", "verify", "folding"},
     {"prune", "online", "sensitivity", "training", "checkpoint", "export"},
@@ -25,11 +25,11 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 SIBLINGS = {
     ("storage", "errors"),
     ("plan", "errors"),
+    ("groups", "plan"),
+    ("__main__", "cli"),
     ("axes", "plan"),
     ("axes", "errors"),
     ("verify", "surgery"),
-    ("surgery", "graph"),
-    ("verify", "graph"),
 }
 """Imports within one floor that are wanted, as (importer, imported)."""
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from filterfold.cost import measure
 from filterfold.errors import SelectionError
-from filterfold.graph.groups import ChannelGroup
+from filterfold.groups import ChannelGroup
 from filterfold.plan import Cut, Plan, Slice
 from filterfold.selection import from_clusters, predict, select
 from filterfold.selection.search import count

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..groups import ChannelGroup
 from ..plan import Role, Slice
-from .groups import ChannelGroup
 from .labels import AxisLabels, Ledger
 
 Ints = NDArray[np.int64]

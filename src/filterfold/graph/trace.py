@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TraceError
+from ..groups import ChannelGroup
 from . import rules_layer, rules_math, rules_shape
 from .assemble import Assembly, assemble
-from .groups import ChannelGroup
 from .labels import FIXED, Ledger
 from .rules import RULES
 from .walk import Mark, Recorder, Step, Walk, module_stack

@@ -11,7 +11,7 @@ from ..cost import Cost
 from ..errors import SelectionError
 
 if TYPE_CHECKING:
-    from ..graph.groups import ChannelGroup
+    from ..groups import ChannelGroup
 
 
 def check_budget(

@@ -10,7 +10,7 @@ from ..plan import DROPPED, Cut, Plan
 from .checks import suggestion
 
 if TYPE_CHECKING:
-    from ..graph.groups import ChannelGroup
+    from ..groups import ChannelGroup
 
 
 def from_clusters(groups: Iterable[ChannelGroup], labels: Mapping[str, Sequence[int]]) -> Plan:
@@ -28,7 +28,7 @@ def from_clusters(groups: Iterable[ChannelGroup], labels: Mapping[str, Sequence[
     different numbers of units, if a class is left without a unit, or if the group is frozen.
 
     ```python
-    >>> from filterfold.graph.groups import ChannelGroup
+    >>> from filterfold.groups import ChannelGroup
     >>> group = ChannelGroup("conv", 4, (), (), True, None, (0,) * 4, (0,) * 4)
     >>> from_clusters([group], {"conv": [7, 2, 7, 5]}).cuts[0].assignment
     (0, 1, 0, 2)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import SelectionError
 
 if TYPE_CHECKING:
-    from ..graph.groups import ChannelGroup
+    from ..groups import ChannelGroup
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from .order import Room, rank
 from .search import NORMS, Normalize, Scope, count, search
 
 if TYPE_CHECKING:
-    from ..graph.groups import ChannelGroup
+    from ..groups import ChannelGroup
 
 
 def select(
@@ -73,7 +73,7 @@ def select(
 
     ```python
     >>> import torch
-    >>> from filterfold.graph.groups import ChannelGroup
+    >>> from filterfold.groups import ChannelGroup
     >>> from filterfold.plan import Slice
     >>> part = Slice("conv.weight", 0, (0, 1, 2, 3), "filter")
     >>> group = ChannelGroup("conv", 4, (part,), (), True, None, (0,) * 4, (0,) * 4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..plan import Slice
+from .plan import Slice
 
 
 @dataclass(frozen=True, slots=True)
