@@ -1,0 +1,57 @@
+"""The commands put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from . import inspect as inspecting
+from . import report as reporting
+from .errors import refusing
+from .spread import spread
+
+app = typer.Typer(
+    name="filterfold",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+def main() -> None:
+    """Entry point of the `filterfold` command."""
+    app()
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from .. import __version__
+
+        typer.echo(f"filterfold {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _everything(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Make ConvNets small and fast: cut filters while training or afterwards, and prove what it cost.
+
+    Start with `filterfold demo`: a whole comparison on handwritten digits in about two minutes.
+    """
+
+
+def _add(command: Callable[..., None], examples: str, interrupted: str) -> None:
+    app.command(epilog=examples)(refusing(interrupted)(spread(command)))
+
+
+_RESUME = "the same command goes on from here"
+_NOTHING = "nothing is left half-written"
+
+_add(inspecting.inspect, inspecting.EXAMPLES, _NOTHING)
+_add(reporting.report, reporting.EXAMPLES, _RESUME)

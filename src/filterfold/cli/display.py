@@ -1,0 +1,120 @@
+"""What the terminal shows: progress bars, messages of the library, tables."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ..progress import show
+
+console = Console(highlight=False)
+if not console.is_terminal and "COLUMNS" not in os.environ:
+    console.width = 140  # tables in files and pipes are not squeezed into Rich's 80 columns
+
+
+class _Messages(logging.Handler):
+    """The library's log as plain lines between the progress bars: warnings, and what trials come to."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno < logging.WARNING and not record.name.startswith("filterfold.experiment"):
+            return
+        style = "yellow" if record.levelno >= logging.WARNING else None
+        console.print(record.getMessage(), style=style, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def live() -> Iterator[None]:
+    """Show the library's progress and messages for the length of a `with` block.
+
+    Bars are drawn on a terminal only; messages always.
+    """
+    logger, handler = logging.getLogger("filterfold"), _Messages()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        if not console.is_terminal:
+            yield
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console, transient=True) as bars, show(_display(bars)):
+            yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def _display(bars: Progress) -> Any:
+    def draw(items: Iterable[Any], description: str, total: int | None) -> Iterator[Any]:
+        if total is None and isinstance(items, Sized):
+            total = len(items)
+        task = bars.add_task(description, total=total)
+        try:
+            for item in items:
+                yield item
+                bars.advance(task)
+        finally:
+            bars.remove_task(task)
+
+    return draw
+
+
+def table(title: str | None, columns: Iterable[str], rows: Iterable[Iterable[str]], texts: int = 1) -> None:
+    """Print a table.
+
+    **Arguments:**
+
+    - `texts`: how many columns hold text, to the left, wrapped from the second on; the others hold figures.
+    """
+    drawn = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, name in enumerate(columns):
+        drawn.add_column(
+            name,
+            justify="left" if index < texts else "right",
+            no_wrap=index == 0 or index >= texts,
+            overflow="fold",
+        )
+    for row in rows:
+        drawn.add_row(*map(escape, row))
+    console.print(drawn)
+
+
+def say(message: str) -> None:
+    """Print one line as it is: paths are neither wrapped nor coloured."""
+    console.print(message, markup=False, soft_wrap=True)
+
+
+def count(value: float) -> str:
+    """A count that people can read.
+
+    >>> count(313_463_808), count(14_987_722), count(912)
+    ('313.5 M', '14.99 M', '912')
+    """
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.4g} {unit}"
+    return f"{value:.0f}"
+
+
+def change(before: float, after: float) -> str:
+    """A change in percent, signed.
+
+    >>> change(200, 50), change(0, 0)
+    ('-75.0 %', '')
+    """
+    return f"{100 * (after - before) / before:+.1f} %" if before else ""

@@ -1,0 +1,119 @@
+"""The families of options: a model, a data set, a training recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Option
+
+from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..data import ImageData
+
+MODEL_HELP = (
+    "vgg16, vgg_small, resnet20|32|44|56|110, timm:NAME, torchvision:NAME, package.module:factory, or file.py:factory."
+)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which network."""
+
+    model: Annotated[str, Option("--model", "-m", help=MODEL_HELP, rich_help_panel="Model")] = "vgg16"
+    width: Annotated[float, Option(help="Multiplier on every layer's width.", rich_help_panel="Model")] = 1.0
+
+    def build(self, data: ImageData) -> nn.Module:
+        """The network for a data set, with fresh weights."""
+        from ..zoo import build
+
+        return build(
+            self.model,
+            classes=len(data.classes),
+            channels=data.channels,
+            width=self.width,
+            image_size=data.image_size,
+        )
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which images, and how they are split and normalised."""
+
+    data: Annotated[
+        str,
+        Option(
+            "--data",
+            "-d",
+            help="digits, cifar10, cifar100, a Parquet or image folder, or a hub id.",
+            rich_help_panel="Data",
+        ),
+    ] = "cifar10"
+    image_size: Annotated[int | None, Option(help="Scale to this size (pixels).", rich_help_panel="Data")] = None
+    channels: Annotated[int | None, Option(help="1 (grey) or 3.", rich_help_panel="Data")] = None
+    image_column: Annotated[str | None, Option(help="Column with the images.", rich_help_panel="Data")] = None
+    label_column: Annotated[str | None, Option(help="Column with the labels.", rich_help_panel="Data")] = None
+    train_split: Annotated[str | None, Option(help="Name of the training split.", rich_help_panel="Data")] = None
+    validation_split: Annotated[str | None, Option(help="Name of the validation split.", rich_help_panel="Data")] = None
+    test_split: Annotated[str | None, Option(help="Name of the test split.", rich_help_panel="Data")] = None
+    validation: Annotated[
+        str | None,
+        Option(
+            help="Hold out of the training images: a share (0.1) or a count (5000).",
+            show_default="a tenth",
+            rich_help_panel="Data",
+        ),
+    ] = None
+    train_limit: Annotated[
+        int | None, Option(help="Train on so many images only, balanced over classes.", rich_help_panel="Data")
+    ] = None
+    normalization: Annotated[str, Option(help="dataset or imagenet.", rich_help_panel="Data")] = "dataset"
+    augment: Annotated[
+        str | None,
+        Option(help="none, crop or crop-flip.", show_default="what suits the data", rich_help_panel="Data"),
+    ] = None
+    cache_dir: Annotated[
+        Path | None,
+        Option(help="Where decoded images are kept.", show_default="~/.cache/filterfold", rich_help_panel="Data"),
+    ] = None
+
+    def keywords(self) -> dict[str, Any]:
+        """What `data.load` is to be told and a result depends on: only what was asked for."""
+        asked: dict[str, Any] = {
+            "image_size": self.image_size,
+            "channels": self.channels,
+            "image_column": self.image_column,
+            "label_column": self.label_column,
+            "train_split": self.train_split,
+            "validation_split": self.validation_split,
+            "test_split": self.test_split,
+            "validation": _amount(self.validation),
+            "train_limit": self.train_limit,
+            "normalization": self.normalization,
+            "augment": self.augment,
+        }
+        return {key: value for key, value in asked.items() if value is not None}
+
+    def load(self) -> ImageData:
+        """The data set."""
+        from ..data import load
+
+        return load(self.data, cache_dir=self.cache_dir, **self.keywords())
+
+
+def _amount(text: str | None) -> float | None:
+    """A share (0.1) or a count (5000).
+
+    >>> _amount("0.1"), _amount("5000"), _amount("0")
+    (0.1, 5000, 0)
+    """
+    if text is None:
+        return None
+    try:
+        return float(text) if "." in text or "e" in text.lower() else int(text)
+    except ValueError:
+        raise ConfigError(f"--validation {text}: give a share such as 0.1, or a count such as 5000") from None

@@ -1,0 +1,72 @@
+"""`filterfold report`: tables, statistics, plots and one HTML page, of a run folder or of anybody's table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from ..errors import ConfigError, RecordError
+from . import results
+from .display import live, say
+
+EXAMPLES = """
+Examples:
+
+  filterfold report runs/compare
+
+  filterfold report --table results.csv --control original
+
+  filterfold report --table results.csv --column top1=score --column seed=run
+"""
+
+MARGIN_HELP = "The largest loss of top-1, in points, that counts as 'no worse'; to be fixed beforehand."
+CONTROL_HELP = "Method that all others are held against."
+
+
+def report(
+    folder: Annotated[Path | None, Argument(help="Run folder with records of trials.")] = None,
+    table: Annotated[Path | None, Option(help="A CSV table instead, one row a trial.")] = None,
+    out: Annotated[Path | None, Option(help="Where to write.", show_default="the run folder; NAME-report")] = None,
+    margin: Annotated[float, Option(help=MARGIN_HELP)] = 0.5,
+    control: Annotated[str, Option(help=CONTROL_HELP)] = "dense",
+    column: Annotated[list[str] | None, Option(help="FIELD=COLUMN where a table's names don't say it.")] = None,
+) -> None:
+    """Write the report on a comparison: tables, tests, plots, one HTML page that opens without a network."""
+    if (folder is None) == (table is None):
+        raise ConfigError("give a run folder or --table FILE, one of the two")
+    if column and table is None:
+        raise ConfigError("--column says how to read a --table; records need none")
+    with live():
+        if table is not None:
+            from ..report.load import read_table
+
+            records, place = read_table(table, _columns(column or [])), out or Path(f"{table.stem}-report")
+        else:
+            from ..experiment.records import read_all
+
+            assert folder is not None
+            records, place = list(map(dict, read_all(folder))), out or (folder if folder.is_dir() else folder.parent)
+        if place.exists() and (not place.is_dir() or (place != folder and _foreign(place))):
+            raise RecordError(f"{place} is not empty and holds no report; give another --out")
+        page = results.write(records, place, margin, control)
+    results.show(records, margin, control)
+    say(f"report: {page}")
+
+
+def _foreign(folder: Path) -> bool:
+    return any(folder.iterdir()) and not (folder / "report.html").exists()
+
+
+def _columns(pairs: list[str]) -> dict[str, str]:
+    """Field → column.
+
+    >>> _columns(["top1=score"])
+    {'top1': 'score'}
+    """
+    split = [pair.partition("=") for pair in pairs]
+    bad = [pair for pair, (field, _, column) in zip(pairs, split, strict=True) if not (field and column)]
+    if bad:
+        raise ConfigError(f"--column {bad[0]}: give FIELD=COLUMN, such as top1=score")
+    return {field: column for field, _, column in split}
