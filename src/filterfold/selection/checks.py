@@ -5,13 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..cost import Cost
 from ..errors import SelectionError
-
-if TYPE_CHECKING:
-    from ..groups import ChannelGroup
+from ..groups import ChannelGroup
 
 
 def check_budget(

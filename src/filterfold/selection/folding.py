@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from ..errors import SelectionError
+from ..groups import ChannelGroup
 from ..plan import DROPPED, Cut, Plan
 from .checks import suggestion
-
-if TYPE_CHECKING:
-    from ..groups import ChannelGroup
 
 
 def from_clusters(groups: Iterable[ChannelGroup], labels: Mapping[str, Sequence[int]]) -> Plan:

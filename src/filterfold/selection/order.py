@@ -7,15 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import lcm
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..errors import SelectionError
-
-if TYPE_CHECKING:
-    from ..groups import ChannelGroup
+from ..groups import ChannelGroup
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from ..cost import Cost
 from ..errors import SelectionError
+from ..groups import ChannelGroup
 from ..plan import Cut, Plan, keep_units
 from .checks import check_budget, check_options, matching
 from .forecast import predict
 from .order import Room, rank
 from .search import NORMS, Normalize, Scope, count, search
-
-if TYPE_CHECKING:
-    from ..groups import ChannelGroup
 
 
 def select(
