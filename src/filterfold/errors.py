@@ -49,3 +49,7 @@ class ConfigError(FilterfoldError):
 
 class RecordError(FilterfoldError):
     """A results folder or record that is damaged or already taken."""
+
+
+class TrainingError(FilterfoldError):
+    """A training run that can't go on."""

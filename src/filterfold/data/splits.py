@@ -121,6 +121,11 @@ class ImageData:
     test: AnySplit
     augment: str
 
+    @property
+    def example(self) -> Tensor:
+        """One image of zeros, shape (1, channels, size, size), float32: for tracing and counting."""
+        return torch.zeros(1, self.channels, self.image_size, self.image_size)
+
     def __str__(self) -> str:
         """One line: name, sizes of the splits, shape of an image."""
         sizes = f"{len(self.train)} train, {len(self.validation)} validation, {len(self.test)} test"

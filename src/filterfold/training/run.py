@@ -1,0 +1,163 @@
+"""A training run as its callbacks see it, and what it leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from ..cost import measure
+from ..data import ImageData
+from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+class Row(TypedDict):
+    """One epoch.
+
+    - `phase`: name of the run, such as "train" or "retrain"; `epoch`: counted from 1.
+    - `train_loss`: mean cross-entropy over the epoch's batches, without what callbacks add.
+    - `validation_top1`: percent, after the epoch's callbacks; None where nothing was held out or asked.
+    - `learning_rate`: of the last batch.
+    - `seconds`: training and callbacks, without validation and checkpoint.
+    - `macs`: multiply-accumulates an image of the network that the epoch ends with.
+    - `events`: what callbacks reported.
+    """
+
+    phase: str
+    epoch: int
+    train_loss: float
+    validation_top1: float | None
+    learning_rate: float
+    seconds: float
+    macs: int
+    events: list[str]
+
+
+@dataclass
+class History:
+    """The epochs of a run."""
+
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """Training time of all epochs, also of those before an interruption."""
+        return sum(row["seconds"] for row in self.rows)
+
+    @property
+    def best_top1(self) -> float | None:
+        """The best validation top-1, or None without validation. Optimistic: report the last one."""
+        found = [row["validation_top1"] for row in self.rows if row["validation_top1"] is not None]
+        return max(found, default=None)
+
+    @property
+    def last_top1(self) -> float | None:
+        """The validation top-1 after the last epoch."""
+        return self.rows[-1]["validation_top1"] if self.rows else None
+
+
+class Callback:
+    """Something that takes part in a run; override what is needed.
+
+    A callback may change the network physically, as long as every parameter stays the same object (`surgery.apply`
+    does so) and it calls `run.structure_changed()` afterwards. Cut between batches: in `on_epoch_end`.
+    """
+
+    def on_start(self, run: Run) -> None:
+        """Called once in each process, with model and optimizer in the state they start or go on from.
+
+        After an interruption the network is pruned already; `load_state_dict` follows.
+        """
+
+    def on_batch_loss(self, run: Run) -> Tensor | None:  # noqa: ARG002  # what overrides it needs the run
+        """A scalar to add to the batch's loss, or None."""
+        return None
+
+    def after_backward(self, run: Run) -> None:
+        """Called with the gradients in place (unscaled), before the optimizer's step."""
+
+    def on_epoch_end(self, run: Run) -> None:
+        """Called after the epoch's last batch, before validation and the checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must survive an interruption: nested dicts, lists and tuples of tensors and plain values."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+
+
+class Run:
+    """The state of a run, for its callbacks.
+
+    **Attributes:**
+
+    - `model`: the network itself, not wrapped; `optimizer`: the one that steps it.
+    - `data`, `recipe`, `phase`: what `train` was given.
+    - `fabric`: Lightning Fabric, for the device and precision.
+    - `epoch`: the present epoch, counted from 1; 0 before the first.
+    - `step`: batches done in the whole run.
+    - `history`: rows of the epochs that are over.
+    - `macs`: multiply-accumulates an image of the present network.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        data: ImageData,
+        recipe: Recipe,
+        fabric: Fabric,
+        phase: str,
+    ) -> None:
+        self.model, self.optimizer, self.data, self.recipe = model, optimizer, data, recipe
+        self.fabric, self.phase = fabric, phase
+        self.epoch = 0
+        self.step = 0
+        self.history = History()
+        self.macs = 0
+        self._events: list[str] = []
+        self._compiled = False
+        self.forward: nn.Module = model
+        self.structure_changed()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the run computes."""
+        return self.fabric.device
+
+    @property
+    def example(self) -> Tensor:
+        """One image of zeros on the run's device, shape (1, channels, size, size), for tracing and counting."""
+        return self.data.example.to(self.device)
+
+    def event(self, text: str) -> None:
+        """Note something in the present epoch's row."""
+        self._events.append(text)
+
+    def take_events(self) -> list[str]:
+        """The events since the last call."""
+        events, self._events = self._events, []
+        return events
+
+    def structure_changed(self) -> None:
+        """Tell the run that the network's shapes have changed: lay it out anew, wrap it again, count its cost."""
+        layout = torch.channels_last if self.recipe.channels_last else torch.contiguous_format
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            form = layout if tensor.ndim == 4 else torch.contiguous_format
+            if not tensor.is_contiguous(memory_format=form):
+                tensor.data = tensor.data.contiguous(memory_format=form)
+        inner: Any = self.model
+        if self.recipe.compile:
+            if self._compiled:  # graphs of the old shapes would count against the limit of recompilations
+                torch.compiler.reset()
+            inner = torch.compile(self.model)
+            self._compiled = True
+        self.forward = self.fabric.setup_module(inner)
+        self.macs = measure(self.model, self.example).macs
