@@ -48,7 +48,7 @@ def identity(
         },
         "callbacks": [type(callback).__name__ for callback in callbacks],
         "optimizer": type(optimizer).__name__ if optimizer is not None else None,
-        "model": snapshot(model),
+        "model": snapshot(model)["tensors"],
     }
 
 
