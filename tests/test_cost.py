@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from filterfold import zoo
 from filterfold.cost import measure
 from filterfold.errors import ModelError
 
@@ -81,6 +84,39 @@ def test_functional_layers(batch):
     assert cost.macs == 9 * 128 + 27 * 64 + (135 + 35 + 28 + 8) * 36
     assert cost.weights == cost.parameters == 9 + 135 + 35 + 28 + 8
     assert cost.activation_macs == 0
+
+
+# Li et al. (2017), section 4: layer ids count from 1, blocks' first convolutions are the even ones
+RESNETS = {
+    "resnet56": (56, (0, 0, 0), ()),
+    "resnet56-pruned-A": (56, (1, 1, 1), (16, 20, 38, 54)),
+    "resnet56-pruned-B": (56, (6, 3, 1), (16, 18, 20, 34, 38, 54)),
+    "resnet110": (110, (0, 0, 0), ()),
+    "resnet110-pruned-A": (110, (5, 0, 0), (36,)),
+    "resnet110-pruned-B": (110, (5, 4, 3), (36, 38, 74)),
+}
+VGGS = {
+    "vgg16": [64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512, 512],
+    "vgg16-pruned-A": [32, 64, 128, 128, 256, 256, 256, 256, 256, 256, 256, 256, 256, 512],
+}
+
+
+@pytest.mark.parametrize("name", [*VGGS, *RESNETS])
+def test_counts_of_li_et_al_to_the_unit(shared, name):
+    with (shared / "reference" / "li2017_table1.csv").open() as file:
+        row = next(row for row in csv.DictReader(file) if row["model"] == name)
+    if name in VGGS:
+        model = zoo.build_vgg(widths=VGGS[name])
+    else:
+        depth, tenths, skipped = RESNETS[name]
+        blocks = (depth - 2) // 2
+        stages = [(16, 32, 64)[3 * block // blocks] for block in range(blocks)]
+        pruned = [0 if 2 * block + 2 in skipped else tenths[3 * block // blocks] for block in range(blocks)]
+        model = zoo.build_resnet(depth, inner=[c * (10 - p) // 10 for c, p in zip(stages, pruned, strict=True)])
+    cost = measure(model, torch.zeros(1, 3, 32, 32))
+    assert (cost.macs, cost.weights) == (int(row["macs_exact"]), int(row["weights_exact"]))
+    assert cost.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert (cost.activation_macs, cost.uncounted) == (0, ())
 
 
 def test_attention_is_told_apart():

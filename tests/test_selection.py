@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 from fractions import Fraction
 
@@ -9,11 +10,14 @@ import pytest
 import torch
 from torch import nn
 
+from filterfold import zoo
 from filterfold.cost import measure
+from filterfold.criteria import score
 from filterfold.errors import SelectionError
+from filterfold.graph import trace
 from filterfold.groups import ChannelGroup
 from filterfold.plan import Cut, Plan, Slice
-from filterfold.selection import from_clusters, predict, select
+from filterfold.selection import from_clusters, predict, select, select_greedily
 from filterfold.selection.search import count
 
 
@@ -315,6 +319,7 @@ COST = measure(nn.Conv2d(3, 4, 1), torch.zeros(1, 3, 2, 2))
         ({"keep": 0.5, "macs": 0.5}, "keep= can't be combined with macs= or parameters=: give one or the other"),
         ({"macs": 0.5}, "macs= and parameters= need cost=filterfold.cost.measure(model, example_inputs)"),
         ({"keep": {"a": 0.5}, "scope": "global"}, 'keep= for single layers needs scope="layer"'),
+        ({"keep": 0.5, "ignore": "head"}, "ignore='head': must be a list of names; write ['head']"),
         ({"keep": 0.5, "round_to": 0}, "round_to=0: must be a whole number of at least 1"),
         ({"keep": 0.5, "min_keep": 1.5}, "min_keep=1.5: must be a whole number of at least 1"),
         ({"keep": 0.5, "scope": "net"}, 'scope=\'net\': must be "layer" or "global"'),
@@ -352,6 +357,51 @@ def test_scores_that_do_not_fit(scores, message):
 def test_keeping_all_is_no_error():
     plan = select([group()], _scores(conv=4), keep=1.0)
     assert not plan.changes
+
+
+# --- greedy ---------------------------------------------------------------------------------------
+
+
+def test_greedy_selection_by_hand():
+    """The second layer's filters read [3, 1] channels; once the first channel is gone, 2 beats 1."""
+    net = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.Conv2d(2, 2, 1, bias=False))
+    net[0].weight.data = torch.tensor([1.0, 4.0]).view(2, 1, 1, 1)
+    net[1].weight.data = torch.tensor([[9.0, 1.0], [-3.0, 2.0]]).view(2, 2, 1, 1)
+    first = ChannelGroup(
+        "0", 2, (Slice("0.weight", 0, (0, 1), "filter"),), (Slice("1.weight", 1, (0, 1), "kernel"),),
+        True, None, (0, 0), (0, 0),
+    )  # fmt: skip
+    second = ChannelGroup("1", 2, (Slice("1.weight", 0, (0, 1), "filter"),), (), True, None, (0, 0), (0, 0))
+    independent = select((first, second), score((first, second), net), keep=0.5)
+    assert [cut.assignment for cut in independent.cuts] == [(-1, 0), (0, -1)]
+    greedy = select_greedily(
+        (first, second), lambda group, plan: score([group], net, without=plan)[group.name], keep=0.5
+    )
+    assert [cut.assignment for cut in greedy.cuts] == [(-1, 0), (-1, 0)]
+    assert greedy.notes["scoring"] == "greedy"
+
+
+# --- the networks of Li et al. --------------------------------------------------------------------
+
+FIRST_CONVOLUTIONS = [f"layer{stage}.{block}.conv1" for stage in (1, 2, 3) for block in range(9)]
+RESNET56 = {
+    "resnet56-pruned-A": ((0.1, 0.1, 0.1), (16, 20, 38, 54)),
+    "resnet56-pruned-B": ((0.6, 0.3, 0.1), (16, 18, 20, 34, 38, 54)),
+}
+
+
+@pytest.mark.parametrize("name", RESNET56)
+def test_resnet56_as_li_et_al_prune_it(shared, name):
+    with (shared / "reference" / "li2017_table1.csv").open() as file:
+        row = next(row for row in csv.DictReader(file) if row["model"] == name)
+    ratios, skipped = RESNET56[name]
+    model, example = zoo.build("resnet56"), torch.zeros(1, 3, 32, 32)
+    groups, cost = trace(model, example), measure(model, example)
+    keep = {
+        layer: 1 - ratios[place // 9] for place, layer in enumerate(FIRST_CONVOLUTIONS) if 2 * place + 2 not in skipped
+    }
+    after = predict(select(groups, score(groups, model), keep=keep, cost=cost), cost)
+    assert (after.macs, after.weights) == (int(row["macs_exact"]), int(row["weights_exact"]))
 
 
 # --- clusters -------------------------------------------------------------------------------------

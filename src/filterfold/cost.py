@@ -237,6 +237,10 @@ class WeightOps(TorchDispatchMode):  # type: ignore[no-untyped-call]
       op's packet (`torch.ops.aten.conv2d`), `name` is None where the weight is an activation.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing here is compiled, and the default imports torch._dynamo (over a second)
+
     def __init__(self, model: nn.Module, seen: Callable[..., None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.uncounted: set[str] = set()

@@ -8,6 +8,6 @@ ratio, or searched exactly for a budget.
 
 from .folding import from_clusters
 from .forecast import predict
-from .ratio import select
+from .ratio import select, select_greedily
 
-__all__ = ["from_clusters", "predict", "select"]
+__all__ = ["from_clusters", "predict", "select", "select_greedily"]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import SelectionError
 from ..groups import ChannelGroup
+from ..plan import Cut, keep_units
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,11 @@ class Room:
             return self.allowed[-1]
         below = max(0, above - 1)
         return min(self.allowed[below], self.allowed[above], key=lambda allowed: (abs(allowed - count), allowed))
+
+    def cut(self, count: int) -> Cut:
+        """Keep the first `count` units of the order."""
+        assignment = keep_units(self.group.size, self.order[:count])
+        return Cut(self.group.name, assignment, self.group.producers, self.group.consumers)
 
 
 def rank(group: ChannelGroup, scores: Mapping[str, Tensor], round_to: int, min_keep: int) -> Room:

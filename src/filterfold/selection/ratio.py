@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from ..cost import Cost
 from ..errors import SelectionError
 from ..groups import ChannelGroup
-from ..plan import Cut, Plan, keep_units
+from ..plan import Cut, Plan
 from .checks import check_budget, check_options, matching
 from .forecast import predict
 from .order import Room, rank
@@ -83,8 +84,7 @@ def select(
     groups = tuple(groups)
     asked = check_budget(keep, macs, parameters, cost, scope)
     check_options(scope, round_to, min_keep, normalize, NORMS)
-    ignored = {group.name for pattern in ignore for group in matching(pattern, groups, "ignore")}
-    free = [group for group in groups if group.frozen is None and group.name not in ignored]
+    free, ignored = _free(groups, ignore)
     ranked = [rank(group, scores, round_to, min_keep) for group in free]
     if not ranked:
         _refuse_nothing(groups, ranked, (), asked)
@@ -98,15 +98,67 @@ def select(
         limits = {"units" if name == "keep" else name: share for name, share in asked.items()}
         counts = search(ranked, limits, cost, scope, normalize)
     _refuse_nothing(groups, ranked, counts, asked)
-    cuts = tuple(
-        Cut(r.group.name, keep_units(r.group.size, r.order[:n]), r.group.producers, r.group.consumers)
-        for r, n in zip(ranked, counts, strict=True)
-    )
+    cuts = tuple(room.cut(number) for room, number in zip(ranked, counts, strict=True))
     notes: dict[str, Any] = {"scope": scope, "asked": asked, "achieved": _achieved(cuts, cost)}
     frozen = {group.name: group.frozen for group in groups if group.frozen is not None}
-    extras = {"adjusted": adjusted, "frozen": frozen, "ignored": sorted(ignored)}
+    extras = {"adjusted": adjusted, "frozen": frozen, "ignored": ignored}
     options = {"round_to": round_to, "min_keep": min_keep} if (round_to, min_keep) != (1, 1) else {}
     return Plan(cuts, notes=notes | options | {name: value for name, value in extras.items() if value})
+
+
+def select_greedily(
+    groups: Iterable[ChannelGroup],
+    score: Callable[[ChannelGroup, Plan], Tensor],
+    *,
+    keep: float | Mapping[str, float],
+    cost: Cost | None = None,
+    round_to: int = 1,
+    min_keep: int = 1,
+    ignore: Sequence[str] = (),
+) -> Plan:
+    """Choose the units to keep group by group, each scored with the earlier choices in view.
+
+    The greedy strategy of Li et al. (2017), section 3.2 and Figure 4: the kernels of channels that
+    were already dropped don't count for a filter.
+
+    **Arguments:**
+
+    - `groups`: in the order in which they are to be pruned, as `filterfold.trace` gives them.
+    - `score`: `score(group, plan)` → scores of shape `(size,)`, given the plan for the groups before,
+      such as `lambda group, plan: ff.score([group], model, without=plan)[group.name]`.
+    - the others: as in `select`, with a ratio per layer.
+
+    **Returns:** the `Plan`, with the notes of `select` and `"scoring": "greedy"`.
+
+    **Raises:** `SelectionError` as `select` does.
+
+    ```python
+    >>> import torch
+    >>> group = ChannelGroup("conv", 4, (), (), True, None, (0,) * 4, (0,) * 4)
+    >>> select_greedily([group], lambda group, plan: torch.arange(group.size), keep=0.5).widths
+    {'conv': (4, 2)}
+
+    ```
+    """
+    groups = tuple(groups)
+    cuts: list[Cut] = []
+    scores: dict[str, Tensor] = {}
+    check_budget(keep, None, None, cost, "layer")
+    shares = _shares(groups, keep)
+    for group in _free(groups, ignore)[0]:
+        scores[group.name] = score(group, Plan(tuple(cuts)))
+        room = rank(group, scores, round_to, min_keep)
+        cuts.append(room.cut(room.nearest(count(group.size, shares[group.name]))))
+    plan = select(groups, scores, keep=keep, cost=cost, round_to=round_to, min_keep=min_keep, ignore=ignore)
+    return replace(plan, notes={**plan.notes, "scoring": "greedy"})
+
+
+def _free(groups: Sequence[ChannelGroup], ignore: Sequence[str]) -> tuple[list[ChannelGroup], list[str]]:
+    """The groups that may be cut, and the names of those that are ignored."""
+    if isinstance(ignore, str):
+        raise SelectionError(f"ignore={ignore!r}: must be a list of names; write [{ignore!r}]")
+    ignored = {group.name for pattern in ignore for group in matching(pattern, groups, "ignore")}
+    return [group for group in groups if group.frozen is None and group.name not in ignored], sorted(ignored)
 
 
 def _shares(groups: Sequence[ChannelGroup], keep: float | Mapping[str, float]) -> dict[str, float]:
