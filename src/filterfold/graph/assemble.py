@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,9 @@ from .labels import AxisLabels, Ledger
 
 Ints = NDArray[np.int64]
 NOWHERE = -1
+
+# What a layer's weight is called: plain, under torch.nn.utils' old hooks, and under a parametrization.
+_WEIGHT = re.compile(r"(^|\.)(weight(_v|_orig)?|parametrizations\.weight\.original\d?)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +54,18 @@ def assemble(ledger: Ledger) -> Assembly:
     frozen = _reasons(ledger.frozen, members)
     inexact = _reasons(ledger.inexact, members)
     ordered = {group for vector in ledger.ordered for group in np.unique(members.group_of[vector]).tolist()}
+    names = _names([_first_filter(ledger, axes) for axes in members.axes])
     groups = tuple(
-        _describe(ledger, members, group, parts[group], frozen.get(group), inexact.get(group), group not in ordered)
+        _describe(
+            ledger,
+            members,
+            group,
+            parts[group],
+            frozen.get(group),
+            inexact.get(group),
+            group not in ordered,
+            names[group],
+        )
         for group in range(len(members.axes))
     )
     return Assembly(groups, members.group_of, members.unit_of)
@@ -96,6 +110,16 @@ def _gather(ledger: Ledger, component: Ints, count: int) -> _Members:
             for group in np.unique(touched[touched != NOWHERE]).tolist():
                 axes[group].append(entry)
     return _Members(group_of, unit[component], axes, sizes)
+
+
+def _first_filter(ledger: Ledger, axes: list[AxisLabels]) -> str:
+    return next(entry.tensor for entry in axes if ledger.roles.get(entry.start) == "filter")
+
+
+def _names(tensors: list[str]) -> list[str]:
+    """A group is named after the layer whose weight it is, or after a raw parameter itself; no name comes twice."""
+    short = [_WEIGHT.sub("", tensor) or tensor for tensor in tensors]
+    return [name if short.count(name) == 1 else tensor for name, tensor in zip(short, tensors, strict=True)]
 
 
 def _span(entry: AxisLabels) -> slice:
@@ -147,6 +171,7 @@ def _describe(
     frozen: str | None,
     inexact: str | None,
     symmetric: bool,
+    name: str,
 ) -> ChannelGroup:
     """One group with its slices."""
     size = members.sizes[group]
@@ -162,9 +187,8 @@ def _describe(
         )
         counts.append(np.bincount(units[here], minlength=size))
     classes = np.unique(np.stack(counts), axis=1, return_inverse=True)[1].reshape(-1)
-    maker = next(part for part in producers if part.role == "filter")
     return ChannelGroup(
-        name=maker.tensor.rpartition(".")[0] or maker.tensor,
+        name=name,
         size=size,
         producers=tuple(producers),
         consumers=tuple(consumers),

@@ -97,18 +97,16 @@ class Ledger:
         if not labelled:
             return FIXED if present else FREE
         first = labelled[0]
-        if len(labelled) < len(present):
-            for axis in labelled:
-                self.freeze(axis, f"must keep the size of a fixed axis at {where}")
         for axis in labelled[1:]:
-            if axis is first:
-                continue
             if len(axis) == len(first):
                 for a, b in zip(first, axis, strict=True):
                     self.join(a, b)
             else:
                 self.freeze(axis, f"meets an axis merged in another way at {where}")
                 self.freeze(first, f"meets an axis merged in another way at {where}")
+        if len(labelled) < len(present):
+            self.freeze(first, f"must keep the size of a fixed axis at {where}")
+            return FIXED
         return first
 
     def freeze(self, axis: Axis, reason: str) -> None:

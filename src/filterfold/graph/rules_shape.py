@@ -10,7 +10,7 @@ import numpy as np
 
 from .labels import FIXED, FREE, Axis, Layout, Vector
 from .rules import broadcast, rule, site, tensors_of
-from .walk import Call, Walk
+from .walk import Call, Split, Walk
 
 
 def reshape(walk: Walk, layout: Layout, old: Sequence[int], new: Sequence[int], hint: int | None) -> Layout:
@@ -79,10 +79,11 @@ def _settle(walk: Walk, block: np.ndarray[Any, np.dtype[np.int64]], chosen: int 
         return 0, None
     if len(varying) == 1:
         axis = varying[0]
-    elif chosen in varying and chosen is not None:
-        axis = chosen
     else:
-        axis = max(varying, key=lambda a: (block.shape[a], a))
+        options = sorted(varying, key=lambda a: (a == chosen, block.shape[a], a), reverse=True)
+        option = walk.choices.get(len(walk.splits), 0) % len(options)
+        axis = options[option]
+        walk.splits.append(Split(block.ravel(), len(options), option))
     rows = np.moveaxis(block, axis, 0).reshape(block.shape[axis], -1)
     vector = np.ascontiguousarray(rows[:, 0])
     if len(varying) > 1:
@@ -258,7 +259,7 @@ def split(walk: Walk, call: Call) -> list[Layout]:
     vectors = np.split(axis[0], np.cumsum(sizes)[:-1])
     if len(set(sizes)) == 1:
         walk.ledger.join(vectors[0][None], np.stack(vectors))
-    elif call.op != "split_with_sizes" or not walk.repairable:
+    elif call.op != "split_with_sizes":
         walk.ledger.freeze(axis, f"cut into pieces of unequal size by {site(call)}")
     return [(*layout[:dim], (vector,), *layout[dim + 1 :]) for vector in vectors]
 
@@ -277,8 +278,6 @@ def narrow(walk: Walk, call: Call) -> Layout:
     else:
         start = int(call["start"]) % x.shape[dim]
         chosen = slice(start, start + call["length"])
-    if not walk.repairable:
-        walk.ledger.freeze(axis, f"sliced at fixed positions by {site(call)}")
     return (*layout[:dim], tuple(vector[chosen] for vector in axis), *layout[dim + 1 :])
 
 

@@ -19,9 +19,11 @@ from . import rules_layer, rules_math, rules_shape
 from .assemble import Assembly, assemble
 from .labels import FIXED, Ledger
 from .rules import RULES
-from .walk import Mark, Recorder, Step, Walk, module_stack
+from .walk import Mark, Recorder, Split, Step, Walk, module_stack
 
 _LOG = logging.getLogger("filterfold.graph")
+OUTPUT = "reaches the model's output"
+_RETRIES = 2
 _RULE_FILES = (rules_layer, rules_math, rules_shape)
 
 
@@ -81,21 +83,53 @@ def trace(model: nn.Module, example_inputs: Tensor | tuple[Any, ...] | list[Any]
 
     ```
     """
-    ledger = Ledger()
-    walk = Walk(ledger, RULES)
+    traced, splits = _walk(model, example_inputs, {})
+    for _ in range(_RETRIES):
+        choices = _other_choices(traced, splits)
+        if not choices:
+            break
+        again, others = _walk(model, example_inputs, choices)
+        if _locked(again) >= _locked(traced):
+            break
+        traced, splits = again, others
+    if traced.unmet:
+        _LOG.info("never reached by the example inputs: %s", ", ".join(traced.unmet))
+    return traced
+
+
+def _walk(model: nn.Module, example_inputs: Any, choices: Mapping[int, int]) -> tuple[Traced, list[Split]]:
+    walk = Walk(Ledger(), RULES, choices)
     names = _register(model, walk)
-    positional, keywords = _arguments(example_inputs)
-    with _left_as_it_was(model, walk):
+    positional, keywords = arguments_of(example_inputs)
+    with left_as_it_was(model, walk):
         model.eval()
         _run(model, walk, positional, keywords)
         unmet = [name for key, name in names.items() if key not in walk.met]
         steps = tuple(walk.steps)
         if unmet:
             unmet = _train_pass(model, walk, names, positional, keywords)
-    if unmet:
-        _LOG.info("never reached by the example inputs: %s", ", ".join(unmet))
-    assembly = assemble(ledger)
-    return Traced(assembly.groups, Sizes(steps, assembly), unmet)
+    assembly = assemble(walk.ledger)
+    return Traced(assembly.groups, Sizes(steps, assembly), unmet), walk.splits
+
+
+def _locked(traced: Traced) -> int:
+    """How many units are frozen without reaching the output."""
+    return sum(group.size for group in traced if group.frozen not in (None, OUTPUT))
+
+
+def _other_choices(traced: Traced, splits: list[Split]) -> dict[int, int]:
+    """For every reshape whose labels ended up frozen, another part of the axis that could shrink instead.
+
+    Attention with a head size that fixes the scale is the usual case: there, whole heads can go.
+    """
+    choices = {place: split.chosen for place, split in enumerate(splits) if split.chosen}
+    found = False
+    for place, split in enumerate(splits):
+        groups = set(traced.sizes.assembly.group_of[split.labels].tolist()) - {-1}
+        if split.chosen + 1 < split.options and any(traced[group].frozen not in (None, OUTPUT) for group in groups):
+            choices[place] = split.chosen + 1
+            found = True
+    return choices if found else {}
 
 
 def _register(model: nn.Module, walk: Walk) -> dict[int, str]:
@@ -110,7 +144,8 @@ def _register(model: nn.Module, walk: Walk) -> dict[int, str]:
     return names
 
 
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments_of(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments from example inputs."""
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (tuple(inputs), {}) if isinstance(inputs, tuple | list) else ((inputs,), {})
@@ -128,7 +163,7 @@ def _run(model: nn.Module, walk: Walk, positional: tuple[Any, ...], keywords: di
         message = f"the model does not run on the example inputs: {type(error).__name__}: {reason[0] if reason else ''}"
         raise TraceError(message) from error
     for tensor in _leaves(outputs):
-        walk.freeze(walk.layout(tensor), "reaches the model's output")
+        walk.freeze(walk.layout(tensor), OUTPUT)
 
 
 def _train_pass(
@@ -163,7 +198,7 @@ def _leaves(value: Any, depth: int = 0) -> Iterator[Tensor]:
 
 
 @contextmanager
-def _left_as_it_was(model: nn.Module, walk: Walk) -> Iterator[None]:
+def left_as_it_was(model: nn.Module, walk: Walk) -> Iterator[None]:
     """Restore modes, attributes, buffers and random state when done."""
     modules = [(module, dict(vars(module))) for module in model.modules()]
     tables = [

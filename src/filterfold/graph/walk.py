@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .labels import FIXED, FREE, Axis, Layout, Ledger
+from .labels import FIXED, FREE, Axis, Layout, Ledger, Vector
 
 _MARK = "_filterfold_mark"
 
@@ -56,16 +56,35 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
+class Shaped:
+    """Shape and layout of one tensor."""
+
+    shape: tuple[int, ...]
+    layout: Layout
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """What is needed to tell later whether an operation of the pruned network has the sizes it should have.
 
-    `numbers`: the integers among the arguments; `outputs`: shape and layout of each resulting tensor.
+    `stack`: qualified names of the running modules, outermost first; `numbers`: the integers among the
+    arguments, by name; `source`: the first tensor argument; `outputs`: the results.
     """
 
     op: str
-    module: str
-    numbers: tuple[Any, ...]
-    outputs: tuple[tuple[tuple[int, ...], Layout | None], ...]
+    stack: tuple[str, ...]
+    numbers: dict[str, Any]
+    source: Shaped | None
+    outputs: tuple[Shaped, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A reshape that splits an axis: its labels, how many parts could shrink, and which one does."""
+
+    labels: Vector
+    options: int
+    chosen: int
 
 
 Rule = Callable[["Walk", Call], Any]
@@ -73,11 +92,17 @@ Rule = Callable[["Walk", Call], Any]
 
 @dataclass(slots=True)
 class Walk:
-    """The state of one walk: the ledger, what is known about each tensor, and the module stack."""
+    """The state of one walk: the ledger, what is known about each tensor, and the module stack.
+
+    Some reshapes split an axis so that either part could shrink. `splits` lists them in the order in
+    which they are met; `choices` says for some of them, by place in that list, which option to take
+    instead of the first.
+    """
 
     ledger: Ledger
     rules: Mapping[str, Rule]
-    repairable: bool = False
+    choices: Mapping[int, int] = field(default_factory=dict)
+    splits: list[Split] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     stack: list[str] = field(default_factory=list)
     known: dict[int, tuple[Tensor, Mark]] = field(default_factory=dict)
@@ -127,6 +152,15 @@ class Walk:
             self.ledger.freeze(axis, reason)
 
 
+def find_rule(func: torch._ops.OpOverload, rules: Mapping[str, Rule]) -> tuple[str, Rule | None]:
+    """An operation's name without namespace and overload, and its rule, if there is one."""
+    op = func._schema.name.removeprefix("aten::")
+    found = rules.get(op) or rules.get(op.removesuffix("_"))
+    if found is None and torch.Tag.pointwise in func.tags:
+        found = rules["pointwise"]
+    return op, found
+
+
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # the base class has no annotations
     """Runs every operation, then the rule for it."""
 
@@ -139,18 +173,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # the base 
     ) -> Any:
         """Called by PyTorch for every operation."""
         walk, kwargs = self.walk, kwargs or {}
-        op = func._schema.name.removeprefix("aten::")
-        rule = walk.rules.get(op) or walk.rules.get(op.removesuffix("_"))
-        if rule is None and torch.Tag.pointwise in func.tags:
-            rule = walk.rules["pointwise"]
+        op, rule = find_rule(func, walk.rules)
         if rule is None:
             with self:
                 pieces = func.decompose(*args, **kwargs)
             if pieces is not NotImplemented:
                 return pieces
             rule = walk.rules["unknown"]
-        bound = _bind(func, args, kwargs)
-        tensors = list(_tensors(bound.values()))
+        bound = bind(func, args, kwargs)
+        tensors = list(tensors_in(bound.values()))
         before = [walk.mark(tensor) for tensor in tensors]
         written = self._written(func, op, bound)
         out = func(*args, **kwargs)
@@ -179,25 +210,39 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # the base 
         self, func: torch._ops.OpOverload, call: Call, result: Any, weight: bool, written: Tensor | None
     ) -> None:
         walk = self.walk
-        outputs: list[tuple[tuple[int, ...], Layout | None]] = []
+        outputs: list[Shaped] = []
+        arguments = list(tensors_in(call.args.values()))
+        source = Shaped(tuple(arguments[0].shape), walk.layout(arguments[0])) if arguments else None
         layouts = result if isinstance(result, list) else [result]
-        for place, tensor in enumerate(_tensors([call.out])):
+        for place, tensor in enumerate(tensors_in([call.out])):
             layout = layouts[place] if place < len(layouts) else None
             if layout is None or len(layout) != tensor.ndim:
                 layout = (FIXED,) * tensor.ndim
-            outputs.append((tuple(tensor.shape), layout))
+            outputs.append(Shaped(tuple(tensor.shape), layout))
             if written is not None and tensor is written:
                 _write(walk, tensor, layout)
-            elif not any(tensor is argument for argument in _tensors(call.args.values())):
+            elif not any(tensor is argument for argument in arguments):
                 mark = Mark(layout, weight)
                 if func._schema.returns and func._schema.returns[0].alias_info is not None:
                     _link(walk, mark, call, tensor, place)
                 walk.put(tensor, mark)
-        numbers = tuple(value for value in call.args.values() if _is_numbers(value))
-        walk.steps.append(Step(call.op, call.where, numbers, tuple(outputs)))
+        walk.steps.append(Step(call.op, tuple(walk.stack), numbers_in(call.args), source, tuple(outputs)))
 
 
-def _bind(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def numbers_in(args: Mapping[str, Any]) -> dict[str, Any]:
+    """The integers, and lists of integers, among named arguments."""
+    found: dict[str, Any] = {}
+    for name, value in args.items():
+        if isinstance(value, list | tuple):
+            if value and all(type(item) is int for item in value):
+                found[name] = tuple(value)
+        elif type(value) is int:
+            found[name] = value
+    return found
+
+
+def bind(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by name, defaults filled in."""
     schema = func._schema.arguments
     bound = {argument.name: value for argument, value in zip(schema, args, strict=False)}
     for argument in schema[len(args) :]:
@@ -205,18 +250,13 @@ def _bind(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str,
     return bound
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
+def tensors_in(values: Any) -> Iterator[Tensor]:
+    """All tensors in nested lists and tuples."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, list | tuple):
-            yield from _tensors(value)
-
-
-def _is_numbers(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return bool(value) and all(isinstance(item, int) for item in value)
-    return isinstance(value, int) and not isinstance(value, bool)
+            yield from tensors_in(value)
 
 
 def _link(walk: Walk, mark: Mark, call: Call, view: Tensor, place: int) -> None:

@@ -1,0 +1,305 @@
+"""Sizes written into user code: found by comparing a pruned network with its forecast, and rewritten.
+
+A module may keep a channel count in an attribute of its own (`self.width`, a list of split sizes)
+and use it in a view, a slice, or a functional call. After a cut such a number is out of date. The
+forecast says what it should be; the pruned network is run with every wrong number put right on the
+way, and for each the attribute that it came from is looked for in the modules that were running.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..errors import TraceError
+from ..plan import AttributeChange, Plan
+from .forecast import Forecast, replaced
+from .rules import RULES
+from .trace import Traced, arguments_of, left_as_it_was
+from .walk import Step, Walk, bind, find_rule, module_stack, numbers_in, tensors_in
+
+_ROUNDS = 24
+_LARGEST_FACTOR = 16
+"""How many times smaller or larger than the attribute the number may be: `self.width // 2`, `4 * self.width`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One operation of the pruned network that was called with a number that is out of date."""
+
+    place: int
+    op: str
+    stack: tuple[str, ...]
+    given: Any
+    wanted: Any
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """What stays the same from run to run."""
+        return self.place, self.op
+
+
+@dataclass(slots=True)
+class Run:
+    """What one run of the pruned network showed: findings, and where it stopped, if it did."""
+
+    findings: list[Finding] = field(default_factory=list)
+    place: int = 0
+    error: str | None = None
+    stack: tuple[str, ...] = ()
+
+
+class _Mismatch(Exception):
+    pass
+
+
+def repair(model: nn.Module, plan: Plan, traced: Traced, example_inputs: Any) -> tuple[AttributeChange, ...]:
+    """Rewrite the sizes that a pruned model's own code keeps in attributes.
+
+    **Arguments:**
+
+    - `model`: the model after surgery; changed in place, or left as it was if an error is raised.
+    - `plan`: the cut that was applied.
+    - `traced`: the groups of the model before surgery.
+    - `example_inputs`: the inputs that it was traced with (any floating-point type).
+
+    **Returns:** the changes made; empty where everything already has the sizes that it should have.
+
+    **Raises:** `TraceError` naming the operation, its module and the groups, if a size can't be put right.
+    """
+    search = _Search(model, Forecast(traced.sizes.assembly, plan), traced, example_inputs)
+    try:
+        return search.go()
+    except BaseException:
+        search.undo()
+        raise
+
+
+class _Checker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # the base class has no annotations
+    """Runs the operations of the pruned network beside the forecast, putting numbers right on the way."""
+
+    def __init__(self, forecast: Forecast, steps: Sequence[Step], stack: list[str], run: Run) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.forecast, self.steps, self.stack, self.run = forecast, steps, stack, run
+
+    def __torch_dispatch__(
+        self, func: torch._ops.OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Called by PyTorch for every operation."""
+        kwargs = kwargs or {}
+        op, rule = find_rule(func, RULES)
+        if rule is None:
+            with self:
+                pieces = func.decompose(*args, **kwargs)
+            if pieces is not NotImplemented:
+                return pieces
+        run = self.run
+        run.stack = tuple(self.stack)
+        if run.place >= len(self.steps) or self.steps[run.place].op != op:
+            raise _Mismatch(f"{op} is called where the unpruned network called something else")
+        step = self.steps[run.place]
+        wanted = self.forecast.numbers(step)
+        bound = bind(func, args, kwargs)
+        given = numbers_in(bound)
+        for name, value in wanted.items():
+            if name in given and given[name] != value and not _same_end(step, name, given[name], value):
+                run.findings.append(Finding(run.place, op, run.stack, given[name], value))
+                bound[name] = list(value) if isinstance(value, tuple) else value
+        if run.findings and run.findings[-1].place == run.place:
+            positional = [a.name for a in func._schema.arguments if not a.kwarg_only]
+            args = tuple(bound[name] for name in positional)
+            kwargs = {a.name: bound[a.name] for a in func._schema.arguments if a.kwarg_only}
+        out = func(*args, **kwargs)
+        for tensor, expected in zip(tensors_in([out]), step.outputs, strict=False):
+            if tuple(tensor.shape) != self.forecast.shape(expected):
+                raise _Mismatch(f"{op} gives {list(tensor.shape)} instead of {list(self.forecast.shape(expected))}")
+        run.place += 1
+        return out
+
+
+def _same_end(step: Step, name: str, given: Any, wanted: Any) -> bool:
+    """A slice that runs to the end of an axis may name any larger number as its end."""
+    if step.op != "slice" or name != "end" or step.source is None:
+        return False
+    size = step.source.shape[step.numbers.get("dim", 0)]
+    return bool(step.numbers["end"] >= size and given >= wanted)
+
+
+class _Search:
+    """The search for attributes: a first guess for every finding at once, then the next guess for what is left."""
+
+    def __init__(self, model: nn.Module, forecast: Forecast, traced: Traced, example_inputs: Any) -> None:
+        self.model, self.forecast, self.traced, self.inputs = model, forecast, traced, example_inputs
+        self.modules = dict(model.named_modules())
+        self.changes: dict[tuple[str, str], AttributeChange] = {}
+        self.tried: dict[tuple[int, str], int] = {}
+        self.wrong: dict[tuple[int, str], int] = {}
+        self.made: dict[tuple[int, str], tuple[str, str]] = {}
+
+    def go(self) -> tuple[AttributeChange, ...]:
+        run = self.run()
+        for _ in range(_ROUNDS):
+            if not run.findings and run.error is None:
+                return tuple(self.changes.values())
+            if run.findings:
+                for finding in run.findings:
+                    self.guess(finding)
+                run = self.run()
+            else:
+                run = self.creep(run)
+        raise self.failure(run)
+
+    def guess(self, finding: Finding) -> None:
+        """Try the next candidate for a finding, taking back the one that did not help."""
+        before, wrong = self.made.pop(finding.key, None), len(replaced(finding.given, finding.wanted))
+        if wrong < self.wrong.get(finding.key, wrong):
+            self.tried[finding.key] = 0
+        elif before is not None and before in self.changes:
+            self.take_back(before)
+        self.wrong[finding.key] = wrong
+        candidates = [
+            change
+            for change in _candidates(self.modules, finding.stack, finding.given, finding.wanted)
+            if (change.module, change.attribute) not in self.changes
+        ]
+        count = self.tried.get(finding.key, 0)
+        if count >= len(candidates):
+            raise self.failure(Run([finding], finding.place, None, finding.stack))
+        self.tried[finding.key] = count + 1
+        self.change(candidates[count])
+        self.made[finding.key] = (candidates[count].module, candidates[count].attribute)
+
+    def creep(self, run: Run) -> Run:
+        """The run stopped although all numbers were right: try attributes until it gets further."""
+        step = self.traced.sizes.steps[min(run.place, len(self.traced.sizes.steps) - 1)]
+        pairs = []
+        for tensor in (*self._nearby(run), *((step.source,) if step.source else ()), *step.outputs):
+            pairs += replaced(tensor.shape, self.forecast.shape(tensor))
+        for old, new in dict.fromkeys(pairs):
+            for change in _candidates(self.modules, run.stack, old, new):
+                if (change.module, change.attribute) in self.changes:
+                    continue
+                self.change(change)
+                again = self.run()
+                if again.error is None or again.place > run.place:
+                    return again
+                self.take_back((change.module, change.attribute))
+        raise self.failure(run)
+
+    def _nearby(self, run: Run) -> Iterator[Any]:
+        """What the innermost module's operations so far resulted in."""
+        for step in reversed(self.traced.sizes.steps[max(0, run.place - 64) : run.place]):
+            if step.stack == run.stack:
+                yield from step.outputs
+
+    def change(self, change: AttributeChange) -> None:
+        setattr(self.modules[change.module], change.attribute, change.new)
+        self.changes[(change.module, change.attribute)] = change
+
+    def take_back(self, key: tuple[str, str]) -> None:
+        change = self.changes.pop(key)
+        setattr(self.modules[change.module], change.attribute, change.old)
+
+    def undo(self) -> None:
+        """Put every attribute back."""
+        for key in list(self.changes):
+            self.take_back(key)
+
+    def run(self) -> Run:
+        """Run the pruned network once beside the forecast."""
+        run, stack = Run(), list[str]()
+        positional, keywords = arguments_of(self.inputs)
+        walk = Walk(None, RULES)  # type: ignore[arg-type]  # only its list of saved tensors is used
+        with left_as_it_was(self.model, walk):
+            self.model.eval()
+            for tensor in self.model.buffers():
+                walk.saved[id(tensor)] = (tensor, tensor.clone())
+            checker = _Checker(self.forecast, self.traced.sizes.steps, stack, run)
+            try:
+                with torch.inference_mode(), module_stack(self.model, stack), checker:
+                    self.model(*positional, **keywords)
+            except Exception as error:
+                run.error = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return run
+
+    def failure(self, run: Run) -> TraceError:
+        """The error that names the operation, and every group that the size depends on."""
+        steps = self.traced.sizes.steps
+        step = steps[min(run.place, len(steps) - 1)]
+        finding = run.findings[-1] if run.findings else None
+        names: dict[str, None] = {}
+        for tensor in (*((step.source,) if step.source else ()), *step.outputs):
+            for axis, old in zip(tensor.layout, tensor.shape, strict=True):
+                if self.forecast.size(axis, old) != old:
+                    names.update(dict.fromkeys(self.forecast.groups_of(axis)))
+        if finding is not None:
+            stale = {given for given, _ in replaced(finding.given, finding.wanted)}
+            names.update(dict.fromkeys(self._groups_of_size(stale, step.stack)))
+        where = f"{step.op} in {step.stack[-1]!r}" if step.stack and step.stack[-1] else step.op
+        what = run.error if finding is None else f"uses {finding.given} where {finding.wanted} is right"
+        error = UnrepairableError(
+            f"a size in the model's own code does not follow the cut: {where}: {what}; "
+            f"leave {', '.join(names) or 'its groups'} out (ignore=)"
+        )
+        error.groups = tuple(names)
+        return error
+
+    def _groups_of_size(self, sizes: set[int], stack: tuple[str, ...]) -> Iterator[str]:
+        """Groups that have one of these sizes after the cut, somewhere in a running module."""
+        for step in self.traced.sizes.steps:
+            if step.stack[: len(stack)] == stack and step.source is not None:
+                for axis, old in zip(step.source.layout, step.source.shape, strict=True):
+                    if axis and self.forecast.size(axis, old) in sizes - {old}:
+                        yield from self.forecast.groups_of(axis)
+
+
+class UnrepairableError(TraceError):
+    """A size in user code that does not follow the cut; `groups` names those that it depends on."""
+
+    groups: tuple[str, ...] = ()
+
+
+def _candidates(
+    modules: Mapping[str, nn.Module], stack: Sequence[str], given: Any, wanted: Any
+) -> list[AttributeChange]:
+    """Attributes that the number may have come from, likeliest first.
+
+    The same value comes before one inside of a sequence, and that before a multiple or a fraction; the
+    innermost module comes first.
+    """
+    ranked: list[tuple[int, int, AttributeChange]] = []
+    pairs = dict(replaced(given, wanted))
+    for depth, name in enumerate(reversed(list(dict.fromkeys(stack)))):
+        for attribute, value in vars(modules[name]).items():
+            if attribute.startswith("_") or isinstance(value, bool | Tensor):
+                continue
+            found = _rewrite(value, given, wanted, pairs)
+            if found is not None:
+                new, rank = found
+                ranked.append((rank, depth, AttributeChange(name, attribute, value, new)))
+    return [change for _, _, change in sorted(ranked, key=lambda entry: entry[:2])]
+
+
+def _rewrite(value: Any, given: Any, wanted: Any, pairs: Mapping[int, int]) -> tuple[Any, int] | None:
+    """An attribute's new value, and how unlikely it is that this attribute is meant."""
+    if isinstance(value, list | tuple):
+        if tuple(value) == given:
+            return type(value)(wanted), 0
+        if value and all(type(item) is int for item in value) and any(item in pairs for item in value):
+            return type(value)(pairs.get(item, item) for item in value), 2
+        return None
+    if type(value) is not int or value < 2:
+        return None
+    if value in pairs:
+        return pairs[value], 1
+    for old, new in pairs.items():
+        if old > 1 and value % old == 0 and value // old <= _LARGEST_FACTOR:
+            return value // old * new, 3
+        if old % value == 0 and old // value <= _LARGEST_FACTOR and new % (old // value) == 0:
+            return new // (old // value), 4
+    return None
