@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .groups import ChannelGroup
+from ..groups import ChannelGroup
 from .repair import UnrepairableError, repair
 from .trace import Traced, trace
 
