@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .errors import ModelError
-from .modes import call, evaluating
+from .modes import call, evaluating, examples
 
 aten = torch.ops.aten
 
@@ -117,7 +117,7 @@ def measure(model: nn.Module, example_inputs: Any) -> Cost:
     watch = WeightOps(model, counter.count)
     with evaluating(model), torch.random.fork_rng(devices=[]), torch.inference_mode(), watch:
         try:
-            call(model, _one_example(example_inputs))
+            call(model, examples(example_inputs))
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ModelError(f"{type(model).__name__} can't be run on one example of the inputs: {reason}") from error
@@ -132,16 +132,6 @@ def measure(model: nn.Module, example_inputs: Any) -> Cost:
         shapes=shapes,
         uncounted=tuple(sorted(watch.uncounted)),
     )
-
-
-def _one_example(inputs: Any) -> Any:
-    """The inputs with their batch axis (the first of the first tensor) narrowed to one example."""
-    if isinstance(inputs, Tensor):
-        return inputs[:1]
-    values = list(inputs.values() if isinstance(inputs, Mapping) else inputs)
-    batch = next((value.shape[0] for value in values if isinstance(value, Tensor) and value.dim() > 0), None)
-    values = [v[:1] if isinstance(v, Tensor) and v.dim() > 0 and v.shape[0] == batch else v for v in values]
-    return dict(zip(inputs, values, strict=True)) if isinstance(inputs, Mapping) else tuple(values)
 
 
 # --- which op multiplies which operand how often -------------------------------------------------

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -41,3 +41,32 @@ def call(model: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, tuple):
         return model(*inputs)
     return model(inputs)
+
+
+def examples(inputs: Any, count: int = 1) -> Any:
+    """The first example of a batch, repeated; the batch is the first axis of the first tensor.
+
+    Tensors whose first axis has another length, and what is no tensor, are left as they are.
+
+    >>> import torch
+    >>> examples((torch.zeros(4, 3), torch.ones(2), "name"), 5)[0].shape
+    torch.Size([5, 3])
+    """
+    values = (
+        list(inputs.values())
+        if isinstance(inputs, Mapping)
+        else list(inputs)
+        if isinstance(inputs, tuple)
+        else [inputs]
+    )
+    batch = next((value.shape[0] for value in values if isinstance(value, Tensor) and value.dim() > 0), None)
+
+    def repeated(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != batch:
+            return value
+        return value[:1] if count == 1 else value[:1].repeat(count, *[1] * (value.dim() - 1))
+
+    values = [repeated(value) for value in values]
+    if isinstance(inputs, Mapping):
+        return dict(zip(inputs, values, strict=True))
+    return tuple(values) if isinstance(inputs, tuple) else values[0]
