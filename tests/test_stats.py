@@ -165,6 +165,17 @@ def test_holm_by_hand():
     assert stats.holm([None]) == (None,)
 
 
+def test_holm_is_that_of_statsmodels_and_dunn_that_of_scikit_posthocs(figures):
+    import scikit_posthocs
+    from statsmodels.stats.multitest import multipletests
+
+    p = np.random.default_rng(1).uniform(size=30) ** 3
+    p[5] = p[6]
+    assert stats.holm(p.tolist()) == pytest.approx(multipletests(p, method="holm")[1])
+    theirs = scikit_posthocs.posthoc_dunn(list(figures["top1"].values()), p_adjust="holm").to_numpy()
+    assert np.array(stats.dunn(figures["top1"]).matrix) == pytest.approx(theirs)
+
+
 def test_welch_by_hand():
     # Variances 1 and 4, n = 3: standard error √(5/3), ν = (5/3)² / ((1/3)²/2 + (4/3)²/2) = 2.9412.
     found = stats.mean_difference([1, 2, 3], [2, 4, 6], confidence=0.9)
@@ -248,6 +259,9 @@ def test_degenerate_groups_say_so():
     assert (single.value, single.low, single.p) == (-1.5, None, None)
     assert single.notes[0].startswith("one trial has no spread")
     assert "differences" in stats.mean_difference([90.1, 91.1], [90.0, 91.0], paired=True).notes[0]
+    # One side without spread: Welch's ν is that of the other side, here one, and t(.975, 1) = 12.7062.
+    still = stats.mean_difference([90.0, 90.0, 90.0], [91.0, 92.0])
+    assert still.low == pytest.approx(-1.5 - 12.7062 * 0.5, abs=1e-4)
     assert stats.summarise([3.0]).sd is None
 
 

@@ -51,14 +51,14 @@ def build(
     from .. import __version__
 
     folder, found = Path(folder), studies(records, control)
-    chapters = [_chapter(study, margin) for study in found]
+    chapters = [_chapter(study, margin) for study in track(found, "Drawing the report", len(found))]
     for chapter, prefix in zip(chapters, _prefixes(found), strict=True):
         for table in tables.every(chapter.study, margin):
             write_text(folder / "tables" / f"{prefix}{table.name}.csv", table.csv())
             write_text(folder / "tables" / f"{prefix}{table.name}.md", table.markdown())
-        for plot in track(chapter.plots, "Drawing", len(chapter.plots)):
-            for form in ("svg", "png"):
-                _write_bytes(folder / "plots" / f"{prefix}{plot.name}.{form}", plot.bytes(form))
+        for plot in chapter.plots:
+            write_text(folder / "plots" / f"{prefix}{plot.name}.svg", plot.file())
+            _write_bytes(folder / "plots" / f"{prefix}{plot.name}.png", plot.png)
     heading = title or "; ".join(study.title for study in found if study.title) or "Comparison of trials"
     page = folder / PAGE
     write_text(page, render(chapters, heading, __version__))

@@ -37,17 +37,14 @@ def mean_sd(values: Sequence[float], measure: Measure) -> str:
     if not values:
         return MISSING
     found = stats.summarise(values)
-    mean = number(found.mean, measure.kind)
     if found.sd is None or found.low == found.high:
-        return mean
+        return number(found.mean, measure.kind)
     if measure.kind == "count":
         # Both in the mean's unit: "1.20 ± 0.05 M" reads better than "1.20 M ± 50.0 k".
         factor, unit = _scale(found.mean)
         return f"{significant(found.mean / factor, 3)} ± {significant(found.sd / factor, 2)}{unit}"
-    if measure.kind == "percent":
-        return f"{mean} ± {found.sd:.2f}"
-    digits = len(mean.partition(".")[2])
-    return f"{mean} ± {found.sd:.{digits}f}"
+    places = 2 if measure.kind == "percent" else max(0, min(_place(found.sd, 2), _place(found.mean, 4)))
+    return f"{found.mean:.{places}f} ± {found.sd:.{places}f}"
 
 
 def p_value(p: float | None) -> str:
@@ -61,6 +58,16 @@ def p_value(p: float | None) -> str:
     if p < 0.0001:
         return "< .0001"
     return "1" if p > 0.99995 else f"{p:.4f}"[1:]
+
+
+def p_words(p: float | None) -> str:
+    """A p-value with its sign, for sentences.
+
+    >>> p_words(0.03318), p_words(0.00001)
+    ('p = .0332', 'p < .0001')
+    """
+    text = p_value(p)
+    return f"p {text}" if text.startswith("<") else f"p = {text}"
 
 
 def signed(x: float | None, digits: int = 2) -> str:
@@ -78,10 +85,10 @@ def signed(x: float | None, digits: int = 2) -> str:
 def interval(low: float | None, high: float | None, digits: int = 2) -> str:
     """Two bounds of a difference.
 
-    >>> interval(-1.2, 0.3)
-    '−1.20 … +0.30'
+    >>> interval(-1.2, 0.3).split()
+    ['−1.20', '…', '+0.30']
     """
-    return MISSING if low is None or high is None else f"{signed(low, digits)} … {signed(high, digits)}"
+    return MISSING if low is None or high is None else f"{signed(low, digits)}\u00a0…\u00a0{signed(high, digits)}"
 
 
 def times(ratio: float | None) -> str:
@@ -106,10 +113,15 @@ def significant(x: float, digits: int) -> str:
     """So many significant digits, never in scientific notation unless tiny."""
     if x == 0:
         return "0"
-    places = digits - 1 - math.floor(math.log10(abs(x)))
+    places = _place(x, digits)
     if places > 8:
         return f"{x:.{digits - 1}e}"
     return f"{x:.{max(places, 0)}f}"
+
+
+def _place(x: float, digits: int) -> int:
+    """Decimal places that show so many significant digits; negative for large numbers."""
+    return digits - 1 - (math.floor(math.log10(abs(x))) if x else 0)
 
 
 def _scale(x: float) -> tuple[float, str]:

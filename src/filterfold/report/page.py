@@ -49,7 +49,8 @@ def render(chapters: Sequence[Chapter], title: str, version: str) -> str:
     """The whole page."""
     css = files(__package__).joinpath("page.css").read_text(encoding="utf-8")
     several = len(chapters) > 1
-    body = "\n".join(_chapter(chapter, index, several) for index, chapter in enumerate(chapters))
+    parts = [_sections(chapter, index) for index, chapter in enumerate(chapters)]
+    body = "\n".join(_chapter(c, part, i, several) for i, (c, part) in enumerate(zip(chapters, parts, strict=True)))
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -61,7 +62,7 @@ def render(chapters: Sequence[Chapter], title: str, version: str) -> str:
 {css}{_colours(chapters)}</style>
 </head>
 <body>
-{_header(chapters, title)}
+{_header(chapters, [name for name, _ in parts[0]], title)}
 <main>
 {body}
 </main>
@@ -81,7 +82,7 @@ def _colours(chapters: Sequence[Chapter]) -> str:
     return f"{light}\n@media screen and (prefers-color-scheme: dark) {{\n{dark}\n}}\n"
 
 
-def _header(chapters: Sequence[Chapter], title: str) -> str:
+def _header(chapters: Sequence[Chapter], sections: Sequence[str], title: str) -> str:
     trials = sum(len(c.study.trials) for c in chapters)
     failed = sum(len(c.study.failed) for c in chapters)
     facts = [_plural(trials, "trial") + (f", {failed} failed" if failed else "")]
@@ -91,7 +92,7 @@ def _header(chapters: Sequence[Chapter], title: str) -> str:
         facts.append(f"control: {', '.join(controls)}")
         facts.append(f"margin: {plain(chapters[0].margin)} points of top-1")
     spans = "".join(f"<span>{text(fact)}</span>" for fact in facts)
-    links = "".join(f'<a href="#{_id(0, name)}">{name}</a>' for name, _ in _sections(chapters[0], 0))
+    links = "".join(f'<a href="#{_id(0, name)}">{name}</a>' for name in sections)
     if len(chapters) > 1:
         links = "".join(f'<a href="#study-{i}">{text(c.study.title or "table")}</a>' for i, c in enumerate(chapters))
     return f"""<header>
@@ -102,12 +103,9 @@ def _header(chapters: Sequence[Chapter], title: str) -> str:
 </header>"""
 
 
-def _chapter(chapter: Chapter, index: int, titled: bool) -> str:
+def _chapter(chapter: Chapter, sections: Sequence[tuple[str, str]], index: int, titled: bool) -> str:
     heading = f"<h2>{text(chapter.study.title)}</h2>\n" if titled else ""
-    parts = [
-        f'<section id="{_id(index, name)}">\n<h2>{name}</h2>\n{content}\n</section>'
-        for name, content in _sections(chapter, index)
-    ]
+    parts = [f'<section id="{_id(index, name)}">\n<h2>{name}</h2>\n{content}\n</section>' for name, content in sections]
     return f'<div class="study" id="study-{index}">\n{heading}' + "\n".join(parts) + "\n</div>"
 
 
@@ -141,16 +139,15 @@ def _verdict(chapter: Chapter, index: int) -> str:
     )
     listing = f'<ul class="verdicts">\n{rows}\n</ul>' if rows else ""
     plot = _plots(chapter, index, "difference")
-    return "\n".join(
-        part for part in (lead, listing, f'<div style="margin-top:1.6rem">{plot}</div>' if plot else "") if part
-    )
+    return "\n".join(part for part in (lead, listing, f'<div class="gap">{plot}</div>' if plot else "") if part)
 
 
 def _verdict_row(j: Judgement, look: Look, suspect: bool) -> str:
     n = f"n = {j.group.n} against {j.control.n}" + (", paired" if j.paired else "")
     words = f"{pace_words(j)}; {accuracy_words(j)}."
     return (
-        f'<li><div><strong>{_dot(look)}{text(j.group.label)}</strong><span class="n">{text(n)}</span></div>'
+        f"<li><div><strong>{_dot(look)}<span>{text(j.group.label)}</span></strong>"
+        f'<span class="n">{text(n)}</span></div>'
         f'<div><div class="badges">{"".join(_badges(j, suspect))}</div>'
         f'<p class="words">{text(words[0].upper() + words[1:])}</p></div></li>'
     )
@@ -227,10 +224,11 @@ def _plots(chapter: Chapter, index: int, *names: str) -> str:
 
 
 def _tables(chapter: Chapter, found: Iterable[Table | None], prose: bool = False) -> str:
-    return "".join(_table(table, chapter.looks, prose) for table in found if table is not None)
+    shown = [table for table in found if table is not None]
+    return "".join(_table(table, chapter.looks, prose, titled=len(shown) > 1) for table in shown)
 
 
-def _table(table: Table, looks: Mapping[str, Look], prose: bool) -> str:
+def _table(table: Table, looks: Mapping[str, Look], prose: bool, titled: bool) -> str:
     head = "".join(f'<th scope="col">{_column(name, looks)}</th>' for name in table.columns)
     rows = []
     for first, *rest in table.rows:
@@ -238,9 +236,10 @@ def _table(table: Table, looks: Mapping[str, Look], prose: bool) -> str:
         cells = "".join(f"<td>{text(cell.text)}</td>" for cell in rest)
         rows.append(f'<tr><th scope="row">{_dot(look) if look else ""}{text(first.text)}</th>{cells}</tr>')
     notes = "".join(f'<p class="note">{text(note)}</p>' for note in table.notes)
+    heading = f"<h3>{text(table.title)}</h3>" if titled else ""
     kind = ("scroll prose" if prose else "scroll") + (" tall" if len(table.rows) > _TALL else "")
     return (
-        f'<div class="table"><h3>{text(table.title)}</h3>'
+        f'<div class="table">{heading}'
         f'<div class="{kind}" tabindex="0" role="region" aria-label="{text(table.title)}">'
         f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>{notes}</div>\n"
     )

@@ -22,8 +22,8 @@ from .study import MACS, SECONDS, TOP1, TOP5, TRAIN_SECONDS, Group, Measure, Rec
 from .tables import mean_width
 from .verdict import Judgement
 
-WIDTH = 4.9
-"""Inches: 353 SVG units, about the width of a phone's screen in CSS pixels."""
+WIDTH = 4.35
+"""Inches: 313 SVG units, a little less than the width of a phone's screen in CSS pixels."""
 
 _RC: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -57,44 +57,45 @@ _RC: dict[Any, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """A finished figure with its file name, title, and a sentence for those who can't see it."""
+    """A finished figure with its file name, title, and a sentence for those who can't see it.
+
+    `svg` is transparent and in the light theme's colours; `png` (200 dots an inch) lies on paper.
+    """
 
     name: str
     title: str
     caption: str
-    figure: Any
+    svg: str
+    png: bytes
 
-    def bytes(self, form: str) -> bytes:
-        """The figure as a file: `svg` or `png` (200 dots an inch), on the light paper."""
-        return _save(self, form, facecolor=PAPER.light)
+    def file(self) -> str:
+        """The figure as an SVG file of its own, on the light paper."""
+        paper = f'<rect width="100%" height="100%" fill="{PAPER.light}"/>'
+        return self.svg.replace("<defs>", f"{paper}<defs>", 1)
 
     def inline(self, looks: Mapping[str, Look], prefix: str = "") -> str:
         """The figure as SVG markup for the page: transparent, in the page's colours and fonts."""
-        text = _save(self, "svg", transparent=True).decode()
-        text = text[text.index("<svg") :]
+        text = self.svg[self.svg.index("<svg") :]
         text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
         for colour in (INK, MUTED, LINE, PAPER, BAND, *(look.colour for look in looks.values())):
             text = text.replace(colour.light, f"var(--{colour.name})")
         # Several figures live in one document: their ids must not collide.
-        prefix += self.name
-        text = re.sub(r'\bid="', f'id="{prefix}-', text)
-        text = re.sub(r"url\(#", f"url(#{prefix}-", text)
-        text = re.sub(r'href="#', f'href="#{prefix}-', text)
-        return re.sub(
-            r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg xmlns:xlink="http://www.w3.org/1999/xlink" \1>', text, count=1
-        )
+        text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}{self.name}-", text)
+        head = r'<svg xmlns:xlink="http://www.w3.org/1999/xlink" \1>'
+        return re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', head, text, count=1)
 
 
-def _save(plot: Plot, form: str, **options: Any) -> bytes:
+def _finish(name: str, title: str, caption: str, figure: Any) -> Plot:
+    """Draw the figure once in each form; no date and a fixed salt, so equal records give equal bytes."""
     import matplotlib
 
-    out = io.BytesIO()
-    # "Date": None and a fixed salt give the same bytes for the same records.
-    metadata = {"Date": None, "Creator": "Filterfold"} if form == "svg" else {"Software": "Filterfold"}
-    with matplotlib.rc_context({**_RC, "svg.hashsalt": plot.name}), warnings.catch_warnings():
+    svg, png = io.BytesIO(), io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": name}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a label in a script that the font lacks
-        plot.figure.savefig(out, format=form, dpi=200, metadata=metadata, **options)
-    return out.getvalue()
+        figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": "Filterfold"})
+        figure.set_layout_engine("none")  # laid out by now: no need to do it again
+        figure.savefig(png, format="png", dpi=200, facecolor=PAPER.light, metadata={"Software": "Filterfold"})
+    return Plot(name, title, caption, svg.getvalue().decode(), png.getvalue())
 
 
 def every(study: Study, looks: Mapping[str, Look], judgements: Sequence[Judgement]) -> list[Plot]:
@@ -164,7 +165,7 @@ def forest(looks: Mapping[str, Look], judgements: Sequence[Judgement]) -> Plot |
         f"An interval right of the shaded band’s left edge (−{plain(margin)}) shows “no worse”; one inside the band, "
         "“equivalent”."
     )
-    return Plot("difference", f"Top-1 against {control}", caption, figure)
+    return _finish("difference", f"Top-1 against {control}", caption, figure)
 
 
 def scatter(study: Study, looks: Mapping[str, Look], cost: Measure, name: str, title: str, axis: str) -> Plot | None:
@@ -178,15 +179,15 @@ def scatter(study: Study, looks: Mapping[str, Look], cost: Measure, name: str, t
             look, colour = looks[group.label], looks[group.label].colour.light
             xs, ys = [x for x, _ in points], [y for _, y in points]
             axes.plot(xs, ys, look.marker, color=colour, alpha=0.4, markersize=4, markeredgewidth=0)
-            axes.errorbar(
-                sum(xs) / len(xs), sum(ys) / len(ys), xerr=_bars(xs), yerr=_bars(ys), fmt=look.marker, color=colour,
-                markersize=7, markeredgecolor=PAPER.light, elinewidth=1.1, label=_label(group.label),
-            )  # fmt: skip
+            bars = {"xerr": _bars(xs), "yerr": _bars(ys), "elinewidth": 1.1, "color": colour}
+            mark = {"fmt": look.marker, "markersize": 7, "markeredgecolor": PAPER.light}
+            axes.errorbar(sum(xs) / len(xs), sum(ys) / len(ys), **bars, **mark)
+            axes.plot([], [], look.marker, color=colour, markersize=6, markeredgewidth=0, label=_label(group.label))
         _cost_axis(axes, [x for _, points in found for x, _ in points], cost)
         axes.set_xlabel(axis)
         axes.set_ylabel("Top-1, %")
         _legend(figure, len(found))
-    return Plot(name, title, "Small marks: trials. Large marks: means, with 95 % intervals.", figure)
+    return _finish(name, title, "Small marks: trials. Large marks: means, with 95 % intervals.", figure)
 
 
 def strip(study: Study, looks: Mapping[str, Look], measure: Measure) -> Plot | None:
@@ -208,9 +209,10 @@ def strip(study: Study, looks: Mapping[str, Look], measure: Measure) -> Plot | N
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0, labelcolor=INK.light)
         axes.set_xlabel(f"{measure.title}, {measure.unit}")
+        axes.locator_params(axis="x", nbins=6)
         if measure.kind == "seconds":
             axes.set_xlim(left=0)
-    return Plot(f"trials_{measure.key}", f"{measure.title} of every trial", "Marks: trials. Lines: means.", figure)
+    return _finish(f"trials_{measure.key}", f"{measure.title} of every trial", "Marks: trials. Lines: means.", figure)
 
 
 def curves(study: Study, looks: Mapping[str, Look], key: str, title: str, axis: str) -> Plot | None:
@@ -223,10 +225,11 @@ def curves(study: Study, looks: Mapping[str, Look], key: str, title: str, axis: 
     with _axes(3.3) as (figure, axes):
         for group, lines in found:
             colour = looks[group.label].colour.light
+            style = {"color": colour, "drawstyle": "steps-post" if key == "macs" else "default"}
             for line in lines if len(lines) > 1 else ():
-                axes.plot(*zip(*line, strict=True), color=colour, linewidth=0.6, alpha=0.22)
+                axes.plot(*zip(*line, strict=True), linewidth=0.6, alpha=0.22, **style)
             mean = _mean_curve(lines)
-            axes.plot(list(mean), list(mean.values()), color=colour, label=_label(group.label))
+            axes.plot(list(mean), list(mean.values()), **style, label=_label(group.label))
             moments = [x for x in sorted({x for trial in group.trials for x in cut_epochs(trial)}) if x in mean]
             cuts = cuts or bool(moments)
             axes.plot(
@@ -235,14 +238,37 @@ def curves(study: Study, looks: Mapping[str, Look], key: str, title: str, axis: 
         axes.set_xlabel("Epoch")
         axes.set_ylabel(axis)
         axes.margins(x=0.02)
-        if key == "macs":
-            axes.set_ylim(bottom=0)
-            axes.yaxis.set_major_formatter(lambda y, _: number(y, "count"))
+        axes.locator_params(axis="x", integer=True)
+        notes = _curve_axis(axes, key, [line for _, lines in found for line in lines])
         _legend(figure, len(found))
     caption = "Lines: means over the trials, which are drawn faintly." + (
         " Triangles: the moments of pruning." if cuts else ""
     )
-    return Plot(f"curve_{key}", title, caption, figure)
+    return _finish(f"curve_{key}", title, caption + notes, figure)
+
+
+def _curve_axis(axes: Any, key: str, lines: Sequence[Sequence[tuple[int, float]]]) -> str:
+    """Scale the axis to what matters, and say so."""
+    values = [y for line in lines for _, y in line]
+    if key == "macs":
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(lambda y, _: number(y, "count"))
+    if key == "train_loss" and min(values) > 0 and max(values) > 8 * min(values):
+        from matplotlib.ticker import LogLocator, NullFormatter
+
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        return " Logarithmic scale."
+    if key == "validation_top1":
+        # The climb out of guessing would squeeze the part in which the methods differ.
+        late = [y for line in lines for _, y in line[len(line) // 4 :]]
+        low, high = min(late), max(values)
+        if low - min(values) > 0.5 * (high - low):
+            axes.set_ylim(bottom=low - 0.08 * (high - low))
+            return " The axis leaves out the first epochs."
+    return ""
 
 
 def widths(study: Study, looks: Mapping[str, Look]) -> Plot | None:
@@ -278,7 +304,7 @@ def widths(study: Study, looks: Mapping[str, Look]) -> Plot | None:
         axes.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.0f} %")
         axes.set_ylabel("Filters left")
         _legend(figure, len(groups))
-    return Plot(
+    return _finish(
         "widths",
         "Width of every layer after the cut",
         "Share of each layer’s filters that is left, mean over trials.",
@@ -305,8 +331,9 @@ def clusters(study: Study, looks: Mapping[str, Look], key: str, title: str, axis
             )
         axes.set_xlabel("Epoch")
         axes.set_ylabel(axis)
+        axes.locator_params(axis="x", integer=True)
         _legend(figure, len(found))
-    return Plot(
+    return _finish(
         f"clusters_{key}", title, "Mean over layers and trials." if key == "cosine" else "Mean over trials.", figure
     )
 
@@ -337,7 +364,7 @@ def _cost_axis(axes: Any, values: Sequence[float], cost: Measure) -> None:
         axes.xaxis.set_minor_formatter(NullFormatter())
     else:
         axes.set_xlim(left=0)
-        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(lambda x, _: _tick(x, cost))
 
 
@@ -373,8 +400,8 @@ def _history(trial: Record, key: str) -> list[tuple[int, float]]:
 
 def cut_epochs(trial: Record) -> list[int]:
     """Epochs, from 1 through all phases, in which the network became smaller."""
-    macs = [(trial.get("dense") or {}).get("macs"), *(entry.get("macs") for entry in trial.get("history") or ())]
-    steps = enumerate(itertools.pairwise(macs), 1)
+    macs = [entry.get("macs") for entry in trial.get("history") or ()]
+    steps = enumerate(itertools.pairwise(macs), 2)
     return [epoch for epoch, (before, after) in steps if before and after and after < before]
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .. import stats
-from .numbers import number, p_value, plain, signed, times
+from .numbers import number, p_words, plain, signed, times
 from .study import MACS, SECONDS, TOP1, TOP5, Group, Study
 from .verdict import ALPHA, Judgement, power_words
 
@@ -74,12 +74,13 @@ def _speed_without_dose(study: Study, judgements: Sequence[Judgement]) -> list[R
         found.append(
             Reading(
                 "A speed-up that does not depend on what is left",
-                f"{name} is about {times(_speed(faster, groups))} as fast as {study.control} at every setting: the "
+                f"With {name}, inference is about {times(_speed(faster, groups))} as fast as with {study.control} at "
+                "every setting: the "
                 "mean is "
                 f"{number(_mean(samples[few.label]), 'seconds')} s with {few.clusters} clusters and "
                 f"{number(_mean(samples[many.label]), 'seconds')} s with {many.clusters} (Kruskal–Wallis among the "
                 "settings: "
-                f"p = {p_value(p)}). With {times(dose)} as many filters left, the network should be slower. A "
+                f"{p_words(p)}). With {dose:g} times as many filters left, the network should be slower. A "
                 "speed-up that "
                 "does not depend on the number of filters is not caused by removing filters; suspect the measurement, "
                 "or a difference between the two programs.",
@@ -113,26 +114,20 @@ def _dunn(study: Study) -> list[Reading]:
         left = [label for label in below if holm.p(study.control, label) < ALPHA]
         if overall is None or overall >= ALPHA or len(left) == len(below):
             continue
-        worst, best = max(raw.p(study.control, b) for b in below), min(raw.p(study.control, b) for b in below)
-        kept = (
-            f"{len(left)} ({', '.join(f'{b}, p = {p_value(holm.p(study.control, b))}' for b in left)})"
-            if left
-            else "none"
+        worst = max(raw.p(study.control, label) for label in below)
+        kept = ", ".join(f"{label}, {p_words(holm.p(study.control, label))}" for label in left)
+        pairs = len(samples) * (len(samples) - 1) // 2
+        text = (
+            f"Kruskal–Wallis finds that some group differs ({p_words(overall)}). Of {len(others)} comparisons with "
+            f"{study.control}, {len(below)} are under .05 uncorrected (up to {p_words(worst)}); after Holm’s "
+            "correction "
+            f"over all {pairs} pairs, {len(left) or 'none'}{f' ({kept})' if left else ''}. That every setting "
+            "differs from "
+            "the control under Holm does not follow: only the uncorrected values say so. The comparison against one "
+            "control that the question needs is the permutation test, further down."
         )
-        found.append(
-            Reading(
-                f"{measure.title}: Dunn’s test loses its significance under Holm",
-                f"Kruskal–Wallis finds that some group differs (p = {p_value(overall)}). Of {len(others)} "
-                "comparisons with "
-                f"{study.control}, {len(below)} are under .05 uncorrected (p from {p_value(best)} to "
-                f"{p_value(worst)}); after "
-                f"Holm’s correction over all {len(samples) * (len(samples) - 1) // 2} pairs, {kept}. Whoever claims "
-                "that every setting differs "
-                "from the control with a Holm correction has quoted the uncorrected values. The comparison against one "
-                "control that the question needs is the exact permutation test, further down.",
-                True,
-            )
-        )
+        title = f"{measure.title}: Dunn’s test loses its significance under Holm"
+        found.append(Reading(title, text, True))
     return found
 
 
@@ -147,7 +142,7 @@ def _no_difference_is_not_equality(study: Study, judgements: Sequence[Judgement]
     kept = [j.group.label for j in judgements if j.accuracy in ("no worse", "better", "lower within the margin")]
     shown = f"It is shown for {', '.join(kept)}." if kept else "It is shown for none of the settings."
     text = (
-        f"Kruskal–Wallis on top-1 gives p = {p_value(p)}. That does not show that accuracy is kept: with few trials "
+        f"Kruskal–Wallis on top-1 gives {p_words(p)}. That does not show that accuracy is kept: with few trials "
         "a real "
         f"loss goes unseen just as easily. “No worse” needs a margin fixed beforehand, here {margin} points, and a "
         "test "
@@ -175,7 +170,7 @@ def _pooled(study: Study) -> list[Reading]:
                 f"{_mean(base):.3f} of "
                 f"{control.label}: {signed(change, 3)} points, {word} (Mann–Whitney, {len(pool)} against {len(base)} "
                 "trials: "
-                f"p = {p_value(test.p)}). Split into small groups this difference may hide; the pool treats all "
+                f"{p_words(test.p)}). Split into small groups this difference may hide; the pool treats all "
                 "settings as one.",
                 change < 0,
             )
@@ -199,7 +194,7 @@ def _test_disagrees(study: Study, judgements: Sequence[Judgement]) -> list[Readi
     names = [j.group.label for j in decided if j.group.label in weak]
     if not names:
         return []
-    cases = ", ".join(f"{name} (p = {p_value(weak[name])})" for name in names)
+    cases = ", ".join(f"{name} ({p_words(weak[name])})" for name in names)
     text = (
         f"The verdict on {cases} rests on Welch’s t-test; the permutation test with Holm does not confirm it. More "
         "trials would decide."

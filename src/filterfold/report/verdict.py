@@ -146,7 +146,7 @@ def accuracy_words(j: Judgement) -> str:
     change = f"{signed(j.top1.value)} points top-1"
     if j.tost.low is None:
         return f"accuracy not shown to be kept ({change}; {j.top1.notes[0]})"
-    found = f"{change}, 90 % interval {interval(j.tost.low, j.tost.high)}"
+    found = f"{change}, 90 % interval {interval(j.tost.low, j.tost.high)}"
     if j.accuracy == "not shown" and min(j.tost.p_not_worse or 1, j.top1.p or 1) < ALPHA:
         found += "; significant only until corrected for the number of settings"
     return {
@@ -165,7 +165,7 @@ def pace_words(j: Judgement) -> str:
     ratio = times(j.speedup.value)
     if j.speedup.low is None or j.speedup.high is None:
         return f"faster inference is not shown (ratio {ratio}; {j.speedup.notes[0]})"
-    bounds = f"95 % interval {times(j.speedup.low)} … {times(j.speedup.high)}"
+    bounds = f"95 % interval {times(j.speedup.low)} … {times(j.speedup.high)}"
     if j.pace == "faster":
         return f"inference is {ratio} faster ({bounds})"
     if j.pace == "slower":
@@ -224,7 +224,7 @@ def power_words(judgements: Sequence[Judgement]) -> str | None:
     return (
         f"With {n} against {m} trials and a spread of {spread:.2f} points between trials, a loss under "
         f"{unseen:.2f} points is missed more often than once in five. To show “no worse within {plain(margin)} "
-        f"points” of two equal methods takes about {needed} trials each."
+        f"points” of one method that is equal takes about {needed} trials a side."
     )
 
 

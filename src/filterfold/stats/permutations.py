@@ -34,7 +34,8 @@ def permutation(sample: ArrayLike, control: ArrayLike, *, paired: bool = False, 
     share = _exchanges(x - y, exact, seed) if paired else _regroupings(x, y, exact, seed)
     notes = []
     if (least := 2 / ways) > 0.05:
-        notes.append(f"with {n[0]} against {n[1]} trials no p-value under {least:.2g} is possible")
+        trials = f"{n[0]} pairs" if paired else f"{n[0]} against {n[1]} trials"
+        notes.append(f"with {trials} no p-value under {least:.2g} is possible")
     if not exact:
         notes.append(f"estimated from {DRAWS} random regroupings")
     return Significance("permutation", float(x.mean() - y.mean()), share, n, exact, tuple(notes))
