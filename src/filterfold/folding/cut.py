@@ -1,0 +1,258 @@
+"""How clusters become a cut: which unit stands for its cluster, and with what scale each member speaks.
+
+A unit makes y = act(z). Two units are *the same up to a scale* t > 0 if z_j = t·z_i: behind an activation with
+act(t·z) = t·act(z) (ReLU and its kin, pooling, none at all) one of them, and next-layer kernels summed with factors
+t, give the same function. What t is depends on what makes the channel; `Rule` says which case a group is:
+
+- `raw` (convolution and bias only): (w_j, b_j) = s_j·(u, b), and t_j = s_j.
+- `normed` (batch norm behind every filter): the filter's scale s_j is normalised away, the batch norm's entries are
+  the scale: (γ_j, β_j) = t_j·(γ, β), common to all branches that are added up in a residual stage.
+- `chain` (filter, batch norm, depthwise filter, batch norm): the last batch norm alone sets the scale.
+- `plain`: anything else (norms over several channels): units fold with mean and factor 1; exact if they are equal.
+
+The representative is the mean of the members' directions. Behind a batch norm its filter gets the length, and the
+running variance, of the member nearest to the mean (a mean of directions that differ would be too short); what sets
+the unit's scale is brought to the members' mean. Negative γ: in a group of one filter and one batch norm the sign
+counts as the filter's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..clustering import directions
+from ..errors import PlanError
+from ..groups import ChannelGroup
+from ..plan import Cut, Plan, Slice
+from ..structure import named_tensors, unwrap
+from .units import Maker, filter_slices, makers_of, only_norm, parts, rows_of, sign_of
+
+Rule = Literal["raw", "normed", "chain", "plain"]
+
+
+def fold(
+    groups: Sequence[ChannelGroup],
+    labels: Mapping[str, Sequence[int] | Tensor],
+    model: nn.Module,
+    *,
+    representative: Literal["mean", "member"] = "mean",
+) -> Plan:
+    """Turn clusters into a plan that folds each into one unit.
+
+    **Arguments:**
+
+    - `groups`: the traced groups; those without labels stay as they are.
+    - `labels`: group name → cluster of each unit, shape `(size,)`, any numbering.
+    - `model`: read for the units' scales; not changed.
+    - `representative`: `"mean"` of the members' directions, or the `"member"` nearest to it.
+
+    **Returns:** a `Plan` whose slices carry the shares of the members (`Slice.weight`) and whose cuts carry each
+    member's factor on the next layers' kernels (`Cut.gain`).
+
+    **Raises:** `PlanError` if a cluster mixes units that can't be folded, or a name is unknown.
+
+    ```python
+    >>> from filterfold.groups import ChannelGroup
+    >>> net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 1))
+    >>> _ = net[0].weight.data.copy_(torch.tensor([[1.0, 2.0], [3.0, 6.0]]))
+    >>> made, read = Slice("0.weight", 0, (0, 1), "filter"), Slice("2.weight", 1, (0, 1), "kernel")
+    >>> group = ChannelGroup("0", 2, (made,), (read,), True, None, (0, 0), (0, 0))
+    >>> [round(gain, 3) for gain in fold([group], {"0": [0, 0]}, net).cuts[0].gain]
+    [0.5, 1.5]
+
+    ```
+    """
+    model = unwrap(model)
+    named = {group.name: group for group in groups}
+    tensors, modules = dict(named_tensors(model)), dict(model.named_modules(remove_duplicate=False))
+    cuts = []
+    for name, given in labels.items():
+        if name not in named:
+            raise PlanError(f"labels for group {name!r}, which the model does not have")
+        group = named[name]
+        assignment = _assignment(group, given)
+        cuts.append(_Fold(group, assignment, tensors, modules, representative == "member").cut())
+    return Plan(tuple(cuts), notes={"method": "fold", "representative": representative})
+
+
+def rule_of(makers: Sequence[Maker], modules: Mapping[str, nn.Module]) -> Rule:
+    """Which of the module docstring's cases the producing layers are."""
+    filters, depthwise, norms = ([m for m in makers if m.kind == kind] for kind in ("filter", "depthwise", "norm"))
+    if not norms:
+        return "plain" if depthwise else "raw"
+    # Batch and instance norm have the attribute (it may be None); layer and group norm, which mix channels, don't.
+    if not all(hasattr(modules.get(norm.name), "running_var") for norm in norms):
+        return "plain"
+    if depthwise:
+        return "chain" if len(filters) <= 1 else "plain"
+    return "normed"
+
+
+class _Fold:
+    """One group's cut: scales first, then every slice's shares. All in float64 on the CPU: n numbers a layer."""
+
+    def __init__(
+        self,
+        group: ChannelGroup,
+        assignment: Tensor,
+        tensors: Mapping[str, Tensor],
+        modules: Mapping[str, nn.Module],
+        member: bool,
+    ) -> None:
+        self.group, self.labels, self.tensors, self.modules = group, assignment, tensors, modules
+        self.count = int(assignment.max()) + 1
+        self.makers = makers_of(group)
+        self.rule = rule_of(self.makers, modules)
+        self.size = torch.bincount(assignment, minlength=self.count).double()
+        self.alone = self.size[assignment] == 1
+        self.nearest = self._nearest()
+        self.share = self.nearest if member else (1 / self.size)[assignment]
+        norm = only_norm(self.makers)
+        self.sign = torch.ones(group.size, dtype=torch.float64)
+        if norm is not None and "weight" in norm.slices and self.rule != "plain":
+            self.sign = sign_of(self._rows(norm.slices["weight"])[:, 0])
+
+    def cut(self) -> Cut:
+        """The group's cut."""
+        group = self.group
+        cut = Cut(group.name, tuple(self.labels.tolist()), group.producers, group.consumers)
+        if not cut.folds or self.rule == "plain":
+            return cut
+        weights, gain = self._weights()
+        producers = tuple(
+            replace(piece, weight=self._listed(weights[piece.tensor])) if piece.tensor in weights else piece
+            for piece in group.producers
+        )
+        return replace(cut, producers=producers, gain=self._listed(gain))
+
+    def _weights(self) -> tuple[dict[str, Tensor], Tensor]:
+        """Tensor name → share of every unit in its cluster's representative, and every unit's gain."""
+        weights: dict[str, Tensor] = {}
+        norms = [maker for maker in self.makers if maker.kind == "norm"]
+        filters = [maker for maker in self.makers if maker.kind in ("filter", "depthwise")]
+        if self.rule == "raw":
+            scale = self._joint([piece for maker in filters for piece in maker.slices.values()])
+            for maker in filters:
+                weights |= {piece.tensor: self._blend(scale) for piece in maker.slices.values()}
+            return weights, self._gain(scale)
+        stretch = {}
+        for maker in filters:
+            share, stretch[maker.name] = self._filter(maker)
+            weights |= {piece.tensor: share for piece in maker.slices.values()}
+        joint = self._joint([norm.slices[leaf] for norm in norms for leaf in ("weight", "bias") if leaf in norm.slices])
+        paired = len(filters) == len(norms)
+        for index, norm in enumerate(norms):
+            scale = self._joint([norm.slices[leaf] for leaf in ("weight", "bias") if leaf in norm.slices])
+            joint = scale if self.rule == "chain" else joint
+            longer = stretch[filters[index].name] if paired else torch.ones_like(self.sign)
+            # Inside a chain the next batch norm's variance, the nearest member's, includes this scale.
+            target = self._reference(scale) if self.rule == "chain" and norm is not norms[-1] else None
+            weights |= self._norm(norm, self._blend(joint, target), longer)
+        return weights, self._gain(joint)
+
+    def _filter(self, maker: Maker) -> tuple[Tensor, Tensor]:
+        """Shares of a filter whose scale is normalised away, and by how much the mean direction was stretched."""
+        scale = self._joint(list(filter_slices(maker)))
+        length = self._reference(scale)  # that of the member whose variance the batch norm keeps
+        share = self._blend(scale, length) * self.sign * self._reference(self.sign)
+        stretch = torch.ones_like(share)
+        rows = torch.cat([self._rows(piece) for piece in filter_slices(maker)], dim=1)
+        if rows.shape[1]:
+            made = self._sum(rows * share[:, None]).norm(dim=1)
+            made = made[self.labels]
+            stretch = torch.where(made > 1e-6 * length, length / made.clamp(min=1e-300), 1)
+        return share * stretch, stretch
+
+    def _norm(self, norm: Maker, affine: Tensor, stretch: Tensor) -> dict[str, Tensor]:
+        flip = self.sign * self._reference(self.sign)
+        weights = {}
+        for leaf, piece in norm.slices.items():
+            if leaf == "running_var":
+                weights[piece.tensor] = self.nearest
+            elif leaf == "running_mean":
+                weights[piece.tensor] = self.share * flip * stretch / self._deviation(norm)
+                weights[piece.tensor] *= self._reference(self._deviation(norm))
+            elif leaf == "weight":
+                weights[piece.tensor] = affine * flip
+            elif leaf == "bias":
+                weights[piece.tensor] = affine
+        return weights
+
+    def _deviation(self, norm: Maker) -> Tensor:
+        if "running_var" not in norm.slices:
+            return torch.ones_like(self.sign)
+        variance = self._rows(norm.slices["running_var"])[:, 0]
+        return (variance + float(getattr(self.modules[norm.name], "eps", 0.0))).clamp(min=1e-300).sqrt()
+
+    def _blend(self, scale: Tensor, target: Tensor | None = None) -> Tensor:
+        """Shares that bring every member to one scale first (the mean); members of scale 0 have no say."""
+        target = self._mean(scale)[self.labels] if target is None else target
+        share = torch.where(scale > 0, self.share, 0)
+        total = self._sum(share)[self.labels]
+        share = torch.where(total > 0, share / total.where(total > 0, 1), self.share)
+        return share * torch.where(scale > 0, target / scale.where(scale > 0, 1), 1)
+
+    def _gain(self, scale: Tensor) -> Tensor:
+        mean = self._mean(scale)[self.labels]
+        return torch.where(mean > 0, scale / mean.where(mean > 0, 1), 1)
+
+    def _mean(self, scale: Tensor) -> Tensor:
+        """Mean over each cluster's members with a scale, shape `(count,)`."""
+        return self._sum(scale) / self._sum((scale > 0).double()).clamp(min=1)
+
+    def _joint(self, pieces: Sequence[Slice]) -> Tensor:
+        """Length of the units' entries in several slices together; 1 where there are none."""
+        rows = [self._rows(piece) for piece in pieces]
+        return torch.cat(rows, dim=1).norm(dim=1) if rows else torch.ones_like(self.sign)
+
+    def _rows(self, piece: Slice) -> Tensor:
+        """Entries of all units in a slice, shape `(size, d)` in float64; narrower units are padded with zeros."""
+        found = [(part.units, rows_of(piece, part.units, self.tensors)) for part in parts(self.group)]
+        width = max(rows.shape[1] for _, rows in found)
+        result = torch.zeros(self.group.size, max(width, 1), dtype=torch.float64)
+        for units, rows in found:
+            result[torch.tensor(units), : rows.shape[1]] = rows.double().cpu()
+        return result
+
+    def _sum(self, values: Tensor) -> Tensor:
+        return values.new_zeros(self.count, *values.shape[1:]).index_add_(0, self.labels, values)
+
+    def _nearest(self) -> Tensor:
+        """1 for the member of each cluster nearest to its mean direction (the first of equals), else 0."""
+        rows = [directions(self._rows(piece)) for maker in self.makers for piece in filter_slices(maker)]
+        if not rows:
+            rows = [torch.ones(self.group.size, 1, dtype=torch.float64)]
+        unit = torch.cat(rows, dim=1)
+        fit = (unit * self._sum(unit)[self.labels]).sum(dim=1)
+        best = torch.full((self.count,), -torch.inf, dtype=torch.float64).scatter_reduce(0, self.labels, fit, "amax")
+        near = (fit >= best[self.labels] - 1e-9).nonzero().squeeze(1)
+        first = torch.full((self.count,), len(fit)).scatter_reduce(0, self.labels[near], near, "amin")
+        return torch.zeros(len(fit), dtype=torch.float64).index_fill(0, first, 1)
+
+    def _reference(self, values: Tensor) -> Tensor:
+        """For every unit the value of its cluster's nearest member."""
+        return self._sum(values * self.nearest)[self.labels]
+
+    def _listed(self, values: Tensor) -> tuple[float, ...]:
+        """As plain numbers; units on their own are exactly themselves."""
+        return tuple(values.where(~self.alone, 1).tolist())
+
+
+def _assignment(group: ChannelGroup, labels: Sequence[int] | Tensor) -> Tensor:
+    """Labels renumbered by first member, after checking that no cluster mixes what can't be folded."""
+    given = torch.as_tensor(labels, dtype=torch.int64).cpu()
+    if given.shape != (group.size,):
+        raise PlanError(f"group {group.name!r}: {len(given)} labels for {group.size} units")
+    number: dict[int, int] = {}
+    home: dict[int, tuple[int, int]] = {}
+    for unit, label in enumerate(given.tolist()):
+        number.setdefault(label, len(number))
+        key = (group.blocks[unit], group.classes[unit])
+        if home.setdefault(label, key) != key:
+            raise PlanError(f"group {group.name!r}: cluster {label} mixes units of different classes or blocks")
+    return torch.tensor([number[label] for label in given.tolist()])
