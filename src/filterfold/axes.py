@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .errors import PlanError, SurgeryError
 from .plan import DROPPED, Cut, Plan, Slice
+from .structure import in_memory_order, memory_order
 
 Kind = Literal["value", "variance", "moment"]
 """How a folded tensor combines: like parameters, like a running variance, like a second moment."""
@@ -28,9 +29,11 @@ Kind = Literal["value", "variance", "moment"]
 class AxisCut:
     """What one axis of one tensor becomes: first `keep` is selected, then `target`s are recomputed as weighted sums.
 
-    `source[i]` (old position) goes into `target[i]` (new position) with `weight[i]`.
+    `length` is the old number of positions; `source[i]` (old position) goes into `target[i]` (new
+    position) with `weight[i]`.
     """
 
+    length: int
     keep: Tensor
     source: Tensor
     target: Tensor
@@ -94,41 +97,66 @@ def representatives(cut: Cut) -> np.ndarray[Any, np.dtype[np.int64]]:
     [0, 1, -1, 0]
     """
     new = np.asarray(cut.assignment)
-    first = np.full(cut.new_size, -1)
-    for unit in range(cut.size - 1, -1, -1):
-        if new[unit] != DROPPED:
-            first[new[unit]] = unit
-    return np.where(new == DROPPED, -1, first[new])
+    index, first = np.unique(new, return_index=True)
+    return np.where(new == DROPPED, -1, first[np.searchsorted(index, new)])
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A cut as arrays, made once for its many slices."""
+
+    cut: Cut
+    representative: Any
+    plain: bool  # whether units are only dropped, so that no sum is ever taken
+
+    @classmethod
+    def of(cls, cut: Cut) -> _Prepared:
+        weighted = any(part.weight is not None for part in (*cut.producers, *cut.consumers))
+        plain = not weighted and not cut.folds and cut.blend is None and cut.gain is None
+        return cls(cut, representatives(cut), plain)
+
+    @property
+    def changes(self) -> bool:
+        return self.cut.changes or not self.plain
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
     """One slice of one cut, ready for `_axis`."""
 
-    cut: Cut
+    of: _Prepared
     part: Slice
     producer: bool
 
 
 def _axis(name: str, length: int, parts: Sequence[_Part]) -> AxisCut | None:
     """Combine all slices along one axis of one tensor; None where nothing changes."""
+    here = np.arange(length)
     owner = np.full(length, -1)  # index of the slice that owns the position
-    home = np.arange(length)  # old position in whose place it ends up; -1 = dropped
+    home = here.copy()  # old position in whose place it ends up; -1 = dropped
     weight = np.ones(length)
     for index, entry in enumerate(parts):
         units = np.asarray(entry.part.units)
         if len(units) != length:
             raise PlanError(
-                f"group {entry.cut.group!r}: {name} has {length} positions along axis {entry.part.axis}, "
+                f"group {entry.of.cut.group!r}: {name} has {length} positions along axis {entry.part.axis}, "
                 f"the plan {len(units)}: was it made for another model?"
             )
         own = np.flatnonzero(units >= 0)
+        unit = units[own]
         _refuse_overlap(name, parts, owner[own], entry)
         owner[own] = index
-        home[own] = _homes(name, entry, units, own)
-        shares = unit_weights(entry.cut, producer=entry.producer, own=entry.part.weight)
-        weight[own] = shares[units[own]]
-    keep = np.flatnonzero(home == np.arange(length))
+        if entry.of.plain:
+            home[own] = np.where(entry.of.representative[unit] >= 0, own, -1)
+        else:
+            home[own] = _homes(name, entry, unit, own)
+            weight[own] = unit_weights(entry.of.cut, producer=entry.producer, own=entry.part.weight)[unit]
+    keep = np.flatnonzero(home == here)
+    if len(keep) == 0:
+        raise PlanError(f"{name}: the plan would leave nothing along axis {parts[0].part.axis}; keep a unit of it")
+    if all(entry.of.plain for entry in parts):
+        none = np.empty(0, dtype=np.int64)
+        return None if len(keep) == length else _axis_cut(length, keep, none, none, none.astype(np.float64))
     place = np.full(length, -1)
     place[keep] = np.arange(len(keep))
     target = np.where(home >= 0, place[home], -1)
@@ -137,36 +165,40 @@ def _axis(name: str, length: int, parts: Sequence[_Part]) -> AxisCut | None:
     source = np.flatnonzero((target >= 0) & mixed[target])
     if len(keep) == length and len(source) == 0:
         return None
-    return AxisCut(*(torch.from_numpy(array) for array in (keep, source, target[source], weight[source])))
+    return _axis_cut(length, keep, source, target[source], weight[source])
 
 
-def _homes(name: str, entry: _Part, units: Any, own: Any) -> Any:
+def _axis_cut(length: int, *arrays: Any) -> AxisCut:
+    return AxisCut(length, *(torch.from_numpy(array) for array in arrays))
+
+
+def _homes(name: str, entry: _Part, unit: Any, own: Any) -> Any:
     """For each position in `own` the old position in whose place it ends up, the i-th of a unit with the i-th."""
-    order = own[np.argsort(units[own], kind="stable")]
-    counts = np.bincount(units[own], minlength=entry.cut.size)
+    counts = np.bincount(unit, minlength=entry.of.cut.size)
     starts = np.concatenate(([0], np.cumsum(counts)[:-1]))
-    rank = np.empty(len(units), dtype=np.int64)
-    rank[order] = np.arange(len(order)) - starts[units[order]]
-    representative = representatives(entry.cut)
+    sequence = np.argsort(unit, kind="stable")
+    rank = np.empty(len(own), dtype=np.int64)
+    rank[sequence] = np.arange(len(own)) - starts[unit[sequence]]
+    representative = entry.of.representative
     kept = np.flatnonzero(representative >= 0)
     uneven = kept[counts[kept] != counts[representative[kept]]]
     if len(uneven):
-        unit = int(uneven[0])
-        other = int(representative[unit])
+        one = int(uneven[0])
+        other = int(representative[one])
         raise SurgeryError(
-            f"group {entry.cut.group!r}: units {other} and {unit} can't be folded: they hold {counts[other]} and "
-            f"{counts[unit]} positions of {name}"
+            f"group {entry.of.cut.group!r}: units {other} and {one} can't be folded: they hold {counts[other]} and "
+            f"{counts[one]} positions of {name}"
         )
-    home = representative[units[own]]
-    inside = np.clip(starts[home] + rank[own], 0, len(order) - 1)
-    return np.where(home >= 0, order[inside], -1)
+    home = representative[unit]
+    inside = np.clip(starts[home] + rank, 0, len(own) - 1)
+    return np.where(home >= 0, own[sequence][inside], -1)
 
 
 def _refuse_overlap(name: str, parts: Sequence[_Part], owners: Any, entry: _Part) -> None:
     taken = owners[owners >= 0]
     if len(taken):
-        other = parts[int(taken[0])].cut.group
-        raise PlanError(f"{name}: groups {other!r} and {entry.cut.group!r} both claim the same positions")
+        other = parts[int(taken[0])].of.cut.group
+        raise PlanError(f"{name}: groups {other!r} and {entry.of.cut.group!r} both claim the same positions")
 
 
 Edit = dict[int, AxisCut]
@@ -180,16 +212,16 @@ def edits_of(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Edit]:
         first_name.setdefault(id(tensor), name)
     parts: dict[tuple[str, int], list[_Part]] = {}
     for cut in plan.cuts:
-        weighted = any(part.weight is not None for part in (*cut.producers, *cut.consumers))
-        if not cut.changes and cut.blend is None and cut.gain is None and not weighted:
+        prepared = _Prepared.of(cut)
+        if not prepared.changes:
             continue
         for producer, slices in ((True, cut.producers), (False, cut.consumers)):
             for part in slices:
                 name = first_name[id(_tensor(tensors, part.tensor, cut.group))]
                 axis = part.axis % max(tensors[name].dim(), 1)
                 entries = parts.setdefault((name, axis), [])
-                if not any(e.cut is cut and e.part.units == part.units for e in entries):
-                    entries.append(_Part(cut, part, producer))
+                if not any(e.of is prepared and e.part.units == part.units for e in entries):
+                    entries.append(_Part(prepared, part, producer))
     edits: dict[str, Edit] = {}
     for (name, axis), entries in parts.items():
         found = _axis(name, tensors[name].shape[axis], entries)
@@ -216,10 +248,6 @@ def cut_tensor(tensor: Tensor, edit: Edit, kind: Kind = "value") -> Tensor:
     result = tensor.detach()
     for axis, found in edit.items():
         # Adafactor keeps factors of size 1 along the axes that it averages over: nothing to cut there.
-        if tensor.shape[axis] == 1 and int(found.keep.max()) > 0:
-            continue
-        result = found.apply(result, axis, kind)
-    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-    # clone, since contiguous() leaves the strides of axes of size 1 alone and kernels dispatch on them
-    ordered = result.permute(order).clone(memory_format=torch.contiguous_format)
-    return ordered.permute(sorted(range(len(order)), key=order.__getitem__))
+        if tensor.shape[axis] == found.length:
+            result = found.apply(result, axis, kind)
+    return in_memory_order(result, memory_order(tensor))

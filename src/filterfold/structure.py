@@ -8,7 +8,7 @@ so that a pruned checkpoint loads without running or tracing anything.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import singledispatch
 from typing import Any
 
@@ -185,6 +185,26 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """All parameters and buffers (persistent or not) under all their names: tied ones come twice."""
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
+
+
+def memory_order(tensor: Tensor) -> list[int]:
+    """The axes of a dense tensor from the outermost in memory to the innermost.
+
+    >>> memory_order(torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last))
+    [0, 2, 3, 1]
+    """
+    return sorted(range(tensor.dim()), key=lambda dim: (tensor.stride(dim), tensor.shape[dim]), reverse=True)
+
+
+def in_memory_order(tensor: Tensor, order: Sequence[int]) -> Tensor:
+    """A copy of the tensor with its axes laid out in the given order.
+
+    >>> in_memory_order(torch.zeros(2, 3), [1, 0]).stride()
+    (1, 2)
+    """
+    # clone, since contiguous() leaves the strides of axes of size 1 alone and kernels dispatch on them
+    ordered = tensor.permute(*order).clone(memory_format=torch.contiguous_format)
+    return ordered.permute(*sorted(range(len(order)), key=order.__getitem__))
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -119,12 +119,24 @@ def apply(
     """
     if type(model).__name__ == "DistributedDataParallel":
         raise SurgeryError("DDP's buckets would keep the old sizes: apply the plan to ddp.module and wrap it again")
+    # Inside inference_mode, new parameters would be inference tensors, of no use for training.
+    with torch.inference_mode(False), torch.no_grad():
+        return _apply(plan, model, optimizer, averaged)
+
+
+def _apply(
+    plan: Plan,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None,
+    averaged: nn.Module | Sequence[nn.Module],
+) -> Receipt:
     optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer] if optimizer is not None else []
     copies = [averaged] if isinstance(averaged, nn.Module) else list(averaged)
     modules = [unwrap(target) for target in (model, *copies)]
     tensors = [dict(named_tensors(module)) for module in modules]
-    work = [_new_tensors(edits_of(plan, named), named) for named in tensors]
-    edits = edits_of(plan, tensors[0])
+    all_edits = [edits_of(plan, named) for named in tensors]
+    work = [_new_tensors(*both) for both in zip(all_edits, tensors, strict=True)]
+    edits = all_edits[0]
     by_id = {id(tensors[0][name]): (name, edit) for name, edit in edits.items()}
     states = [change for entry in optimizers for change in _new_states(entry, by_id, tensors[0])]
     journal = _Journal()

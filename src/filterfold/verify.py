@@ -1,0 +1,331 @@
+"""Verification: the cut network must compute what the uncut one computes with the plan imposed on it.
+
+Two oracles. *Masking* imposes the plan without changing any size (`masked`); it judges every group
+whose units are exact. *Permutation* judges the others, where a normalisation, softmax or mean runs over the
+channels: shuffling interchangeable units of the uncut network must not change its outputs.
+
+The error of an output is max|a - b| / max|a|, and the error of a network the largest over its outputs. Networks
+amplify rounding differently, so a float32 error above `TOLERANCES` is decided by running again in float64.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .axes import edits_of
+from .borrowing import borrowed, outputs, telling
+from .errors import FilterfoldError, VerificationError
+from .groups import ChannelGroup
+from .oracles import masked, permuted, rebased
+from .plan import AttributeChange, Cut, Plan
+from .structure import named_tensors, unwrap
+from .surgery import apply
+
+__all__ = ["Repair", "Verification", "masked", "rehearse", "verify"]
+
+_LOG = logging.getLogger("filterfold.verify")
+
+TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+"""Largest relative error by type: about √ε, loose enough for reordered sums in deep networks, and far below
+what a wrong channel does (over 1e-2 with generic values)."""
+
+Repair = Callable[[nn.Module, Plan], tuple[AttributeChange, ...]]
+"""Finds the sizes in user code that must change with a plan."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What verification found; true in a boolean context if the cut is right.
+
+    **Arguments:**
+
+    - `ok`: whether both errors are within the tolerance and nothing failed.
+    - `masking_error`: relative error against the masked network; None if it could not be computed.
+    - `permutation_error`: relative error under permutation; None if no changed group needs that oracle.
+    - `inexact`: names of the changed groups that masking can't judge.
+    - `message`: all of that in one line.
+    """
+
+    ok: bool
+    masking_error: float | None
+    permutation_error: float | None
+    inexact: tuple[str, ...]
+    message: str
+
+    def __bool__(self) -> bool:
+        """`ok`."""
+        return self.ok
+
+    def __str__(self) -> str:
+        """The message."""
+        return self.message
+
+
+def verify(
+    pruned: nn.Module,
+    original: nn.Module,
+    plan: Plan,
+    example_inputs: Any,
+    *,
+    groups: Iterable[ChannelGroup] | None = None,
+    tolerance: float | None = None,
+) -> Verification:
+    """Hold a pruned model against the original it was cut from.
+
+    Both are run in eval mode on the example inputs (constant ones are replaced by noise), with the
+    values that they have. A branch that starts at zero hides what lies behind it; `rehearse`, which
+    `prune` uses, puts generic values there.
+
+    **Arguments:**
+
+    - `pruned`: the model after `apply(plan, ...)`, not trained since.
+    - `original`: the model before it; changed for the time of the call and given back bit for bit.
+    - `plan`: what was applied.
+    - `example_inputs`: a tensor, a tuple of arguments, or a dictionary of keyword arguments.
+    - `groups`: from `trace`; says which groups are exact. Without it all are taken to be.
+    - `tolerance`: largest relative error; by default by the model's type, with float64 deciding.
+
+    **Returns:** a `Verification`; a mismatch is reported, not raised.
+
+    **Raises:** `VerificationError` if the original itself does not run, or both are the same object.
+
+    ```python
+    >>> import copy
+    >>> from filterfold.plan import Slice
+    >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+    >>> made = tuple(Slice(name, 0, (0, 1, 2), "filter") for name in ("0.weight", "0.bias"))
+    >>> plan = Plan((Cut("0", (0, -1, 1), made, (Slice("2.weight", 1, (0, 1, 2), "kernel"),)),))
+    >>> small = copy.deepcopy(net)
+    >>> _ = apply(plan, small)
+    >>> verify(small, net, plan, torch.randn(4, 2)).ok
+    True
+
+    ```
+    """
+    pruned, original = unwrap(pruned), unwrap(original)
+    if pruned is original:
+        raise VerificationError("verify needs the original beside the pruned model: copy it before cutting")
+    judge = _Judge(plan, groups, original, None)
+
+    def trial(dtype: torch.dtype | None) -> _Errors:
+        inputs = telling(example_inputs, dtype)
+        with borrowed(original, dtype=dtype):
+            expected, shuffled = judge.references(inputs)
+        with borrowed(pruned, dtype=dtype):
+            return judge.compare(expected, shuffled, pruned, inputs)
+
+    return judge.decide(trial, _type_of(original), tolerance)
+
+
+def rehearse(
+    model: nn.Module,
+    plan: Plan,
+    example_inputs: Any,
+    *,
+    groups: Iterable[ChannelGroup] | None = None,
+    tolerance: float | None = None,
+    repair: Repair | None = None,
+) -> Verification:
+    """Try a plan on a model, judge the outcome by both oracles, and take everything back.
+
+    Needs no copy of the model. Constant and tiny parameters have random values meanwhile, so that
+    a fresh network, with zeros in its last batch norms, hides nothing.
+
+    **Arguments:** as for `verify`, and
+
+    - `repair`: called with the model and those cuts of the plan that masking can't judge, if the network fails
+      with them alone because of sizes written into user code.
+
+    **Returns:** a `Verification`.
+
+    **Raises:** `PlanError` or `SurgeryError` if the plan can't be applied; `VerificationError` if the
+    model does not run as it is.
+    """
+    model = unwrap(model)
+    judge = _Judge(plan, groups, model, repair)
+
+    def trial_with(generic: bool) -> Callable[[torch.dtype | None], _Errors]:
+        def trial(dtype: torch.dtype | None) -> _Errors:
+            inputs = telling(example_inputs, dtype)
+            with borrowed(model, dtype=dtype, generic=generic):
+                expected, shuffled = judge.references(inputs)
+                receipt = apply(plan, model)
+                try:
+                    return judge.compare(expected, shuffled, model, inputs)
+                finally:
+                    receipt.rollback()
+
+        return trial
+
+    try:
+        judge.finite_only = True
+        return judge.decide(trial_with(True), _type_of(model), tolerance)
+    except _NotFiniteError:
+        judge.finite_only = False
+        return judge.decide(trial_with(False), _type_of(model), tolerance)
+
+
+class _NotFiniteError(Exception):
+    """Random values made the network overflow."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Errors:
+    masking: float | None
+    permutation: float | None
+    failure: str | None = None
+
+    @property
+    def worst(self) -> float:
+        known = [error for error in (self.masking, self.permutation) if error is not None]
+        return float("inf") if self.failure else max(known, default=0.0)
+
+
+class _Judge:
+    """One plan on one model: the reference outputs, the comparison, the verdict."""
+
+    def __init__(
+        self, plan: Plan, groups: Iterable[ChannelGroup] | None, model: nn.Module, repair: Repair | None
+    ) -> None:
+        by_name = {group.name: group for group in groups or ()}
+        changing = [cut for cut in plan.cuts if cut.changes]
+        self.plan = plan
+        self.inexact = [cut for cut in changing if cut.group in by_name and not by_name[cut.group].exact]
+        self.exact = [cut for cut in plan.cuts if cut not in self.inexact]
+        self.model = model
+        self.repair = repair
+        self.finite_only = False
+        self.cells: dict[str, Sequence[object]] = {}
+        for cut in self.inexact:
+            group = by_name[cut.group]
+            if group.symmetric:
+                self.cells[cut.group] = list(zip(group.classes, group.blocks, strict=True))
+
+    def references(self, inputs: Any) -> tuple[list[Tensor] | None, float | None]:
+        """(outputs of the masked network or None, error under permutation or None)."""
+        error = None
+        try:
+            plain = outputs(self.model, inputs)
+        except Exception as reason:
+            raise VerificationError(f"the model fails before any cut: {_line(reason)}") from reason
+        shuffled = [cut for cut in self.inexact if cut.group in self.cells]
+        if shuffled:
+            with permuted(self.model, shuffled, self.cells, torch.Generator().manual_seed(2)):
+                error = _error(plain, outputs(self.model, inputs))
+        if self.finite_only and not all(bool(torch.isfinite(v).all()) for v in plain if v.is_floating_point()):
+            raise _NotFiniteError
+        return self._masked_outputs(inputs), error
+
+    def _masked_outputs(self, inputs: Any) -> list[Tensor] | None:
+        """Outputs with the inexact groups cut and the exact ones masked; None if that can't be run."""
+        try:
+            with self._inexact_cut() as cuts, masked(self.model, Plan(cuts)):
+                return outputs(self.model, inputs)
+        except Exception as reason:
+            if not self.inexact:
+                raise
+            _LOG.info("no masking oracle beside the groups that aren't exact: %s", _line(reason))
+            return None
+
+    @contextmanager
+    def _inexact_cut(self) -> Iterator[tuple[Cut, ...]]:
+        """Really cut the inexact groups for a while; gives the exact cuts as they read then."""
+        if not self.inexact:
+            yield tuple(self.exact)
+            return
+        part = Plan(tuple(self.inexact))
+        if self.repair is not None:
+            part = Plan(part.cuts, self.repair(self.model, part))
+        tensors = dict(named_tensors(self.model))
+        cuts = rebased(self.exact, edits_of(part, tensors), tensors)
+        receipt = apply(part, self.model)
+        try:
+            yield cuts
+        finally:
+            receipt.rollback()
+
+    def compare(self, expected: list[Tensor] | None, shuffled: float | None, pruned: nn.Module, inputs: Any) -> _Errors:
+        try:
+            actual = outputs(pruned, inputs)
+        except Exception as reason:
+            return _Errors(None, shuffled, _line(reason))
+        return _Errors(None if expected is None else _error(expected, actual), shuffled)
+
+    def decide(
+        self, trial: Callable[[torch.dtype | None], _Errors], dtype: torch.dtype, tolerance: float | None
+    ) -> Verification:
+        limit = tolerance if tolerance is not None else TOLERANCES.get(dtype, 1e-4)
+        errors = trial(None)
+        if tolerance is None and limit < errors.worst and not errors.failure and dtype != torch.float64:
+            try:
+                errors, limit, dtype = trial(torch.float64), TOLERANCES[torch.float64], torch.float64
+            except FilterfoldError as reason:
+                _LOG.info("the model does not run in float64 (%s); judging in %s", reason, dtype)
+        return self._verdict(errors, limit, dtype)
+
+    def _verdict(self, errors: _Errors, limit: float, dtype: torch.dtype) -> Verification:
+        names = tuple(cut.group for cut in self.inexact)
+        kind = str(dtype).removeprefix("torch.")
+        ok = errors.worst <= limit
+        if errors.failure:
+            text = f"the cut network fails: {errors.failure}"
+        elif errors.masking is not None and not errors.masking <= limit:
+            text = f"the cut network differs from the masked one by {errors.masking:.1e} (allowed {limit:.0e}, {kind})"
+        elif errors.permutation is not None and not errors.permutation <= limit:
+            text = f"permuting {_list(names)} changes the network by {errors.permutation:.1e} (allowed {limit:.0e})"
+        elif errors.masking is None:
+            text = f"the cut network runs, but {_list(names)} can't be held against a masked one"
+        else:
+            text = f"the cut network equals the masked one to {errors.masking:.1e} ({kind})"
+        if ok and names and errors.masking is not None:
+            how = "unjudged" if errors.permutation is None else f"permutation error {errors.permutation:.1e}"
+            text += f"; not mask-exact: {_list(names)} ({how})"
+        return Verification(ok, errors.masking, errors.permutation, names, text)
+
+
+def _error(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> float:
+    """Largest max|a - b| / max|a| over the outputs; infinite where shapes or non-finite places differ."""
+    if len(expected) != len(actual):
+        return float("inf")
+    return max((_relative(a, b) for a, b in zip(expected, actual, strict=True)), default=0.0)
+
+
+def _relative(expected: Tensor, actual: Tensor) -> float:
+    if expected.shape != actual.shape or expected.dtype != actual.dtype:
+        return float("inf")
+    if expected.numel() == 0:
+        return 0.0
+    if not (expected.is_floating_point() or expected.is_complex()):
+        return 0.0 if torch.equal(expected, actual) else 1.0
+    finite = torch.isfinite(expected)
+    if not torch.equal(finite, torch.isfinite(actual)):
+        return float("inf")
+    exact = torch.complex128 if expected.is_complex() else torch.float64
+    expected, actual = (value[finite].cpu().to(exact) for value in (expected, actual))
+    if expected.numel() == 0:
+        return 0.0
+    scale = float(expected.abs().max())
+    return float((expected - actual).abs().max()) / (scale or 1.0)
+
+
+def _type_of(model: nn.Module) -> torch.dtype:
+    """The least precise floating-point type among the parameters and buffers."""
+    kinds = {tensor.dtype for _, tensor in named_tensors(model) if tensor.is_floating_point()}
+    return max(kinds, key=lambda kind: torch.finfo(kind).eps, default=torch.float32)
+
+
+def _line(reason: BaseException) -> str:
+    text = next((line.strip() for line in str(reason).splitlines() if line.strip()), "no reason given")
+    return f"{type(reason).__name__}: {text}"
+
+
+def _list(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
