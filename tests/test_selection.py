@@ -272,7 +272,11 @@ def test_global_budgets_against_enumeration(share):
     for threshold in [*pooled, 2.0]:
         widths = [max(1, int((values >= threshold).sum())) for values in (scores["0"].double(), scores["2"].double())]
         fitting += [widths] if by_hand(*widths)[0] <= share * by_hand(6, 8)[0] else []
-    assert [cut.new_size for cut in plan.cuts] == max(fitting, key=sum)
+    chosen, prefix = [cut.new_size for cut in plan.cuts], max(fitting, key=sum)
+    assert by_hand(*chosen)[0] <= share * by_hand(6, 8)[0]
+    assert all(more >= least for more, least in zip(chosen, prefix, strict=True))
+    for more in ([chosen[0] + 1, chosen[1]], [chosen[0], chosen[1] + 1]):  # nothing else fits
+        assert by_hand(*more)[0] > share * by_hand(6, 8)[0] or more[0] > 6 or more[1] > 8
 
 
 def test_both_budgets_hold_together():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from math import prod
@@ -51,11 +52,8 @@ def axes(producers: Iterable[Slice], consumers: Iterable[Slice]) -> dict[tuple[s
 
 def per_unit(units: Iterable[int], size: int) -> list[int]:
     """How many positions each unit has."""
-    positions = [0] * size
-    for unit in units:
-        if unit >= 0:
-            positions[unit] += 1
-    return positions
+    found = Counter(units)
+    return [found.get(unit, 0) for unit in range(size)]
 
 
 def shrunk(cost: Cost, removed: Mapping[tuple[str, int], int]) -> Cost:

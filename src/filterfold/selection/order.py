@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -32,6 +32,11 @@ class Room:
             return self.allowed[-1]
         below = max(0, above - 1)
         return min(self.allowed[below], self.allowed[above], key=lambda allowed: (abs(allowed - count), allowed))
+
+    def more(self, count: int) -> int:
+        """The next allowed number of units above `count`, or `count` if there is none."""
+        above = bisect_right(self.allowed, count)
+        return self.allowed[above] if above < len(self.allowed) else count
 
     def cut(self, count: int) -> Cut:
         """Keep the first `count` units of the order."""
@@ -74,6 +79,8 @@ def _order_block(
     for unit in members:
         classes.setdefault(group.classes[unit], []).append(unit)
     queues = [sorted(units, key=lambda unit: -scores[unit]) for units in classes.values()]  # stable
+    if len(queues) == 1:
+        return queues[0], min(chunk, len(members))
     order = [unit for queue in queues for unit in queue[:chunk]]
     least = len(order)
     taken = [min(chunk, len(queue)) for queue in queues]

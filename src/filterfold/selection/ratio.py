@@ -48,7 +48,8 @@ def select(
     - `macs`, `parameters`: share of the original that may remain, in (0, 1], as predicted from
       `cost`. Per layer: the largest common keep ratio that fits, after which single groups get
       another unit (or step of `round_to`) in order as long as that fits. Global: the longest
-      prefix of the ranking that fits. What remains is never more than was asked.
+      prefix of the ranking that fits, then those of the units behind it that still fit. What
+      remains is never more than was asked.
     - `cost`: `filterfold.cost.measure` of the model; needed for `macs` and `parameters`, and with
       `keep` it only adds the predicted shares to the notes.
     - `scope`: `"layer"` ranks within each group; `"global"` ranks the units of all groups together,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from itertools import accumulate
 from math import ceil
@@ -42,8 +42,8 @@ def search(
     """The largest numbers of kept units, one per group, whose amounts are within the shares.
 
     With larger indices a family (common keep ratios, or prefixes of the global ranking) only grows,
-    so binary search finds its largest member that fits; single groups then take the step to the
-    next member as long as that fits.
+    so binary search finds its largest member that fits. What is left of the budget goes to single
+    groups: one step to each in order, or on along the ranking, leaving out what does not fit.
     """
     meter = _Meter(ranked, None if "units" in shares else cost)
     totals = meter.amounts([room.group.size for room in ranked])
@@ -53,7 +53,7 @@ def search(
         amounts = meter.amounts(counts)
         return all(amounts[name] <= limit for name, limit in limits.items())
 
-    length, counts_at = _uniform(ranked) if scope == "layer" else _ranking(ranked, normalize)
+    length, counts_at, following = _uniform(ranked) if scope == "layer" else _ranking(ranked, normalize)
     if not fits(counts_at(0)):
         least = meter.amounts(counts_at(0))
         asked = ", ".join(f"{'keep' if name == 'units' else name}={share:g}" for name, share in shares.items())
@@ -63,23 +63,35 @@ def search(
     while high - low > 1:  # invariant: low fits, high does not (or is the end)
         middle = (low + high) // 2
         low, high = (middle, high) if fits(counts_at(middle)) else (low, middle)
-    counts = counts_at(low)
-    for index, more in enumerate(counts_at(high) if high < length else counts):
-        trial = [*counts[:index], more, *counts[index + 1 :]]
-        if more != counts[index] and fits(trial):
-            counts = trial
+    counts, closed = counts_at(low), set()
+    for index in following(low):
+        if index not in closed:
+            trial = list(counts)
+            trial[index] = ranked[index].more(counts[index])
+            fitting = trial != counts and fits(trial)
+            if not fitting or trial[index] > counts[index] + 1:
+                closed.add(index)  # one step of `round_to` at most: the ranking asked for one unit
+            counts = trial if fitting else counts
     return counts
 
 
-def _uniform(ranked: Sequence[Room]) -> tuple[int, Callable[[int], list[int]]]:
-    """All common keep ratios that make a difference, from the smallest: their number, and the counts of each."""
+Family = tuple[int, Callable[[int], list[int]], Callable[[int], Iterable[int]]]
+"""Number of members, the counts of each, and the groups that may take more after each, in order."""
+
+
+def _uniform(ranked: Sequence[Room]) -> Family:
+    """All common keep ratios that make a difference, from the smallest."""
     sizes = {room.group.size for room in ranked}
     ratios = sorted({Fraction(count, size) for size in sizes for count in range(size + 1)})
-    return len(ratios), lambda at: [room.nearest(int(room.group.size * ratios[at])) for room in ranked]
+
+    def counts_at(at: int) -> list[int]:
+        return [room.nearest(int(room.group.size * ratios[at])) for room in ranked]
+
+    return len(ratios), counts_at, lambda _: range(len(ranked))
 
 
-def _ranking(ranked: Sequence[Room], normalize: Normalize) -> tuple[int, Callable[[int], list[int]]]:
-    """Prefixes of the ranking over all groups, from the shortest: their number, and the counts of each."""
+def _ranking(ranked: Sequence[Room], normalize: Normalize) -> Family:
+    """Prefixes of the ranking over all groups, from the shortest."""
     entries = []
     for index, room in enumerate(ranked):
         scores = torch.tensor(room.scores, dtype=torch.float64)
@@ -94,7 +106,7 @@ def _ranking(ranked: Sequence[Room], normalize: Normalize) -> tuple[int, Callabl
             counts[index] += 1
         return [room.nearest(count) for room, count in zip(ranked, counts, strict=True)]
 
-    return len(entries) + 1, counts_at
+    return len(entries) + 1, counts_at, lambda at: (index for _, index, _ in entries[at:])
 
 
 class _Meter:
