@@ -137,7 +137,7 @@ def test_what_the_document_claims_and_what_follows(shared):
     assert study.control == "original"
     assert [j.pace for j in judgements] == ["faster"] * 6
     assert [j.accuracy for j in judgements] == ["not shown"] * 6
-    texts = {reading.title: reading.text for reading in readings(study, judgements)}
+    texts = {reading.title: reading.text.replace("\u00a0", " ") for reading in readings(study, judgements)}
     dose = texts["A speed-up that does not depend on what is left"]
     assert "4.84 s with 5 clusters and 5.15 s with 30" in dose
     dunn = texts["Inference time: Dunn’s test loses its significance under Holm"]

@@ -61,13 +61,13 @@ def p_value(p: float | None) -> str:
 
 
 def p_words(p: float | None) -> str:
-    """A p-value with its sign, for sentences.
+    """A p-value with its sign, for sentences; it does not break over lines.
 
-    >>> p_words(0.03318), p_words(0.00001)
-    ('p = .0332', 'p < .0001')
+    >>> p_words(0.03318).split(), p_words(0.00001).split()
+    (['p', '=', '.0332'], ['p', '<', '.0001'])
     """
     text = p_value(p)
-    return f"p {text}" if text.startswith("<") else f"p = {text}"
+    return (f"p {text}" if text.startswith("<") else f"p = {text}").replace(" ", "\u00a0")
 
 
 def signed(x: float | None, digits: int = 2) -> str:

@@ -13,8 +13,8 @@ from importlib.resources import files
 
 from . import tables
 from .colours import Look, variables
+from .drawing import Plot
 from .numbers import plain, signed, times
-from .plots import Plot
 from .readings import Reading
 from .study import MEASURES, SECONDS, TESTED, TOP1, TOP5, Study
 from .tables import Table

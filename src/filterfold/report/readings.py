@@ -127,7 +127,7 @@ def _dunn(study: Study) -> list[Reading]:
             "control that the question needs is the permutation test, further down."
         )
         title = f"{measure.title}: Dunn’s test loses its significance under Holm"
-        found.append(Reading(title, text, True))
+        found.append(Reading(title, text, 2 * len(left) < len(below)))
     return found
 
 
