@@ -1,0 +1,77 @@
+"""Online clustering as a callback of `filterfold.training.train`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import CheckpointError, ConfigError
+from .filters import OnlineFilterClustering
+from .schedule import Schedule
+
+
+class OnlineCallback:
+    """Makes an `OnlineFilterClustering` when the run starts and lets it take part.
+
+    Follows the protocol of `filterfold.training.Callback` without importing it. The options are plain values, so a
+    trial can be written down.
+
+    **Arguments:**
+
+    - `schedule`: "gradual" or "document" (see `Schedule`; epochs are the run's), a `Schedule`, or its `to_dict()`.
+    - `options`: everything else that `OnlineFilterClustering` takes besides model, inputs and optimizer.
+
+    ```python
+    >>> callback = OnlineCallback(clusters=10, schedule="document", strength=0.001)
+    >>> callback.online is None  # until the run starts
+    True
+
+    ```
+    """
+
+    def __init__(self, *, schedule: str | Schedule | Mapping[str, Any] = "gradual", **options: Any) -> None:
+        if isinstance(schedule, str) and schedule not in ("gradual", "document"):
+            raise ConfigError(f"schedule={schedule!r}: 'gradual', 'document', or a Schedule")
+        self.schedule, self.options = schedule, options
+        self.online: OnlineFilterClustering | None = None
+
+    def on_start(self, run: Any) -> None:
+        """Trace the run's model."""
+        schedule = self.schedule
+        if isinstance(schedule, str):
+            schedule = getattr(Schedule, schedule)(run.recipe.epochs)
+        elif isinstance(schedule, Mapping):
+            schedule = Schedule.from_dict(schedule)
+        self.online = OnlineFilterClustering(run.model, run.example, run.optimizer, schedule=schedule, **self.options)
+
+    def on_batch_loss(self, run: Any) -> Tensor | None:  # noqa: ARG002  # the protocol passes it
+        """The clustering term, where there is one."""
+        online = self.online
+        return online.loss() if online is not None and online.pulls else None
+
+    def after_backward(self, run: Any) -> None:
+        """Nothing to do."""
+
+    def on_epoch_end(self, run: Any) -> None:
+        """Do what the schedule says and tell the run."""
+        online = self._started()
+        cuts = len(online.cuts)
+        for event in online.step(run.epoch):
+            run.event(event)
+        if len(online.cuts) > cuts:
+            run.structure_changed()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The clustering's state."""
+        return self._started().state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        self._started().load_state_dict(state)
+
+    def _started(self) -> OnlineFilterClustering:
+        if self.online is None:
+            raise CheckpointError("online clustering: the run has not started, so there is no state")
+        return self.online

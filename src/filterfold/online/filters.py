@@ -1,0 +1,351 @@
+"""The two verbs of online clustering: `update_clusters()` looks, `cluster_and_prune()` cuts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..borrowing import borrowed, outputs, telling
+from ..cost import measure
+from ..criteria import CRITERIA, score
+from ..errors import CheckpointError, ConfigError, SelectionError, VerificationError
+from ..folding import Features, fold, share_out, signs
+from ..graph import Traced, trace
+from ..groups import ChannelGroup
+from ..plan import Plan
+from ..structure import named_tensors, unwrap
+from ..surgery import apply
+from ..verify import Verification, rehearse
+from .controls import drop, write_back
+from .grouping import ROWS, ClusterRow, along, read_row, regroup
+from .pull import averager, pull
+from .result import CENTROID, EXACT, FOLD, CutResult, relative_change
+from .schedule import Schedule
+from .targets import Target, active
+
+_LOG = logging.getLogger("filterfold.online")
+
+
+@dataclass(frozen=True, slots=True)
+class _Pulled:
+    """One parameter whose filters are pulled together; `positions` along `axis` of it, all where None."""
+
+    parameter: Tensor
+    axis: int
+    positions: Tensor | None
+    labels: Tensor
+    mean: Tensor
+    sign: Tensor | None
+
+    def value(self) -> Tensor:
+        rows = self.parameter.movedim(self.axis, 0) if self.axis else self.parameter
+        rows = rows if self.positions is None else rows[self.positions]
+        return pull(rows, self.labels, self.mean, self.sign)
+
+
+class OnlineFilterClustering:
+    """Groups the filters of a network by direction while it trains, and folds each cluster into one filter.
+
+    Three lines in anybody's training loop: make one, add `loss()` to the loss, call `step(epoch)` after each epoch.
+    Parameters keep their identity, so the optimizer, schedulers and hooks go on.
+
+    **Arguments:**
+
+    - `model`: any traceable network, changed in place at milestones; wrapped models are looked into.
+    - `example_inputs`: a tensor, tuple or dictionary on the model's device.
+    - `optimizer`: one or several; their state is cut alike. `averaged`: EMA copies, likewise.
+    - `clusters` | `keep` | `threshold`: filters that stay in every group (a number, or glob pattern → number), their
+      share, or the cosine similarity above which filters fold. Exactly one.
+    - `schedule`: what `step` does when.
+    - `strength`: λ of the clustering term (see `pull`).
+    - `round_to`: widths are multiples of this. `ignore`: glob patterns of groups left alone.
+    - `method`: "fold"; as controls a criterion's name (drops the lowest scores at the same milestones to the same
+      widths; no pull), or "centroid" (filters are replaced by their cluster's mean, nothing is removed).
+    - `features`: compare "filters" by direction, or "units": with their batch norm's scale and shift.
+    - `loader`: for criteria that need data. `seed`: of k-means and random scores.
+    - `verify`: hold every cut against the masked network before it is made.
+
+    **Attributes:** `groups` (traced, of the present network), `labels` (group → cluster of each unit), `history`
+    (`ClusterRow`s), `cuts` (`CutResult`s of this process), `plans` (all plans so far), `finished`.
+
+    ```python
+    >>> model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
+    >>> optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    >>> schedule = Schedule(updates=(1, 2), milestones=((2, 1.0),))
+    >>> online = OnlineFilterClustering(model, torch.zeros(1, 1, 3, 3), optimizer, clusters=4, schedule=schedule)
+    >>> for epoch in (1, 2):
+    ...     loss = model(torch.randn(8, 1, 3, 3)).square().mean() + online.loss()
+    ...     loss.backward(); optimizer.step(); optimizer.zero_grad()
+    ...     events = online.step(epoch)
+    >>> model[0].out_channels, model[4].in_features, online.finished
+    (4, 4, True)
+
+    ```
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+        *,
+        clusters: int | Mapping[str, int] | None = None,
+        keep: float | None = None,
+        threshold: float | None = None,
+        schedule: Schedule | None = None,
+        strength: float = 1e-3,
+        averaged: nn.Module | Sequence[nn.Module] = (),
+        round_to: int = 1,
+        ignore: Sequence[str] = (),
+        method: str = FOLD,
+        features: Features = "filters",
+        loader: Iterable[Any] | None = None,
+        seed: int = 0,
+        verify: bool = True,
+    ) -> None:
+        if method not in (FOLD, CENTROID) and method not in CRITERIA:
+            raise ConfigError(f"unknown method {method!r}: fold, centroid or one of {', '.join(sorted(CRITERIA))}")
+        if method not in (FOLD, CENTROID) and threshold is not None:
+            raise ConfigError(f"a similarity threshold says nothing about how many units {method!r} keeps: give keep")
+        if strength < 0:
+            raise ConfigError(f"strength={strength}: a pull can't be negative")
+        self.model, self.example_inputs, self.optimizer, self.averaged = model, example_inputs, optimizer, averaged
+        self.target = Target(clusters, keep, threshold, round_to)
+        self.schedule = schedule or Schedule()
+        self.strength, self.ignore, self.method, self.features = float(strength), tuple(ignore), method, features
+        self.loader, self.seed, self.verify = loader, seed, verify
+        self.labels: dict[str, Tensor] = {}
+        self.history: list[ClusterRow] = []
+        self.cuts: list[CutResult] = []
+        self.plans: list[Plan] = []
+        self.epoch = 0
+        self._passed = 0
+        self._look()
+        self._full = {group.name: group.size for group in self._active}
+        if not self._full:
+            raise SelectionError("no channel group can be cut: all are frozen or ignored; see filterfold inspect")
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last milestone is behind."""
+        return bool(self.schedule.milestones) and self._passed == len(self.schedule.milestones)
+
+    @property
+    def pulls(self) -> bool:
+        """Whether `loss()` is more than zero at present."""
+        return bool(self._pulls) and self.strength > 0
+
+    def update_clusters(self) -> list[ClusterRow]:
+        """Regroup the filters of every group; weights, optimizer and random state stay as they are, bit for bit.
+
+        Aims at the widths of the next milestone. Starts from the clusters of last time, so it is cheap and changes
+        only what has become better.
+
+        **Returns:** one row for each group that is to shrink, also added to `history`.
+        """
+        rows = self._cluster(self.schedule.next_share(self._passed))
+        self._prepare_pull()
+        return rows
+
+    def loss(self) -> Tensor:
+        """The clustering term: strength / 2 · Σ ‖u - ū‖² over all filters, u a direction, ū its cluster's mean.
+
+        A scalar to add to the task's loss; zero before the first `update_clusters()` and after the last milestone.
+        Of coupled layers each counts by itself. See `pull`.
+        """
+        total = None
+        for entry in self._pulls if self.strength else ():
+            value = entry.value()
+            total = value if total is None else total + value
+        if total is None:
+            return torch.zeros((), device=self._device)
+        return self.strength * total
+
+    def cluster_and_prune(self, share: float = 1.0) -> CutResult:
+        """Fold every cluster into one unit, physically; model, optimizer state and averaged copies alike.
+
+        **Arguments:**
+
+        - `share`: how far to go from the full to the target widths.
+
+        **Raises:** `VerificationError` if the cut network would not equal the masked one; nothing has changed then.
+        """
+        plan = self._plan(share)
+        before, macs = self._outputs(), measure(self._bare, self.example_inputs).macs
+        verified = None
+        if self.method == CENTROID:
+            write_back(self._active, self.labels, self.model)
+        elif plan.changes:
+            verified = self._rehearsed(plan)
+            apply(plan, self.model, optimizer=self.optimizer, averaged=self.averaged)
+            self.plans.append(plan)
+            self._look()
+        self._forget()
+        change = relative_change(before, self._outputs())
+        exact = change <= EXACT.get(before[0].dtype, 1e-2) if before else True
+        after = measure(self._bare, self.example_inputs).macs
+        result = CutResult(self.method, plan, (macs, after), change, exact, verified)
+        self.cuts.append(result)
+        _LOG.info("%s", result)
+        return result
+
+    def step(self, epoch: int) -> list[str]:
+        """Do what the schedule says after `epoch` (counted from 1) epochs.
+
+        **Returns:** what was done, in words, for a record's history; empty if nothing.
+        """
+        self.epoch = epoch
+        events = []
+        share = self.schedule.due(epoch, self._passed)
+        if share is not None:
+            while self.schedule.due(epoch, self._passed) is not None:
+                self._passed += 1
+            events.append(str(self.cluster_and_prune(share)))
+        if epoch in self.schedule.updates and not self.finished and self._clusters:
+            rows = self.update_clusters()
+            if rows:
+                total = sum(self._sizes[row["group"]] for row in rows)
+                cosine = sum(row["cosine"] * self._sizes[row["group"]] for row in rows) / total
+                changed = sum(row["changed"] for row in rows)
+                events.append(f"clusters: {changed} of {total} filters moved, mean cosine {cosine:.3f}")
+        return events
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs besides the (cut) model's and the optimizer's own state.
+
+        Nested dictionaries of tensors and plain values, for `filterfold.storage.save_tree`.
+        """
+        return {
+            "format": 1,
+            "method": self.method,
+            "full": dict(self._full),
+            "sizes": dict(self._sizes),
+            "labels": {name: labels.clone() for name, labels in self.labels.items()},
+            "history": [dict(row) for row in self.history],
+            "plans": [plan.to_json() for plan in self.plans],
+            "epoch": self.epoch,
+            "passed": self._passed,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()`; the model must already have the sizes and weights that it had then."""
+        if state.get("format") != 1 or state["method"] != self.method:
+            raise CheckpointError(
+                f"online clustering: the state is of method {state.get('method')!r}, this is {self.method!r}"
+            )
+        self._look()
+        if dict(state["sizes"]) != self._sizes:
+            wrong = next(
+                name for name in {**state["sizes"], **self._sizes} if state["sizes"].get(name) != self._sizes.get(name)
+            )
+            raise CheckpointError(
+                f"online clustering: group {wrong!r} has {self._sizes.get(wrong)} units, the state says "
+                f"{state['sizes'].get(wrong)}: restore the model before it"
+            )
+        self._full = {name: int(size) for name, size in state["full"].items()}
+        self.labels = {name: labels.clone() for name, labels in state["labels"].items()}
+        self.history = [read_row(row) for row in state["history"]]
+        self.plans = [Plan.from_json(text) for text in state["plans"]]
+        self.epoch, self._passed = int(state["epoch"]), int(state["passed"])
+        self._prepare_pull()
+
+    @property
+    def _bare(self) -> nn.Module:
+        return unwrap(self.model)
+
+    @property
+    def _clusters(self) -> bool:
+        """Whether the method looks at clusters at all."""
+        return self.method in (FOLD, CENTROID)
+
+    @property
+    def _device(self) -> torch.device:
+        return next((parameter.device for parameter in self._bare.parameters()), torch.device("cpu"))
+
+    def _look(self) -> None:
+        """Trace the network as it is now."""
+        self.groups: Traced = trace(self._bare, self.example_inputs)
+        found = active(self.groups, self.target, self.ignore)
+        self._active = tuple(group for group in found if group.name in getattr(self, "_full", {group.name: 0}))
+        self._sizes = {group.name: group.size for group in self._active}
+        self._pulls: list[_Pulled] = []
+
+    def _forget(self) -> None:
+        self.labels, self._pulls = {}, []
+
+    def _counts(self, group: ChannelGroup, share: float) -> tuple[int, ...] | None:
+        """Units to keep in each part of a group, or None if nothing is to be removed."""
+        width = self.target.width(group.name, self._full[group.name], share)
+        if width >= group.size:
+            return None
+        counts = share_out(group, width)
+        return None if sum(counts) >= group.size else counts
+
+    def _cluster(self, share: float, *, fresh: bool = False) -> list[ClusterRow]:
+        """Put every group that is to shrink into clusters; returns and notes what they are like."""
+        tensors = dict(named_tensors(self._bare))
+        rows = []
+        for group in self._active:
+            threshold = self.target.threshold
+            wanted = self._counts(group, share) if threshold is None else float(threshold)
+            before = self.labels.pop(group.name, None)
+            if wanted is None:
+                continue
+            self.labels[group.name], row = regroup(
+                group, tensors, wanted, before, kind=self.features, seed=self.seed, fresh=fresh, epoch=self.epoch
+            )
+            rows.append(row)
+        self.history += rows
+        return rows
+
+    def _prepare_pull(self) -> None:
+        """What `loss` needs, laid out once for all batches until the next update."""
+        tensors = dict(named_tensors(self._bare))
+        self._pulls = []
+        for group in self._active if self.method == FOLD and self.strength else ():
+            if group.name not in self.labels:
+                continue
+            sign = signs(group, tensors)
+            for piece in (piece for piece in group.producers if piece.role in ROWS):
+                parameter = tensors[piece.tensor]
+                if not parameter.requires_grad:
+                    continue
+                device = parameter.device
+                positions, labels = along(piece, self.labels[group.name])
+                units = torch.tensor(piece.units) if positions is None else torch.tensor(piece.units)[positions]
+                own_sign = None if sign is None else sign[units][:, None].to(device)
+                place = None if positions is None else positions.to(device)
+                self._pulls.append(
+                    _Pulled(parameter, piece.axis, place, labels.to(device), averager(labels).to(device), own_sign)
+                )
+
+    def _plan(self, share: float) -> Plan:
+        """The cut of this milestone."""
+        if not self._clusters:
+            wanted = {group.name: self._counts(group, share) for group in self._active}
+            counts = {name: count for name, count in wanted.items() if count is not None}
+            scores = score(
+                self._active, self._bare, self.method, loader=self.loader, seed=self.seed + 1000 * len(self.plans)
+            )
+            return drop(self._active, scores, counts)
+        self._cluster(share, fresh=True)
+        return fold(self._active, self.labels, self._bare) if self.method == FOLD else Plan(())
+
+    def _rehearsed(self, plan: Plan) -> Verification | None:
+        if not self.verify:
+            return None
+        verified = rehearse(self._bare, plan, self.example_inputs, groups=self.groups)
+        if not verified.ok:
+            raise VerificationError(f"the cut was not made: {verified.message}")
+        return verified
+
+    def _outputs(self) -> list[Tensor]:
+        """Floating-point outputs on the example inputs (noise where those are constant), in eval mode."""
+        with borrowed(self._bare):
+            found = outputs(self._bare, telling(self.example_inputs))
+        return [value.detach().clone() for value in found if value.is_floating_point()]

@@ -1,0 +1,112 @@
+"""One group's filters into clusters, and clusters laid out along the rows of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from ..clustering import Clustering, cluster, moved
+from ..folding import Features, features, parts
+from ..groups import ChannelGroup
+from ..plan import Slice
+
+ROWS = ("filter", "depthwise")
+
+
+class ClusterRow(TypedDict):
+    """One group's clusters at one update: what a record's `clusters_history` holds.
+
+    `k` clusters; `inertia` Σ ‖direction - cluster mean‖²; `cosine` mean similarity of filters to their cluster's
+    mean; `changed` how many filters are in another cluster than last time (all of them the first time).
+    """
+
+    epoch: int
+    group: str
+    k: int
+    inertia: float
+    cosine: float
+    changed: int
+
+
+def read_row(row: Mapping[str, Any]) -> ClusterRow:
+    """A row as it was written down."""
+    return ClusterRow(
+        epoch=row["epoch"],
+        group=row["group"],
+        k=row["k"],
+        inertia=row["inertia"],
+        cosine=row["cosine"],
+        changed=row["changed"],
+    )
+
+
+def regroup(
+    group: ChannelGroup,
+    tensors: Mapping[str, Tensor],
+    wanted: Sequence[int] | float,
+    before: Tensor | None,
+    *,
+    kind: Features = "filters",
+    seed: int = 0,
+    fresh: bool = False,
+    epoch: int = 0,
+) -> tuple[Tensor, ClusterRow]:
+    """Cluster the units of a group, each part (class and block) by itself.
+
+    **Arguments:**
+
+    - `wanted`: clusters of each part, or one similarity threshold.
+    - `before`: labels of last time to go on from, `(size,)`.
+    - `fresh`: try new starts too, and take what is better.
+
+    **Returns:** labels `(size,)` on the CPU, and what they are like.
+    """
+    labels = torch.zeros(group.size, dtype=torch.int64)
+    count, inertia, cosine = 0, 0.0, 0.0
+    for index, part in enumerate(parts(group)):
+        units = torch.tensor(part.units)
+        x = features(group, part, tensors, kind)
+        start = None if before is None else before[units]
+        found = _partition(x, wanted if isinstance(wanted, float) else wanted[index], start, seed, fresh)
+        labels[units] = found.labels.cpu() + count
+        count += found.count
+        inertia += found.inertia
+        cosine += found.cosine * len(units) / group.size
+    changed = group.size if before is None else moved(before, labels)
+    row = ClusterRow(epoch=epoch, group=group.name, k=count, inertia=inertia, cosine=cosine, changed=changed)
+    return labels, row
+
+
+def along(piece: Slice, labels: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Labels along a slice's axis: `(positions, their labels)`; positions None where every position is its own unit.
+
+    Where a unit owns several positions, the i-th ones are compared with each other.
+
+    >>> from filterfold.plan import Slice
+    >>> along(Slice("fc.weight", 1, (0, 0, 1, 1, -1), "filter"), torch.tensor([0, 0]))
+    (tensor([0, 1, 2, 3]), tensor([0, 1, 0, 1]))
+    """
+    units = torch.tensor(piece.units)
+    if torch.equal(units, torch.arange(len(labels))):
+        return None, labels
+    positions = (units >= 0).nonzero().squeeze(1)
+    positions = positions[units[positions].argsort(stable=True)]
+    own = units[positions]
+    rank = torch.arange(len(own)) - torch.searchsorted(own, own)
+    key = labels[own] * (int(rank.max()) + 1) + rank
+    return positions, torch.unique(key, return_inverse=True)[1]
+
+
+def _partition(x: Tensor, wanted: int | float, start: Tensor | None, seed: int, fresh: bool) -> Clustering:
+    if isinstance(wanted, float):
+        return cluster(x, threshold=wanted)
+    if start is None or len(torch.unique(start)) > wanted:
+        return cluster(x, clusters=wanted, seed=seed)
+    warm = cluster(x, clusters=wanted, seed=seed, start=start)
+    if not fresh:
+        return warm
+    new = cluster(x, clusters=wanted, seed=seed)
+    return new if new.inertia < warm.inertia else warm

@@ -1,0 +1,82 @@
+"""The clustering term: a pull of each filter's direction towards the mean direction of its cluster.
+
+Zhou et al., "Online Filter Clustering and Pruning for Efficient ConvNets" (ICIP 2018, arXiv 1905.11787), on
+directions: with u_j = w_j / ‖w_j‖ and ū the mean over j's cluster,
+
+    L = (λ/2) Σ_j ‖u_j - ū‖² = (λ/2) Σ_j (1 - u_j·ū),     ∂L/∂w_j = (λ/‖w_j‖) ((u_j·ū) u_j - ū).
+
+The gradient is the same whether ū is held fixed or not, since Σ_j (u_j - ū) = 0 in each cluster. It is orthogonal to
+w_j: the pull turns filters and leaves their lengths to the task. Value and gradient are computed in one go, because
+letting autograd record the dozen small operations of every layer would cost more than the pull itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class Pull(torch.autograd.Function):
+    """Σ_j ‖u_j - ū‖² / 2 over the rows of one weight along its first axis; see the module."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, labels: Tensor, mean: Tensor, sign: Tensor | None) -> Tensor:
+        """`labels` `(n,)`; `mean` `(k, n)` averages the rows of each cluster; `sign` `(n, 1)` or None."""
+        with torch.autocast(weight.device.type, enabled=False):
+            rows = weight.detach().flatten(1)
+            rows = rows if rows.dtype == torch.float64 else rows.float()
+            length = rows.norm(dim=1, keepdim=True).clamp_(min=torch.finfo(rows.dtype).tiny)
+            unit = rows / length
+            unit = unit if sign is None else unit * sign
+            own = (mean.to(rows) @ unit)[labels]
+            cosine = (unit * own).sum(dim=1, keepdim=True)
+            square = unit.square().sum(dim=1, keepdim=True)
+            grad = (unit * cosine).sub_(own).div_(length)
+            grad = grad if sign is None else grad * sign
+            ctx.save_for_backward(grad.to(weight.dtype).view_as(weight))
+            value: Tensor = (square - cosine).sum() / 2
+            return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *outputs: Any) -> tuple[Tensor, None, None, None]:
+        """The stored gradient, scaled."""
+        (grad,) = ctx.saved_tensors
+        return grad * outputs[0], None, None, None
+
+
+def pull(weight: Tensor, labels: Tensor, mean: Tensor, sign: Tensor | None = None) -> Tensor:
+    """Half the summed squared distances of the rows' directions to their clusters' means, differentiable once.
+
+    **Arguments:**
+
+    - `weight`: shape `(n, …)`: filters along the first axis.
+    - `labels`: shape `(n,)`: cluster of each filter.
+    - `mean`: shape `(k, n)`: what `averager(labels)` gives.
+    - `sign`: shape `(n, 1)`, ±1: filters that count as their negatives.
+
+    ```python
+    >>> labels = torch.tensor([0, 0, 1])
+    >>> weight = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]], requires_grad=True)
+    >>> value = pull(weight, labels, averager(labels)); value.item()
+    0.5
+    >>> value.backward(); weight.grad.tolist()
+    [[0.0, -0.5], [-0.25, 0.0], [0.0, 0.0]]
+
+    ```
+    """
+    value: Tensor = Pull.apply(weight, labels, mean, sign)  # type: ignore[no-untyped-call]  # so in torch's stubs
+    return value
+
+
+def averager(labels: Tensor) -> Tensor:
+    """The matrix, shape `(k, n)`, that takes rows to the means of their clusters.
+
+    >>> averager(torch.tensor([0, 1, 0])).tolist()
+    [[0.5, 0.0, 0.5], [0.0, 1.0, 0.0]]
+    """
+    member = torch.nn.functional.one_hot(labels).T.float()
+    return member / member.sum(dim=1, keepdim=True).clamp(min=1)

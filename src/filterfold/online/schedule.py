@@ -1,0 +1,100 @@
+"""When clusters are updated, and when they are folded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """What happens after which epoch. Epochs are counted from 1: epoch e is over when e epochs are done.
+
+    **Arguments:**
+
+    - `updates`: epochs after which `update_clusters()` runs.
+    - `milestones`: pairs (epoch, share): after this epoch `cluster_and_prune()` runs, with widths that share of the
+      way from full to target; shares rise and end at 1.
+
+    ```python
+    >>> Schedule.gradual(100).milestones
+    ((20, 0.4), (35, 0.8), (50, 1.0))
+    >>> Schedule.every(5, 1, 30, milestones=(40,)).updates
+    (1, 6, 11, 16, 21, 26)
+
+    ```
+    """
+
+    updates: tuple[int, ...] = ()
+    milestones: tuple[tuple[int, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse milestones out of order."""
+        epochs, shares = [epoch for epoch, _ in self.milestones], [share for _, share in self.milestones]
+        if any(epoch < 0 for epoch in (*epochs, *self.updates)):
+            raise ConfigError("schedule: epochs are counted from 1")
+        if epochs != sorted(set(epochs)) or shares != sorted(set(shares)):
+            raise ConfigError(f"schedule: epochs and shares of the milestones must rise, not {self.milestones}")
+        if shares and (shares[0] <= 0 or shares[-1] != 1):
+            raise ConfigError(f"schedule: shares lie in (0, 1] and the last is 1, not {shares}")
+
+    @classmethod
+    def every(cls, n: int, start: int, stop: int, *, milestones: tuple[int, ...]) -> Schedule:
+        """Update every n epochs from `start` to `stop` (inclusive); milestones take equal steps to the target."""
+        if n < 1:
+            raise ConfigError(f"schedule: updates every {n} epochs: at least 1")
+        steps = tuple((epoch, (index + 1) / len(milestones)) for index, epoch in enumerate(milestones))
+        return cls(tuple(range(start, stop + 1, n)), steps)
+
+    @classmethod
+    def document(cls, epochs: int) -> Schedule:
+        """The form of the original description: clusters watched early and mid, folded once training levels off.
+
+        Updates after every epoch up to the last milestone; three milestones at 50, 60 and 70 % of training. The
+        description gives no figures: these leave the last 30 % to the small network.
+
+        >>> Schedule.document(10).milestones
+        ((5, 0.333...), (6, 0.666...), (7, 1.0))
+        """
+        return cls._at(epochs, ((0.5, 1 / 3), (0.6, 2 / 3), (0.7, 1.0)))
+
+    @classmethod
+    def gradual(cls, epochs: int) -> Schedule:
+        """Milestones at 20, 35 and 50 % of training with 40, 80 and 100 % of the units to be removed gone.
+
+        For half of the units that is 80, 60, 50 % kept: training gets cheap early.
+        """
+        return cls._at(epochs, ((0.2, 0.4), (0.35, 0.8), (0.5, 1.0)))
+
+    @classmethod
+    def _at(cls, epochs: int, steps: tuple[tuple[float, float], ...]) -> Schedule:
+        """Fractions of training as epochs; steps that fall on one epoch are taken together."""
+        if epochs < 1:
+            raise ConfigError(f"schedule: {epochs} epochs: at least 1")
+        last = max(epochs - 1, 1)  # at least one epoch of training follows the last cut
+        found: dict[int, float] = {}
+        for fraction, share in steps:
+            found[min(max(round(fraction * epochs), 1), last)] = share
+        milestones = tuple(sorted(found.items()))
+        return cls(tuple(range(1, milestones[-1][0] + 1)), milestones)
+
+    def due(self, epoch: int, passed: int) -> float | None:
+        """The share asked for after `epoch` if `passed` milestones are behind, or None."""
+        shares = [share for at, share in self.milestones[passed:] if at <= epoch]
+        return shares[-1] if shares else None
+
+    def next_share(self, passed: int) -> float:
+        """The share of the next milestone, 1 where none is left."""
+        return self.milestones[passed][1] if passed < len(self.milestones) else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain lists, for JSON."""
+        return {"updates": list(self.updates), "milestones": [list(step) for step in self.milestones]}
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> Schedule:
+        """What `to_dict` wrote."""
+        return cls(tuple(document["updates"]), tuple((int(at), float(share)) for at, share in document["milestones"]))
