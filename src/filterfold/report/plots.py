@@ -78,7 +78,8 @@ def forest(looks: Mapping[str, Look], judgements: Sequence[Judgement]) -> Plot |
         axes.set_xlabel(f"Top-1 against {label_text(control)}, points")
     caption = (
         f"Mean difference in top-1 from {control}, with the 90 % interval of the equivalence test. An interval right "
-        f"of the shaded band’s left edge (−{plain(margin)}) speaks for “no worse”, one inside the band for “equivalent”."
+        f"of the shaded band’s left edge (−{plain(margin)}) speaks for “no worse”, one inside the band for "
+        "“equivalent”."
     )
     if len(found) > 1:
         caption += f" Each interval stands for itself; the verdict corrects for all {len(found)}."
