@@ -167,6 +167,28 @@ def test_nothing_is_left_behind():
     net(torch.randn(2, 3, 8, 8)).sum().backward()  # parameters still take part in training
 
 
+class Caching(nn.Module):
+    """Keeps what it computed from its weights for the next call in eval mode, as LeViT does."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 2, 1)
+        self.cached = {}
+        self.register_buffer("table", None)
+
+    def forward(self, x):
+        self.cached.setdefault("weight", self.conv.weight * 2)
+        self.table = self.cached["weight"] + 1
+        self.last = x
+        return nn.functional.conv2d(x, self.cached["weight"])
+
+
+def test_caches_are_not_left_behind():
+    net = Caching()
+    assert measure(net, torch.zeros(1, 3, 4, 4)).macs == 3 * 2 * 16
+    assert (net.cached, net.table, hasattr(net, "last")) == ({}, None, False)
+
+
 def test_a_failing_model_is_named_in_one_line():
     with pytest.raises(ModelError, match=r"^Conv2d can't be run on one example of the inputs: [^\n]+$"):
         measure(nn.Conv2d(3, 4, 3), torch.randn(1, 5, 8, 8))

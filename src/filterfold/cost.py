@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .errors import ModelError
-from .modes import call, evaluating, examples
+from .modes import call, examples, undisturbed
 
 aten = torch.ops.aten
 
@@ -115,7 +115,7 @@ def measure(model: nn.Module, example_inputs: Any) -> Cost:
     """
     counter = _Counter()
     watch = WeightOps(model, counter.count)
-    with evaluating(model), torch.random.fork_rng(devices=[]), torch.inference_mode(), watch:
+    with undisturbed(model), torch.random.fork_rng(devices=[]), torch.inference_mode(), watch:
         try:
             call(model, examples(example_inputs))
         except Exception as error:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .errors import ConfigError
-from .modes import call, evaluating, examples
+from .modes import call, examples, undisturbed
 from .progress import track
 
 CONTROL = "A/A control"
@@ -136,7 +136,7 @@ def measure_latency(
     reference = next(iter(models.values()))
     entries = [*models.items(), (CONTROL, reference)]
     rows: list[Latency] = []
-    with _threads(threads), evaluating(*models.values()), torch.inference_mode():
+    with _threads(threads), undisturbed(*models.values()), torch.inference_mode():
         for batch_size in track(batch_sizes, "timing", len(batch_sizes)):
             batch = tree_map(
                 lambda v: v.to(device) if isinstance(v, Tensor) else v, examples(example_inputs, batch_size)
@@ -190,7 +190,7 @@ def inference_seconds(
     def once() -> float:
         return sum(clock(partial(model, ready(batch)), 1) for batch in batches)
 
-    with evaluating(model), torch.inference_mode():
+    with undisturbed(model), torch.inference_mode():
         model(ready(batches[0]))
         return statistics.median(once() for _ in range(repeats))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +29,56 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, training in before:
             module.training = training
+
+
+_INTERNAL = frozenset(vars(nn.Module())) - {"_buffers"}
+
+
+@contextmanager
+def undisturbed(*models: nn.Module) -> Iterator[None]:
+    """`evaluating`, and what modules keep in attributes and buffers while they run is given back as well.
+
+    Some networks cache what they compute from their weights (attention biases in LeViT, say) and
+    clear it in their own `train()`: left behind, a cache would be used after the weights changed.
+
+    >>> class Caching(nn.Module):
+    ...     def forward(self, x):
+    ...         self.cache = x
+    >>> net = Caching()
+    >>> with undisturbed(net):
+    ...     net(1)
+    >>> hasattr(net, "cache")
+    False
+    """
+    before = [(module, _own(module)) for model in models for module in model.modules()]
+    with evaluating(*models):
+        try:
+            yield
+        finally:
+            for module, own in before:
+                _give_back(module, own)
+
+
+def _own(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """A module's attributes, with a shallow copy of those that can grow."""
+    return {
+        name: (value, copy.copy(value) if type(value) in (dict, list) else None)
+        for name, value in vars(module).items()
+        if name not in _INTERNAL
+    }
+
+
+def _give_back(module: nn.Module, own: Mapping[str, tuple[Any, Any]]) -> None:
+    attributes = vars(module)
+    for name in [name for name in attributes if name not in own and name not in _INTERNAL]:
+        del attributes[name]
+    for name, (value, content) in own.items():
+        attributes[name] = value
+        if isinstance(content, dict):
+            value.clear()
+            value.update(content)
+        elif isinstance(content, list):
+            value[:] = content
 
 
 def call(model: nn.Module, inputs: Any) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..cost import LAYERS, WeightOps
 from ..errors import ConfigError
 from ..groups import ChannelGroup
-from ..modes import call, evaluating
+from ..modes import call, undisturbed
 from ..plan import Slice
 from .registry import Batch, Evidence, criterion
 from .rows import Combine, combined
@@ -66,7 +66,7 @@ def observe(
             values = statistic(_maps(data if inputs else output, op, weight))
             moments.setdefault(str(name), _Moments()).add(values)
 
-    with evaluating(model):
+    with undisturbed(model):
         for batch, _ in batches:
             with torch.inference_mode(), WeightOps(model, seen):
                 call(model, batch)

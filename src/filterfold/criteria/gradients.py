@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from ..errors import ConfigError, DataError
 from ..groups import ChannelGroup
-from ..modes import call, evaluating
+from ..modes import call, undisturbed
 from ..plan import Slice
 from .registry import Batch, Evidence, criterion
 from .rows import filters
@@ -43,7 +43,7 @@ def products(
     parameters = [owned[name] for name in names]
     total = {group.name: torch.zeros(group.size, dtype=torch.float64) for group in groups}
     count = 0
-    with evaluating(model), _differentiable(parameters):
+    with undisturbed(model), _differentiable(parameters):
         for inputs, targets in batches:
             if targets is None:
                 raise DataError("the taylor criterion needs targets: let the loader give (inputs, targets)")

@@ -17,6 +17,7 @@ from ..plan import DROPPED, Plan
 from ..progress import track
 from .registry import Batch, Criterion, Function, resolve
 from .rows import COMBINE, Combine
+from .shortcut import Follow, following
 
 
 def score(
@@ -30,6 +31,7 @@ def score(
     combine: Combine = "sum",
     seed: int = 0,
     without: Plan | None = None,
+    follow: Follow | None = None,
 ) -> dict[str, Tensor]:
     """Score the units of all groups that can be cut.
 
@@ -48,6 +50,8 @@ def score(
     - `without`: a plan for other groups: input kernels of the units that it drops are left out of
       the scores. This is the greedy scoring of Li et al. (2017), section 3.2 (see
       `filterfold.selection.select_greedily`); without it, scoring is independent.
+    - `follow`: `"shortcut"`: where a projection shortcut is among the coupled layers, it alone decides
+      (Li et al. 2017, section 3.4), by its filters or their feature maps; None: all of them, by `combine`.
 
     **Returns:** group name → float64 scores of shape `(size,)` on the CPU, higher = keep.
 
@@ -69,6 +73,8 @@ def score(
     free = [group for group in groups if group.frozen is None]
     if combine not in COMBINE:
         raise ConfigError(f"combine={combine!r}: must be one of {', '.join(COMBINE)}")
+    if follow not in (None, "shortcut"):
+        raise ConfigError(f"follow={follow!r}: must be 'shortcut' or None")
     if combine != "sum" and not chosen.takes("combine"):
         raise ConfigError(f"criterion {chosen.name!r} does not combine scores of coupled layers: leave combine away")
     if chosen.gather is None:
@@ -79,7 +85,8 @@ def score(
                 f"criterion {chosen.name!r} reads data, so it can't leave out dropped inputs; use weights"
             )
         evidence = _gathered(chosen, model, free, loader, batches, loss)
-    return {group.name: _checked(chosen, group, chosen(group, evidence, combine=combine, seed=seed)) for group in free}
+    led = [group if follow is None else following(group, evidence) for group in free]
+    return {group.name: _checked(chosen, group, chosen(group, evidence, combine=combine, seed=seed)) for group in led}
 
 
 def _tensors(model: nn.Module, without: Plan | None) -> dict[str, Tensor]:
