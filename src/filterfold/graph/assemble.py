@@ -22,11 +22,15 @@ _WEIGHT = re.compile(r"(^|\.)(weight(_v|_orig)?|parametrizations\.weight\.origin
 
 @dataclass(frozen=True, slots=True)
 class Assembly:
-    """The groups, and for every label the group and the unit that it belongs to (-1: none)."""
+    """The groups, and for every label the group and the unit that it belongs to (-1: none).
+
+    `constant`: which labels stand for positions that no parameter makes.
+    """
 
     groups: tuple[ChannelGroup, ...]
     group_of: Ints
     unit_of: Ints
+    constant: NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +72,8 @@ def assemble(ledger: Ledger) -> Assembly:
         )
         for group in range(len(members.axes))
     )
-    return Assembly(groups, members.group_of, members.unit_of)
+    constant = ledger.is_constant(np.arange(ledger.size))
+    return Assembly(groups, members.group_of, members.unit_of, constant)
 
 
 def _connect(joins: list[tuple[Ints, Ints]], size: int) -> tuple[Ints, int]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..plan import DROPPED, Plan
 from .assemble import Assembly
-from .labels import Axis
+from .labels import FREE, Axis
 from .walk import Shaped, Step
 
 
@@ -47,12 +47,18 @@ class Forecast:
                     kept[place] = owner == unit[place]
         return kept
 
-    def size(self, axis: Axis, size: int) -> int:
-        """How many positions of an axis are left."""
+    def known(self, axis: Axis) -> bool:
+        """Whether an axis's size follows from the labels; that of a free or padded one only the code knows."""
+        return axis is not FREE and not any(self._assembly.constant[vector].any() for vector in axis or ())
+
+    def size(self, axis: Axis, size: int) -> int | None:
+        """How many positions of an axis are left; None where only the code can know."""
+        if not self.known(axis):
+            return None
         return int(self.survives(axis, size).sum()) if axis else size
 
-    def shape(self, tensor: Shaped) -> tuple[int, ...]:
-        """The shape of a tensor after the cut."""
+    def shape(self, tensor: Shaped) -> tuple[int | None, ...]:
+        """The shape of a tensor after the cut, as far as it is known."""
         return tuple(self.size(axis, size) for axis, size in zip(tensor.layout, tensor.shape, strict=True))
 
     def groups_of(self, axis: Axis) -> list[str]:
@@ -61,7 +67,10 @@ class Forecast:
         return [self._assembly.groups[group].name for group in sorted(found)]
 
     def numbers(self, step: Step) -> dict[str, Any]:
-        """The integer arguments of an operation after the cut; those that no rule changes are left out."""
+        """The integer arguments of an operation after the cut.
+
+        Those that no rule changes are left out; None stands for what is not known.
+        """
         rule = _NUMBERS.get(step.op.removesuffix("_"))
         return rule(self, step) if rule is not None and step.outputs else {}
 
@@ -97,7 +106,7 @@ def _unflatten(forecast: Forecast, step: Step) -> dict[str, Any]:
 def _slice(forecast: Forecast, step: Step) -> dict[str, Any]:
     assert step.source is not None
     dim = step.numbers.get("dim", 0) % len(step.source.shape)
-    if not step.source.layout[dim]:
+    if not step.source.layout[dim] or not forecast.known(step.source.layout[dim]):
         return {}
     ends = ("start", "end") if step.op == "slice" else ("start",)
     found = {n: forecast.position(step, dim, step.numbers[n]) for n in ends if n in step.numbers}
@@ -141,6 +150,17 @@ _NUMBERS: dict[str, Callable[[Forecast, Step], dict[str, Any]]] = {
 }
 
 
+def settled(given: Any, wanted: Any) -> Any:
+    """What is wanted, with what is given where nothing is known.
+
+    >>> settled((1, 8, 3), (1, 4, None))
+    (1, 4, 3)
+    """
+    if isinstance(given, tuple) and isinstance(wanted, tuple):
+        return tuple(a if b is None else b for a, b in zip(given, wanted, strict=True))
+    return given if wanted is None else wanted
+
+
 def replaced(given: Any, wanted: Any) -> list[tuple[int, int]]:
     """The pairs (given, wanted) that differ between two integers or two sequences of integers.
 
@@ -148,5 +168,5 @@ def replaced(given: Any, wanted: Any) -> list[tuple[int, int]]:
     [(8, 4)]
     """
     if isinstance(given, Sequence) and isinstance(wanted, Sequence):
-        return [(a, b) for a, b in zip(given, wanted, strict=False) if a != b]
-    return [(given, wanted)] if given != wanted else []
+        return [(a, b) for a, b in zip(given, wanted, strict=False) if a != b and b is not None]
+    return [(given, wanted)] if given != wanted and wanted is not None else []

@@ -92,6 +92,24 @@ def same(walk: Walk, call: Call) -> Layout:
     return walk.layout(tensors_of(call)[0])
 
 
+@rule("copy")
+def copy(walk: Walk, call: Call) -> Layout:
+    """Overwrite a tensor; where nothing but constants stood along an axis, the new labels take their place."""
+    target, source = tensors_of(call)[:2]
+    old, new = walk.layout(target), walk.layout(source)
+    lead = target.ndim - source.ndim
+    axes = list(old)
+    for place, axis in enumerate(new, start=max(lead, 0)):
+        before = old[place]
+        if source.shape[place - lead] != target.shape[place]:
+            continue
+        if before and axis and all(walk.ledger.is_constant(vector).all() for vector in before):
+            axes[place] = axis
+        else:
+            axes[place] = walk.ledger.join_axes([before, axis], site(call))
+    return tuple(axes)
+
+
 @rule("lift_fresh")
 def literal(_walk: Walk, call: Call) -> Layout:
     """A tensor written as a literal in the code: its size is fixed."""

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .labels import FIXED, FREE, Axis, Layout
+from .labels import FIXED, Axis, Layout
 from .rules import RULES, rule, site, tensors_of
 from .walk import Call, Walk
 
@@ -190,12 +190,14 @@ def prelu(walk: Walk, call: Call) -> Layout:
     return layout
 
 
-@rule("local_response_norm")
-def local_response_norm(walk: Walk, call: Call) -> Layout:
-    """Normalisation by neighbouring channels."""
-    layout = walk.layout(tensors_of(call)[0])
-    walk.ledger.soften(layout[1], f"normalised by their neighbours in {site(call)}", ordered=True)
-    return layout
+@rule("_weight_norm", "_weight_norm_interface")
+def weight_norm(walk: Walk, call: Call) -> Any:
+    """Direction times length: kernels that read masked channels add nothing to the length."""
+    layout = walk.layout(call["v"])
+    dim = call["dim"] % len(layout)
+    _ride(walk, call, layout[dim], call["g"], "norm", dim)
+    lengths = tuple(axis if place == dim else FIXED for place, axis in enumerate(layout))
+    return [layout, lengths] if isinstance(call.out, tuple | list) else layout
 
 
 def _spatial(count: int) -> Any:
@@ -203,12 +205,29 @@ def _spatial(count: int) -> Any:
         """Pooling, resampling or padding over the last axes; the others pass."""
         x = tensors_of(call)[0]
         layout = walk.layout(x)
-        for axis in layout[-count:]:
-            walk.ledger.freeze(axis, f"{site(call)} pools or resamples along them")
-        result = (*layout[:-count], *((FREE if axis is FREE else FIXED) for axis in layout[-count:]))
+        first = call.out[0] if isinstance(call.out, tuple | list) else call.out
+        along = tuple(_slide(walk, call, layout[p], x.shape[p], first.shape[p], p + count) for p in range(-count, 0))
+        result = (*layout[:-count], *along)
         return [result] * len(call.out) if isinstance(call.out, tuple | list) else result
 
     return apply
+
+
+def _slide(walk: Walk, call: Call, axis: Axis, before: int, after: int, place: int) -> Axis:
+    """One axis that a window slides along; with stride one, every position stays where its window has its middle."""
+    if not axis:
+        return axis
+    kernel = call["kernel_size"]
+    width = int(kernel[place % len(kernel)]) if isinstance(kernel, list | tuple) else int(kernel or 0)
+    if call["stride"] in (1, None) or set(call["stride"]) <= {1}:
+        if width == 1 and after == before:
+            return axis
+        if after == before - width + 1 and not any(call["padding"] or ()):
+            kept = tuple(vector[width // 2 : width // 2 + after] for vector in axis)
+            walk.ledger.soften(axis, f"{site(call)} slides over them", ordered=True)
+            return kept
+    walk.ledger.freeze(axis, f"{site(call)} pools or resamples along them")
+    return FIXED
 
 
 for _count, _suffix in ((1, "1d"), (2, "2d"), (3, "3d")):

@@ -29,8 +29,9 @@ def reduce(walk: Walk, call: Call) -> Any:
         return walk.rules["pointwise"](walk, call)
     x = call["self"] if call["self"] is not None else tensors_of(call)[0]
     layout, dims = walk.layout(x), _dims(call, x.ndim)
+    exact = walk.is_weight(x) and call.op in ("sum", "norm", "linalg_vector_norm", "frobenius_norm")
     for dim in dims:
-        if x.shape[dim] > 1:
+        if x.shape[dim] > 1 and not exact:
             walk.ledger.soften(layout[dim], f"reduced over in {site(call)}")
     keepdim = bool(call["keepdim"])
     result = tuple(
