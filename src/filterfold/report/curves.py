@@ -23,9 +23,11 @@ def curves(study: Study, looks: Mapping[str, Look], key: str, title: str, axis: 
     with new_axes(3.3) as (figure, axes):
         for group, lines in found:
             colour = looks[group.label].colour.light
-            style = {"color": colour, "drawstyle": "steps-post" if key == "macs" else "default"}
+            style: dict[str, Any] = {"color": colour, "drawstyle": "steps-post" if key == "macs" else "default"}
+            if group.label == study.control:  # one-shot methods begin with its very curve: neither may hide the other
+                style |= {"linestyle": (0, (3, 1.6)), "zorder": 3}
             for line in lines if len(lines) > 1 else ():
-                axes.plot(*zip(*line, strict=True), linewidth=0.6, alpha=0.22, **style)
+                axes.plot(*zip(*line, strict=True), **style | {"linewidth": 0.6, "alpha": 0.22, "linestyle": "-"})
             mean = _mean_curve(lines)
             axes.plot(list(mean), list(mean.values()), **style, label=label_text(group.label))
             moments = [x for x in sorted({x for trial in group.trials for x in cut_epochs(trial)}) if x in mean]

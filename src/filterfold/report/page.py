@@ -235,7 +235,7 @@ def _table(table: Table, looks: Mapping[str, Look], prose: bool, titled: bool) -
         look = looks.get(first.text) if table.group_column else None
         cells = "".join(f"<td>{text(cell.text)}</td>" for cell in rest)
         rows.append(f'<tr><th scope="row">{_dot(look) if look else ""}{text(first.text)}</th>{cells}</tr>')
-    notes = "".join(f'<p class="note">{text(note)}</p>' for note in table.notes)
+    notes = "".join(f'<p class="note">{text(note[:1].upper() + note[1:])}</p>' for note in table.notes)
     heading = f"<h3>{text(table.title)}</h3>" if titled else ""
     kind = ("scroll prose" if prose else "scroll") + (" tall" if len(table.rows) > _TALL else "")
     return (
