@@ -34,6 +34,9 @@ class AnySplit(Protocol):
     def to(self, device: torch.device | str) -> AnySplit:
         """The split with what it holds in memory on a device."""
 
+    def take(self, indices: Tensor) -> AnySplit:
+        """The images at these places, in this order."""
+
     def pixels(self, chunks: list[Tensor], augment: str, seed: int, epoch: int) -> Iterator[Tensor]:
         """For every chunk of indices its images: uint8, shape (chunk, channels, height, width)."""
 

@@ -100,7 +100,10 @@ def train(
         if tree is not None:
             for callback, kept in zip(callbacks, tree["callbacks"], strict=True):
                 callback.load_state_dict(kept)
-        loop.go()
+        try:
+            loop.go()
+        finally:
+            run.optimizer.zero_grad(set_to_none=True)
         return run.history
 
 
@@ -140,7 +143,6 @@ class _Loop:
                 row["validation_top1"] = self._validate()
             run.history.rows.append(row)
             self._save_or_stop(epoch == epochs, row["seconds"])
-        run.optimizer.zero_grad(set_to_none=True)
 
     def _epoch(self) -> Row:
         run, recipe = self.run, self.run.recipe

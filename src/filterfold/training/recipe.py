@@ -33,7 +33,8 @@ class Recipe:
     - `precision`: `32-true`, or autocast to bfloat16 or float16 (a GPU only).
     - `channels_last`: memory format of images and weights.
     - `compile`: run the network through `torch.compile`.
-    - `deterministic`: refuse PyTorch operations that are not. On the CPU training repeats bit for bit without it.
+    - `deterministic`: refuse PyTorch operations that are not. On the CPU training repeats bit for bit without it; on
+      CUDA it also needs the environment variable `CUBLAS_WORKSPACE_CONFIG=:4096:8`.
     - `seed`: of order, augmentation and dropout. Initial weights are drawn by whoever builds the network.
 
     **Raises:** `ConfigError` for values that make no sense.
