@@ -16,7 +16,7 @@ from filterfold.experiment.launch import failure
 
 def make(method: str = "dense", seed: int = 0, **budget: Any) -> records.Record:
     trial = Trial(method, seed, Setting("vgg_small", "digits"), **budget)
-    return failure(trial, "no reason", "cpu", None, "2024-01-01T00:00:00+00:00")
+    return failure(trial, RuntimeError("no reason"), "cpu", None, "2024-01-01T00:00:00+00:00")
 
 
 def test_round_trip(tmp_path: Path) -> None:

@@ -7,8 +7,12 @@ from typing import Annotated
 
 import typer
 
+from . import compare as comparing
+from . import evaluate as evaluating
 from . import inspect as inspecting
+from . import prune as pruning
 from . import report as reporting
+from . import train as training
 from .errors import refusing
 from .spread import spread
 
@@ -53,5 +57,10 @@ def _add(command: Callable[..., None], examples: str, interrupted: str) -> None:
 _RESUME = "the same command goes on from here"
 _NOTHING = "nothing is left half-written"
 
+_add(comparing.demo, comparing.DEMO_EXAMPLES, _RESUME)
+_add(training.train, training.EXAMPLES, _RESUME)
+_add(evaluating.evaluate, evaluating.EXAMPLES, _NOTHING)
+_add(pruning.prune, pruning.EXAMPLES, _RESUME)
+_add(comparing.compare, comparing.EXAMPLES, _RESUME)
 _add(inspecting.inspect, inspecting.EXAMPLES, _NOTHING)
 _add(reporting.report, reporting.EXAMPLES, _RESUME)

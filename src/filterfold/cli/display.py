@@ -81,7 +81,10 @@ def table(title: str | None, columns: Iterable[str], rows: Iterable[Iterable[str
 
     - `texts`: how many columns hold text, to the left, wrapped from the second on; the others hold figures.
     """
-    drawn = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    if title is not None:
+        console.print(title, style="bold", markup=False)
+    columns = list(columns)
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=any(columns))
     for index, name in enumerate(columns):
         drawn.add_column(
             name,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..data import ImageData
+
+TRAIN = "Training"
+ONLINE = "Online clustering"
 
 MODEL_HELP = (
     "vgg16, vgg_small, resnet20|32|44|56|110, timm:NAME, torchvision:NAME, package.module:factory, or file.py:factory."
@@ -117,3 +120,67 @@ def _amount(text: str | None) -> float | None:
         return float(text) if "." in text or "e" in text.lower() else int(text)
     except ValueError:
         raise ConfigError(f"--validation {text}: give a share such as 0.1, or a count such as 5000") from None
+
+
+@dataclass(frozen=True)
+class RecipeOptions:
+    """How to train. The defaults are those of `training.Recipe`."""
+
+    epochs: Annotated[int, Option("--epochs", "-e", help="Passes over the training images.", rich_help_panel=TRAIN)] = (
+        100
+    )
+    batch_size: Annotated[int, Option(help="Images a step.", rich_help_panel=TRAIN)] = 128
+    lr: Annotated[float, Option(help="Initial (or highest) learning rate.", rich_help_panel=TRAIN)] = 0.02
+    schedule: Annotated[str, Option(help="step, constant, cosine or onecycle.", rich_help_panel=TRAIN)] = "step"
+    step_every: Annotated[int, Option(help="step: divide every so many epochs …", rich_help_panel=TRAIN)] = 60
+    step_factor: Annotated[float, Option(help="… by this factor.", rich_help_panel=TRAIN)] = 5.0
+    momentum: Annotated[float, Option(help="Of SGD.", rich_help_panel=TRAIN)] = 0.9
+    nesterov: Annotated[bool, Option("--nesterov", help="Nesterov's momentum.", rich_help_panel=TRAIN)] = False
+    weight_decay: Annotated[float, Option(help="Of SGD.", rich_help_panel=TRAIN)] = 5e-4
+    label_smoothing: Annotated[float, Option(help="Share spread over all classes.", rich_help_panel=TRAIN)] = 0.0
+    precision: Annotated[str, Option(help="32-true, bf16-mixed or 16-mixed.", rich_help_panel=TRAIN)] = "32-true"
+    channels_last: Annotated[bool, Option("--channels-last", help="Memory format.", rich_help_panel=TRAIN)] = False
+    compile: Annotated[bool, Option("--compile", help="Use torch.compile.", rich_help_panel=TRAIN)] = False
+
+    def keywords(self) -> dict[str, Any]:
+        """All fields of `training.Recipe` but the seed."""
+        from ..training import Recipe
+
+        chosen = asdict(Recipe(**asdict(self)))  # refuses what makes no sense
+        del chosen["seed"]
+        return chosen
+
+
+@dataclass(frozen=True)
+class OnlineOptions:
+    """How to cluster while training."""
+
+    milestones: Annotated[
+        str,
+        Option(
+            help="When to cut: gradual (at 20, 35 and 50 % of training) or document (at 50, 60 and 70 %).",
+            rich_help_panel=ONLINE,
+        ),
+    ] = "gradual"
+    strength: Annotated[
+        float, Option(help="Strength of the term that pulls the filters of a cluster together.", rich_help_panel=ONLINE)
+    ] = 1e-3
+
+    def keywords(self) -> dict[str, Any]:
+        """Arguments of `online.OnlineCallback`."""
+        return {"schedule": self.milestones, "strength": self.strength}
+
+
+DEVICE_HELP = "cpu, cuda, cuda:N, or auto: the GPU if there is one."
+Device = Annotated[str, Option(help=DEVICE_HELP)]
+Threads = Annotated[int | None, Option(help="CPU threads.", show_default="as many as cores", min=1)]
+Precision = Annotated[str, Option(help="32-true, bf16-mixed or 16-mixed.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace what is there.")]
+
+
+def use_threads(count: int | None) -> None:
+    """Let PyTorch compute with so many CPU threads; None: leave it as it is."""
+    if count is not None:
+        import torch
+
+        torch.set_num_threads(count)

@@ -201,7 +201,7 @@ class Comparison:
             if difference:
                 raise RecordError(f"{folder} holds a different comparison ({difference}); give another folder")
             entries = found["trials"] | entries
-        elif Path(folder).is_dir() and any(Path(folder).iterdir()):
+        elif Path(folder).is_dir() and any(Path(folder).glob("[!.]*")):
             raise RecordError(f"{folder} is not empty and holds no comparison; give another folder")
         document = {"format": FORMAT, "setting": asdict(self.setting), "trials": entries, "command": command}
         write_json(path, document)

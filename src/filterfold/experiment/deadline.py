@@ -42,6 +42,10 @@ class Deadline:
         if self.remaining() <= needed:
             raise Stopped
 
+    def check_next(self, last: float) -> None:
+        """Raise `Stopped` unless another piece of work like the last one, which took so many seconds, fits in."""
+        self.check(1.2 * last)
+
 
 def seconds(text: str) -> float:
     """Seconds from a duration as people write it.

@@ -1,0 +1,200 @@
+"""`filterfold compare` and `filterfold demo`: many trials, then the table and the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+from typer import Option
+
+from ..errors import ConfigError
+from . import results
+from .display import live, say
+from .families import DataOptions, Device, ModelOptions, OnlineOptions, RecipeOptions, Threads, use_threads
+from .report import MARGIN_HELP
+
+if TYPE_CHECKING:
+    from ..experiment.config import Comparison, Setting
+
+T = TypeVar("T")
+
+UNFINISHED = 3
+FAILED = 1
+"""Exit codes: stopped by --stop-after with work left (the same command goes on); all done, but some trial failed."""
+
+EXAMPLES = """
+Examples:
+
+  filterfold compare --data cifar10 --model vgg16 --clusters 5,10,15,20,25,30 --trials 5 --epochs 100
+
+  filterfold compare --data cifar10 --model vgg16 --width 0.25 --epochs 3 --train-limit 5000 --clusters 10 --trials 3
+
+  filterfold compare --data digits --model vgg_small --methods dense,l1,random,online,online-l1 --keep 0.5,0.25
+
+  filterfold compare --data cifar10 --model resnet56 --keep 0.5 --out runs/resnet --stop-after 9m
+"""
+
+DEMO_EXAMPLES = """
+Examples:
+
+  filterfold demo
+
+  filterfold demo --trials 3 --keep 0.25 --out runs/quarter
+"""
+
+METHODS_HELP = (
+    "Comma-separated: dense; a criterion such as l1 (the original algorithm: train, cut once, retrain) or random; "
+    "online (fold clusters while training); online-CRITERION (the same schedule, dropping by a criterion)."
+)
+
+
+def compare(
+    chosen: ModelOptions,
+    images: DataOptions,
+    training: RecipeOptions,
+    clustering: OnlineOptions,
+    methods: Annotated[str, Option(help=METHODS_HELP, rich_help_panel="Comparison")] = "dense,l1,online",
+    clusters: Annotated[
+        str | None, Option(help="Filters left in every layer by online methods: 5,10,30.", rich_help_panel="Comparison")
+    ] = None,
+    keep: Annotated[
+        str | None,
+        Option(
+            help="Shares of the filters that stay, for every method that cuts: 0.5,0.25.",
+            show_default="criteria: the widths of Li et al. for their networks, else half",
+            rich_help_panel="Comparison",
+        ),
+    ] = None,
+    trials: Annotated[int, Option(help="Seeds for each method.", rich_help_panel="Comparison")] = 5,
+    first_seed: Annotated[int, Option(help="The first seed.", rich_help_panel="Comparison")] = 0,
+    retrain_epochs: Annotated[
+        int | None,
+        Option(
+            help="After a one-shot cut.",
+            show_default="40 % of --epochs: 40 for 100, as Li et al.",
+            rich_help_panel="Comparison",
+        ),
+    ] = None,
+    retrain_lr: Annotated[
+        float, Option(help="Constant learning rate of retraining.", rich_help_panel="Comparison")
+    ] = 0.001,
+    round_to: Annotated[int, Option(help="Keep multiples of so many filters.", rich_help_panel="Comparison")] = 1,
+    margin: Annotated[float, Option(help=MARGIN_HELP, rich_help_panel="Comparison")] = 0.5,
+    out: Annotated[Path | None, Option(help="Run folder.", show_default="runs/MODEL-DATA")] = None,
+    stop_after: Annotated[str | None, Option(help="Stop in time, to be gone on with: 9m, 90s, 2h.")] = None,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Train and prune with several methods and seeds, and report which is worth it.
+
+    Trials with a record in the run folder are not run again: stop whenever you like (Ctrl-C, --stop-after), and the
+    same command goes on, here or on another machine. Exit code 3: stopped in time with work left; 1: all is done
+    but some trial failed (the next call tries it again).
+    """
+    from ..experiment.config import Setting, plan
+
+    use_threads(threads)
+    setting = Setting(
+        model=chosen.model,
+        data=images.data,
+        width=chosen.width,
+        data_options=images.keywords(),
+        recipe=training.keywords(),
+        retrain_epochs=max(1, round(0.4 * training.epochs)) if retrain_epochs is None else retrain_epochs,
+        retrain_lr=retrain_lr,
+        round_to=round_to,
+        online=clustering.keywords(),
+    )
+    names = _list(methods, "--methods", str)
+    comparison = plan(
+        setting,
+        names,
+        clusters=_list(clusters, "--clusters", int),
+        keep=_list(keep, "--keep", float),
+        seeds=range(first_seed, first_seed + trials),
+    )
+    run(comparison, out or default_folder(setting), margin, device, stop_after, images.cache_dir)
+
+
+def run(
+    comparison: Comparison, folder: Path, margin: float, device: str, stop_after: str | None, cache_dir: Path | None
+) -> None:
+    """Run a comparison, show what it came to, and end with the exit code that says how far it came."""
+    from ..experiment.deadline import seconds
+    from ..experiment.environment import command
+    from ..experiment.launch import compare
+
+    with live():
+        outcome = compare(
+            comparison,
+            folder,
+            device=device,
+            stop_after=seconds(stop_after) if stop_after else None,
+            command=command(),
+            cache_dir=cache_dir,
+        )
+        records = list(map(dict, outcome.records))
+        page = results.write(records, folder, margin) if records else None
+    if records:
+        results.show(records, margin)
+    say(f"records and networks: {folder}")
+    if page is not None:
+        say(f"report: {page}")
+    if outcome.failed:
+        say(f"{len(outcome.failed)} of {len(comparison.trials)} trials failed; the same command tries them again")
+    elif not outcome.complete:
+        what = f"{outcome.left} of {len(comparison.trials)} trials" if outcome.left else "timing"
+        say(f"stopped in time; still to do: {what}; the same command goes on from here")
+    if not outcome.complete:
+        raise typer.Exit(FAILED if outcome.failed and outcome.timed else UNFINISHED)
+
+
+def demo(
+    out: Annotated[Path, Option(help="Run folder.")] = Path("runs/demo"),
+    trials: Annotated[int, Option(help="Seeds for each method.")] = 5,
+    epochs: Annotated[int, Option("--epochs", "-e", help="Passes over the training images.")] = 20,
+    keep: Annotated[float, Option(help="Share of the filters that stays.")] = 0.5,
+    stop_after: Annotated[str | None, Option(help="Stop in time, to be gone on with: 30s, 1m.")] = None,
+    device: Device = "cpu",
+    threads: Threads = 1,
+) -> None:
+    """Compare dense training, the original algorithm and online clustering on handwritten digits.
+
+    Real data that ships with scikit-learn, a small VGG, several seeds each, about two minutes. Done a second time, it
+    shows what is there. One CPU thread: the images are so small that more only get in each other's way.
+    """
+    from ..experiment.config import Setting, plan
+
+    use_threads(threads)
+    recipe = RecipeOptions(epochs=epochs, lr=0.1, schedule="onecycle")
+    setting = Setting(
+        model="vgg_small",
+        data="digits",
+        recipe=recipe.keywords(),
+        retrain_epochs=max(1, round(0.4 * epochs)),
+        retrain_lr=0.01,  # the paper's .001 is for 390 steps an epoch; here are ten
+        online=OnlineOptions().keywords(),
+    )
+    comparison = plan(setting, ("dense", "l1", "online"), keep=[keep], seeds=range(trials))
+    run(comparison, out, 1.0, device, stop_after, None)
+
+
+def default_folder(setting: Setting, first: str = "") -> Path:
+    """`runs/` and the names of model and data."""
+    names = [part for part in (first, setting.model, setting.data) if part]
+    readable = ["".join(c if c.isalnum() or c in "._" else "-" for c in Path(name).name) for name in names]
+    return Path("runs") / "-".join(readable)
+
+
+def _list(text: str | None, option: str, kind: Callable[[str], T]) -> list[T]:
+    """Comma-separated values.
+
+    >>> _list("5,10", "--clusters", int), _list(None, "--keep", float)
+    ([5, 10], [])
+    """
+    try:
+        return [kind(part.strip()) for part in text.split(",")] if text else []
+    except ValueError:
+        raise ConfigError(f"{option} {text}: give comma-separated values, such as 5,10 or 0.5,0.25") from None

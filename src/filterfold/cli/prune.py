@@ -1,0 +1,197 @@
+"""`filterfold prune`: a trained network made smaller."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+from typer import Option
+
+from ..errors import ConfigError
+from .display import change, count, live, say, table
+from .families import DataOptions, Device, ModelOptions, Overwrite, Precision, Threads, use_threads
+from .networks import WEIGHTS_HELP, refuse_existing, with_weights
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ..data import ImageData
+    from ..latency import Comparison
+    from ..prune import PruneResult
+
+EXAMPLES = """
+Examples:
+
+  filterfold prune --model vgg16 --weights vgg16.safetensors --data cifar10 --keep 0.5 --out small.safetensors
+
+  filterfold prune -m resnet56 -w resnet56.safetensors -d cifar10 --macs 0.5 --round-to 8 --retrain-epochs 40
+
+  filterfold prune -m vgg16 -w vgg16.safetensors --keep 'features.0=0.5' --keep 'features.3?=0.25' --out s.safetensors
+"""
+
+CUT = "Cut"
+
+
+@dataclass(frozen=True)
+class CutOptions:
+    """How much to cut, and what."""
+
+    keep: Annotated[
+        list[str] | None,
+        Option(help="Share of filters to keep: 0.5; or GROUP=0.5, several times, with * and ?.", rich_help_panel=CUT),
+    ] = None
+    macs: Annotated[float | None, Option(help="Share of the MACs that may remain.", rich_help_panel=CUT)] = None
+    parameters: Annotated[float | None, Option(help="Share of parameters that may remain.", rich_help_panel=CUT)] = None
+    criterion: Annotated[str, Option(help="l1, l2, random, fpgm, taylor, …", rich_help_panel=CUT)] = "l1"
+    scope: Annotated[str, Option(help="Rank filters by layer or all together: layer, global.", rich_help_panel=CUT)] = (
+        "layer"
+    )
+    round_to: Annotated[int, Option(help="Keep multiples of so many filters.", rich_help_panel=CUT)] = 1
+    min_keep: Annotated[int, Option(help="Keep at least so many in each group.", rich_help_panel=CUT)] = 1
+    ignore: Annotated[list[str] | None, Option(help="Groups to leave alone, with * and ?.", rich_help_panel=CUT)] = None
+
+    def keywords(self) -> dict[str, Any]:
+        """Keyword arguments of `filterfold.prune`."""
+        if sum(bool(budget) for budget in (self.keep, self.macs, self.parameters)) != 1:
+            raise ConfigError("say how much may stay: one of --keep, --macs and --parameters, such as --keep 0.5")
+        return {
+            "keep": _shares(self.keep) if self.keep else None,
+            "macs": self.macs,
+            "parameters": self.parameters,
+            "criterion": self.criterion,
+            "scope": self.scope,
+            "round_to": self.round_to,
+            "min_keep": self.min_keep,
+            "ignore": tuple(self.ignore or ()),
+        }
+
+
+def prune(
+    chosen: ModelOptions,
+    images: DataOptions,
+    cut: CutOptions,
+    weights: Annotated[Path, Option("--weights", "-w", help=WEIGHTS_HELP)],
+    out: Annotated[Path, Option("--out", "-o", help="The pruned network's file.")] = Path("pruned.safetensors"),
+    overwrite: Overwrite = False,
+    retrain_epochs: Annotated[int, Option(help="Train on after the cut.", rich_help_panel="Retraining", min=0)] = 0,
+    retrain_lr: Annotated[float, Option(help="At this constant learning rate.", rich_help_panel="Retraining")] = 0.001,
+    precision: Precision = "32-true",
+    evaluate: Annotated[bool, Option(help="Measure top-1 on the test images before and after.")] = True,
+    seed: Annotated[int, Option(help="Of random scores and retraining.")] = 0,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Cut filters out of a trained network, prove the cut right, and show what it cost and gained.
+
+    With --retrain-epochs the smaller network is trained on; a run that was stopped goes on with the same command.
+    """
+    from ..experiment.bench import resolve
+
+    use_threads(threads)
+    budget = cut.keywords()
+    refuse_existing(out, overwrite)
+    device = resolve(device)
+    with live():
+        data = images.load()
+        model = with_weights(lambda: chosen.build(data), weights, device)
+        before = copy.deepcopy(model)
+        result = _cut(model, data, budget, seed, device)
+        stages = {"before": _top1(before, data, evaluate), "after the cut": _top1(model, data, evaluate)}
+        if retrain_epochs:
+            _retrain(model, data, out, retrain_epochs, retrain_lr, precision, seed, device)
+            stages["after retraining"] = _top1(model, data, evaluate)
+        latency = _latency(before, model, data)
+        _save(model, result, out, stages)
+    _show(result, stages, latency)
+    say(f"network: {out}")
+
+
+def _cut(model: nn.Module, data: ImageData, budget: dict[str, Any], seed: int, device: str) -> PruneResult:
+    from itertools import islice
+
+    from ..data import batches
+    from ..prune import prune
+
+    loader = list(islice(batches(data.train, 128, shuffle=True, seed=seed, device=device), 10))
+    return prune(model, _example(data, device), loader=loader, seed=seed, on_failure="freeze", **budget)
+
+
+def _example(data: ImageData, device: str) -> Tensor:
+    import torch
+
+    return torch.zeros(1, data.channels, data.image_size, data.image_size, device=device)
+
+
+def _top1(model: nn.Module, data: ImageData, asked: bool) -> float | None:
+    from ..training import evaluate
+
+    return evaluate(model, data.test, classes=len(data.classes)).top1 if asked else None
+
+
+def _retrain(
+    model: nn.Module, data: ImageData, out: Path, epochs: int, lr: float, precision: str, seed: int, device: str
+) -> None:
+    """Train the cut network; interrupted, the same command cuts the same filters again and goes on from here."""
+    from ..training import Recipe, train
+
+    kept = out.with_name(f".{out.name}.retraining")
+    recipe = Recipe(epochs=epochs, lr=lr, schedule="constant", precision=cast(Any, precision), seed=seed)
+    train(model, data, recipe, checkpoint=kept, device=device, phase="retrain")
+    kept.unlink(missing_ok=True)
+
+
+def _latency(before: nn.Module, after: nn.Module, data: ImageData) -> Comparison:
+    from ..latency import measure_latency
+
+    device = str(next(after.parameters()).device)
+    models = {"before": before, "after": after}
+    return measure_latency(models, _example(data, device), batch_sizes=(1, 64), repeats=10)
+
+
+def _save(model: nn.Module, result: PruneResult, out: Path, stages: dict[str, float | None]) -> None:
+    from ..checkpoint import save
+    from ..experiment.environment import command, describe
+
+    about = {"command": command(), "test_top1": stages, "environment": describe()}
+    save(model, out, plan=result.plan, metadata=about)
+
+
+def _show(result: PruneResult, stages: dict[str, float | None], latency: Comparison) -> None:
+    widths = result.plan.widths
+    rows = [(name, str(old), str(new), change(old, new)) for name, (old, new) in widths.items()]
+    table("Units in each group", ("group", "before", "after", ""), rows)
+    rows = [
+        (name, count(old), count(new), change(old, new))
+        for name, old, new in (
+            ("MACs", result.before.macs, result.after.macs),
+            ("parameters", result.before.parameters, result.after.parameters),
+        )
+    ]
+    for size in (1, 64):
+        old, new = (latency.row(name, size).median for name in ("before", "after"))
+        rows.append((f"latency, batch {size}", f"{1e3 * old:.3g} ms", f"{1e3 * new:.3g} ms", f"{old / new:.2f}×"))
+    first = stages["before"]
+    for name, top1 in stages.items():
+        if first is not None and top1 is not None and name != "before":
+            rows.append((f"top-1 (test) {name}", f"{first:.2f} %", f"{top1:.2f} %", f"{top1 - first:+.2f}"))
+    table("The network", ("", "before", "after", ""), rows)
+    for name, reason in result.frozen.items():
+        say(f"left whole: {name}: {reason}")
+    say(f"verified: {result.verified}")
+
+
+def _shares(given: list[str]) -> float | dict[str, float]:
+    """One share, or shares by group.
+
+    >>> _shares(["0.5"]), _shares(["layer1.*=0.4", "layer2.*=0.7"])
+    (0.5, {'layer1.*': 0.4, 'layer2.*': 0.7})
+    """
+    try:
+        if len(given) == 1 and "=" not in given[0]:
+            return float(given[0])
+        pairs = [entry.rpartition("=") for entry in given]
+        return {pattern: float(share) for pattern, _, share in pairs}
+    except ValueError:
+        raise ConfigError(f"--keep {' '.join(given)}: give a share such as 0.5, or GROUP=0.5 several times") from None

@@ -1,0 +1,131 @@
+"""`filterfold train`: one network, dense or clustered while training."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from typer import Option
+
+from ..errors import RecordError, TrainingError
+from .compare import UNFINISHED, default_folder
+from .display import change, count, live, say, table
+from .families import DataOptions, Device, ModelOptions, OnlineOptions, Overwrite, RecipeOptions, Threads, use_threads
+
+if TYPE_CHECKING:
+    from ..experiment.config import Trial
+    from ..experiment.records import Record
+
+EXAMPLES = """
+Examples:
+
+  filterfold train --model vgg_small --data digits --epochs 20 --lr 0.1 --schedule onecycle
+
+  filterfold train --model resnet56 --data cifar10 --out runs/resnet56
+
+  filterfold train --model vgg16 --data cifar10 --method online --clusters 30
+
+  filterfold train --model my_models.py:small_net --data path/to/images --image-size 64
+"""
+
+
+def train(
+    chosen: ModelOptions,
+    images: DataOptions,
+    training: RecipeOptions,
+    clustering: OnlineOptions,
+    method: Annotated[
+        str, Option(help="dense; online: fold clusters of filters while training; or l1: train, cut once, retrain.")
+    ] = "dense",
+    clusters: Annotated[int | None, Option(help="online: filters left in every layer.")] = None,
+    keep: Annotated[float | None, Option(help="Share of the filters that stays.")] = None,
+    retrain_epochs: Annotated[int, Option(help="l1 and other criteria: epochs after the cut.")] = 40,
+    seed: Annotated[int, Option(help="Of initial weights, batches and augmentation.")] = 0,
+    out: Annotated[Path | None, Option(help="Run folder.", show_default="runs/METHOD-MODEL-DATA")] = None,
+    overwrite: Overwrite = False,
+    stop_after: Annotated[str | None, Option(help="Stop in time, to be gone on with: 9m, 90s, 2h.")] = None,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Train a network from fresh weights, and evaluate it on the test images.
+
+    A run that was stopped (Ctrl-C, kill, --stop-after) goes on with the same command and ends with the same weights.
+    """
+    from ..experiment.config import Setting, Trial
+
+    use_threads(threads)
+    setting = Setting(
+        model=chosen.model,
+        data=images.data,
+        width=chosen.width,
+        data_options=images.keywords(),
+        recipe=training.keywords(),
+        retrain_epochs=retrain_epochs,
+        online=clustering.keywords(),
+    )
+    trial = Trial(method, seed, setting, clusters, keep)
+    folder = out or default_folder(setting, method)
+    _make_room(folder, overwrite)
+    _run(trial, folder, overwrite, device, stop_after, images.cache_dir)
+
+
+def _make_room(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder with a finished run in it, unless it is to be replaced."""
+    from ..experiment.records import FOLDER, finished, read_all
+
+    if overwrite or not (folder / FOLDER).is_dir():
+        return
+    for record in finished(read_all(folder)).values():
+        raise RecordError(
+            f"{folder} holds a finished run ({record['label']}, seed {record['seed']}); "
+            "give another --out, or --overwrite to replace it"
+        )
+
+
+def _run(
+    trial: Trial, folder: Path, overwrite: bool, device: str, stop_after: str | None, cache_dir: Path | None
+) -> None:
+    from ..experiment.config import Comparison
+    from ..experiment.deadline import seconds
+    from ..experiment.environment import command
+    from ..experiment.launch import compare
+    from ..storage import write_atomically
+
+    with live():
+        outcome = compare(
+            Comparison(trial.setting, (trial,)),
+            folder,
+            device=device,
+            stop_after=seconds(stop_after) if stop_after else None,
+            command=command(),
+            cache_dir=cache_dir,
+            fresh=overwrite,
+        )
+    if outcome.failed:
+        raise TrainingError(f"{trial.label} seed {trial.seed} failed: {outcome.failed[0]['reason']}")
+    if not outcome.complete:
+        say(f"stopped in time; the same command goes on from here ({folder})")
+        raise typer.Exit(UNFINISHED)
+    network = folder / "model.safetensors"
+    source = folder / "models" / f"{trial.id}.safetensors"
+    write_atomically(network, lambda temporary: shutil.copyfile(source, temporary))
+    _show(outcome.records[0])
+    say(f"network: {network}")
+    say(f"record: {folder / 'records' / trial.id}.json")
+
+
+def _show(record: Record) -> None:
+    result, dense = record["result"], record["dense"]
+    assert result is not None
+    assert dense is not None
+    rows = [
+        ("top-1 (test)", f"{result['top1']:.2f} %", ""),
+        ("top-5 (test)", f"{result['top5']:.2f} %", ""),
+        ("MACs", count(result["macs"]), change(dense["macs"], result["macs"])),
+        ("parameters", count(result["parameters"]), change(dense["parameters"], result["parameters"])),
+        ("inference, test set", f"{result['inference_seconds']:.3g} s", ""),
+        ("training", f"{result['train_seconds']:.1f} s", ""),
+    ]
+    table(f"{record['label']}: {record['model']} on {record['data']}, seed {record['seed']}", ("", "", ""), rows)

@@ -1,0 +1,219 @@
+"""One trial: from fresh weights to a record.
+
+Three ways lead there. `dense` trains. A criterion's name (`l1`: the original algorithm, Li et al. 2017, §3) begins
+with the dense network of the same seed, cuts it in one shot, and trains on at a constant learning rate. `online…`
+cuts while it trains and is done when training is.
+
+Initial weights and every random choice come from the trial's seed, so trials of one seed are paired: they start from
+the same weights and see the same batches. The dense network that several trials begin with is trained once and kept;
+its training counts in full for each of them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, cast
+
+from torch import nn
+
+from ..checkpoint import load, save
+from ..cost import Cost, measure
+from ..errors import RecordError
+from ..online import OnlineCallback
+from ..plan import Plan
+from ..prune import prune
+from ..storage import write_json
+from ..training import Callback, History, evaluate, train
+from . import records
+from .bench import Bench
+from .config import DENSE, Trial
+from .environment import describe
+from .li2017 import keep_shares
+from .records import ClusterUpdate, Dense, Epoch, Record, Result
+from .timing import measure_alone
+
+
+@dataclass
+class Trained:
+    """What a way of training came to: the final network, and how it got there."""
+
+    model: nn.Module
+    history: list[Epoch]
+    plans: Sequence[Plan] = ()
+    clusters: list[ClusterUpdate] = field(default_factory=list)
+
+
+def run_trial(trial: Trial, bench: Bench, *, command: str | None = None) -> Record:
+    """Train, evaluate on the test set, time, save the network, and say it all in a record.
+
+    A trial that was interrupted goes on from its last epoch.
+
+    **Arguments:**
+
+    - `bench`: data, device, run folder and clock; its setting is the trial's.
+    - `command`: what to note as the way to redo this.
+
+    **Raises:** `Stopped` when the time is up, with everything saved; whatever makes the trial fail.
+    """
+    started = now()
+    if trial.method == DENSE:
+        trained = _base(trial, bench)
+    elif trial.is_online:
+        trained = _online(trial, bench)
+    else:
+        trained = _one_shot(trial, bench)
+    final, dense = measure(trained.model, bench.example), measure(bench.build(trial.seed), bench.example)
+    metrics = evaluate(trained.model, bench.data.test, device=bench.device, classes=len(bench.data.classes))
+    timing = measure_alone(trained.model, bench)
+    about = {"trial": json.dumps(trial.to_dict(), sort_keys=True)}
+    save(trained.model, bench.model_file(trial.id), plan=tuple(trained.plans), metadata=about)
+    return Record(
+        format=records.FORMAT,
+        id=trial.id,
+        status="finished",
+        reason=None,
+        **trial.to_dict(),
+        result=Result(
+            top1=metrics.top1,
+            top5=metrics.top5,
+            inference_seconds=timing["rounds"][0],
+            macs=final.macs,
+            parameters=final.parameters,
+            weights=final.weights,
+            train_seconds=sum(epoch["seconds"] for epoch in trained.history),
+            best_top1=_best(trained.history, final),
+            widths=_widths(trained.plans),
+        ),
+        dense=Dense(macs=dense.macs, parameters=dense.parameters, weights=dense.weights),
+        history=trained.history,
+        clusters_history=trained.clusters,
+        timing=timing,
+        environment=describe(bench.device),
+        command=command,
+        started=started,
+        finished=now(),
+    )
+
+
+def forget(trial: Trial, bench: Bench) -> None:
+    """Remove what a trial kept for the case of an interruption."""
+    shutil.rmtree(bench.work(trial.id), ignore_errors=True)
+
+
+def now() -> str:
+    """The time, ISO 8601, UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _base(trial: Trial, bench: Bench) -> Trained:
+    """The dense network of the trial's seed: taken from where an earlier trial left it, or trained."""
+    base = trial.base
+    about = bench.base_file(base.id, ".json")
+    weights = bench.base_file(base.id, ".safetensors")
+    if about.exists():
+        try:
+            history = json.loads(about.read_text(encoding="utf-8"))["history"]
+        except (ValueError, KeyError, OSError) as error:
+            raise RecordError(f"{about}: damaged ({error}); delete it, and the network is trained again") from error
+        return Trained(load(weights, lambda: bench.build(trial.seed), device=bench.device), history)
+    model = bench.build(trial.seed)
+    history = _rows(
+        train(
+            model,
+            bench.data,
+            bench.recipe(trial.seed),
+            checkpoint=bench.work(base.id) / "training.safetensors",
+            check=bench.deadline.check_next,
+            device=bench.device,
+        )
+    )
+    save(model, weights)
+    write_json(about, {"history": history})
+    forget(base, bench)
+    return Trained(model, history)
+
+
+def _one_shot(trial: Trial, bench: Bench) -> Trained:
+    """The original algorithm: train, rank filters, cut once, retrain."""
+    base = _base(trial, bench)
+    bench.deadline.check()
+    result = prune(
+        base.model,
+        bench.example,
+        criterion=cast(str, trial.criterion),
+        keep=_shares(trial),
+        round_to=trial.setting.round_to,
+        loader=bench.loader(trial.seed),
+        seed=trial.seed,
+    )
+    history = base.history
+    if trial.setting.retrain_epochs:
+        recipe = bench.recipe(
+            trial.seed, epochs=trial.setting.retrain_epochs, lr=trial.setting.retrain_lr, schedule="constant"
+        )
+        again = train(
+            base.model,
+            bench.data,
+            recipe,
+            checkpoint=bench.work(trial.id) / "retraining.safetensors",
+            check=bench.deadline.check_next,
+            device=bench.device,
+            phase="retrain",
+        )
+        history = history + _rows(again)
+    return Trained(base.model, history, (result.plan,))
+
+
+def _online(trial: Trial, bench: Bench) -> Trained:
+    """Cut while training; the epochs are those of dense training, and nothing follows."""
+    callback = OnlineCallback(
+        clusters=trial.clusters,
+        keep=trial.keep,
+        round_to=trial.setting.round_to,
+        method=trial.criterion or "fold",
+        seed=trial.seed,
+        loader=bench.loader(trial.seed) if trial.criterion else None,
+        **trial.setting.online,
+    )
+    model = bench.build(trial.seed)
+    history = train(
+        model,
+        bench.data,
+        bench.recipe(trial.seed),
+        callbacks=(cast(Callback, callback),),
+        checkpoint=bench.work(trial.id) / "training.safetensors",
+        check=bench.deadline.check_next,
+        device=bench.device,
+    )
+    online = callback.online
+    assert online is not None
+    found = [ClusterUpdate(**row) for row in online.history]
+    return Trained(model, _rows(history), tuple(online.plans), found)
+
+
+def _shares(trial: Trial) -> float | Mapping[str, float]:
+    """The share to keep: as asked, the paper's own for its own networks, else half."""
+    return trial.keep if trial.keep is not None else keep_shares(trial.setting.model) or 0.5
+
+
+def _rows(history: History) -> list[Epoch]:
+    return [cast(Epoch, dict(row)) for row in history.rows]
+
+
+def _widths(plans: Sequence[Plan]) -> dict[str, list[int]]:
+    """Group → units before the first and after the last cut."""
+    widths: dict[str, list[int]] = {}
+    for plan in plans:
+        for group, (before, after) in plan.widths.items():
+            widths.setdefault(group, [before, after])[1] = after
+    return widths
+
+
+def _best(history: Sequence[Mapping[str, Any]], final: Cost) -> float | None:
+    """Best validation top-1 among the epochs that ended with the final network's size."""
+    found = [row["validation_top1"] for row in history if row["macs"] == final.macs]
+    return max((top1 for top1 in found if top1 is not None), default=None)
