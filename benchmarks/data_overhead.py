@@ -2,8 +2,9 @@
 
 The share is that of order, crop, flip and normalisation in an epoch of a quarter-width VGG-16 at batch 128. Data
 and training steps are timed in turn, round by round; a step is forward, backward and SGD on a batch that is ready.
-Shares are of processor time, which other work on the machine hardly changes; wall time is given beside it. Loading
-runs in fresh processes, with empty caches for the cold ones; imports are not counted. Writes medians and spread to
+Shares are of processor time, which other work on the machine hardly changes; wall time is given beside it, and the
+load average before and after, because wall time means something only where that is below the processors. Loading runs
+in fresh processes, with empty caches for the cold ones; imports are not counted. Writes medians and spread to
 results/data_overhead.json.
 
     python benchmarks/data_overhead.py --data ../shared/data/cifar10 [--rounds 5] [--threads 1] [--steps 20]
@@ -44,11 +45,12 @@ def main() -> None:
     from filterfold.experiment.environment import describe
     from filterfold.storage import write_json
 
-    report: dict[str, Any] = {"bars": BARS}
+    report: dict[str, Any] = {"bars": BARS, "load_average_before": os.getloadavg()}
     with tempfile.TemporaryDirectory() as cache:
         report |= loading(options.data, cache, options.rounds, options.threads)
         for precision in ("32-true", "bf16-mixed"):
             report[f"epoch_{precision}"] = epoch(options, cache, precision)
+    report["load_average_after"] = os.getloadavg()
     report["environment"] = describe()
     for key, value in report.items():
         print(key, value)
