@@ -241,17 +241,22 @@ def test_repair_is_asked_for_the_groups_that_masking_cannot_judge():
     plan, groups = planned(model, {"one": (0, -1, 1, 2, -1, 3), "two": DROP["two"]})
     asked = []
 
-    def repair(model: nn.Module, part: Plan) -> tuple[AttributeChange, ...]:
+    def repair(model: nn.Module, part: Plan, inputs: object) -> tuple[AttributeChange, ...]:
         asked.append([cut.group for cut in part.cuts])
+        model.width = 4
         return (AttributeChange("", "width", 6, 4),)
 
-    whole = Plan(plan.cuts, (AttributeChange("", "width", 6, 4),))
-    assert rehearse(model, whole, X, groups=groups, repair=repair).masking_error < 1e-5
-    assert asked == [["one"]]
-    alone = rehearse(model, whole, X, groups=groups)
-    assert alone.ok
-    assert alone.masking_error is None
-    assert alone.message == "the cut network runs, but one can't be held against a masked one"
+    found = rehearse(model, plan, X, groups=groups, repair=repair)
+    assert found.masking_error < 1e-5
+    assert asked == [["one"], ["one", "two"]]
+    assert found.attributes == (AttributeChange("", "width", 6, 4),)
+    assert model.width == 6
+    apply(Plan(plan.cuts, found.attributes), copy.deepcopy(model))
+    known = rehearse(model, Plan(plan.cuts, found.attributes), X, groups=groups)
+    assert known.ok
+    assert known.masking_error is None
+    assert known.message == "the cut network runs, but one can't be held against a masked one"
+    assert rehearse(model, plan, X, groups=groups).message.startswith("the cut network fails: ZeroDivisionError")
     assert model.width == 6
 
 

@@ -244,8 +244,11 @@ def _update(state: dict[str, Any], values: Mapping[str, Tensor], journal: _Journ
 def _set_attributes(plan: Plan, model: nn.Module, edits: Iterable[str], journal: _Journal) -> list[AttributeChange]:
     """Let every layer's attributes follow its tensors, then rewrite the sizes that the plan names."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    asked = [(change, _module(modules, change)) for change in plan.attributes]
-    touched = {change.module for change in plan.attributes} | _owners(model, edits)
+    owners = _owners(model, edits)
+    for change in plan.attributes:
+        if change.module not in modules:
+            raise PlanError(f"the model has no module {change.module!r}, whose {change.attribute} the plan changes")
+    touched = {change.module for change in plan.attributes} | owners
     before = {name: (dict(vars(modules[name])), sizes_of(modules[name])) for name in sorted(touched)}
 
     def restore() -> None:
@@ -253,14 +256,13 @@ def _set_attributes(plan: Plan, model: nn.Module, edits: Iterable[str], journal:
             modules[name].__dict__.update({key: attributes[key] for key in sizes})
 
     journal.add(restore)
-    for name in _owners(model, edits):
+    for name in owners:
         try:
             refresh_attributes(modules[name])
         except SurgeryError as error:
             raise SurgeryError(f"{name}: {error}") from error
-    for change, module in asked:
-        present = vars(module)[change.attribute]
-        vars(module)[change.attribute] = like(present, plain_sizes(change.new))
+    for change in plan.attributes:
+        _rewrite(modules[change.module], change, before[change.module][1].get(change.attribute))
     return [
         AttributeChange(name, key, old, plain_sizes(vars(modules[name])[key]))
         for name, (_, sizes) in before.items()
@@ -269,17 +271,22 @@ def _set_attributes(plan: Plan, model: nn.Module, edits: Iterable[str], journal:
     ]
 
 
-def _module(modules: Mapping[str, nn.Module], change: AttributeChange) -> nn.Module:
-    module = modules.get(change.module)
-    if module is None:
-        raise PlanError(f"the model has no module {change.module!r}, whose {change.attribute} the plan changes")
-    present = plain_sizes(vars(module).get(change.attribute))
-    if present is None or present != plain_sizes(change.old):
+def _rewrite(module: nn.Module, change: AttributeChange, before: Any) -> None:
+    """Set one size; `before` is its value before the layers' own attributes were refreshed."""
+    present = vars(module).get(change.attribute)
+    if plain_sizes(change.old) not in (before, plain_sizes(present)) or before is None:
         raise PlanError(
-            f"{change.module or 'the model'}.{change.attribute} is {present}, the plan expects {change.old}: "
+            f"{change.module or 'the model'}.{change.attribute} is {before}, the plan expects {change.old}: "
             "was it applied already?"
         )
-    return module
+    vars(module)[change.attribute] = like(present, plain_sizes(change.new))
+
+
+def revert(changes: Sequence[AttributeChange], model: nn.Module) -> None:
+    """Undo rewritten sizes: every attribute gets its `old` value back."""
+    for change in reversed(changes):
+        attributes = vars(unwrap(model).get_submodule(change.module))
+        attributes[change.attribute] = like(attributes[change.attribute], plain_sizes(change.old))
 
 
 def _owners(model: nn.Module, tensors: Iterable[str]) -> set[str]:

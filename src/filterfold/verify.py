@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from .groups import ChannelGroup
 from .oracles import masked, permuted, rebased
 from .plan import AttributeChange, Cut, Plan
 from .structure import named_tensors, unwrap
-from .surgery import apply
+from .surgery import apply, revert
 
 __all__ = ["Repair", "Verification", "masked", "rehearse", "verify"]
 
@@ -36,8 +36,9 @@ TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, tor
 """Largest relative error by type: about √ε, loose enough for reordered sums in deep networks, and far below
 what a wrong channel does (over 1e-2 with generic values)."""
 
-Repair = Callable[[nn.Module, Plan], tuple[AttributeChange, ...]]
-"""Finds the sizes in user code that must change with a plan."""
+Repair = Callable[[nn.Module, Plan, Any], tuple[AttributeChange, ...]]
+"""Given a model after surgery, the plan, and example inputs: rewrites the sizes in user code in place and returns
+the changes, or raises a `FilterfoldError` and leaves them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ class Verification:
     - `permutation_error`: relative error under permutation; None if no changed group needs that oracle.
     - `inexact`: names of the changed groups that masking can't judge.
     - `message`: all of that in one line.
+    - `attributes`: sizes in user code that a rehearsal found must change with the plan.
     """
 
     ok: bool
@@ -58,6 +60,7 @@ class Verification:
     permutation_error: float | None
     inexact: tuple[str, ...]
     message: str
+    attributes: tuple[AttributeChange, ...] = ()
 
     def __bool__(self) -> bool:
         """`ok`."""
@@ -140,8 +143,8 @@ def rehearse(
 
     **Arguments:** as for `verify`, and
 
-    - `repair`: called with the model and those cuts of the plan that masking can't judge, if the network fails
-      with them alone because of sizes written into user code.
+    - `repair`: asked where the cut network fails or differs, for sizes written into user code; what it finds
+      is part of the verification.
 
     **Returns:** a `Verification`.
 
@@ -156,7 +159,7 @@ def rehearse(
             inputs = telling(example_inputs, dtype)
             with borrowed(model, dtype=dtype, generic=generic):
                 expected, shuffled = judge.references(inputs)
-                receipt = apply(plan, model)
+                receipt = apply(judge.plan, model)
                 try:
                     return judge.compare(expected, shuffled, model, inputs)
                 finally:
@@ -226,7 +229,7 @@ class _Judge:
     def _masked_outputs(self, inputs: Any) -> list[Tensor] | None:
         """Outputs with the inexact groups cut and the exact ones masked; None if that can't be run."""
         try:
-            with self._inexact_cut() as cuts, masked(self.model, Plan(cuts)):
+            with self._inexact_cut(inputs) as cuts, masked(self.model, Plan(cuts)):
                 return outputs(self.model, inputs)
         except Exception as reason:
             if not self.inexact:
@@ -235,23 +238,46 @@ class _Judge:
             return None
 
     @contextmanager
-    def _inexact_cut(self) -> Iterator[tuple[Cut, ...]]:
+    def _inexact_cut(self, inputs: Any) -> Iterator[tuple[Cut, ...]]:
         """Really cut the inexact groups for a while; gives the exact cuts as they read then."""
         if not self.inexact:
             yield tuple(self.exact)
             return
         part = Plan(tuple(self.inexact))
-        if self.repair is not None:
-            part = Plan(part.cuts, self.repair(self.model, part))
         tensors = dict(named_tensors(self.model))
         cuts = rebased(self.exact, edits_of(part, tensors), tensors)
         receipt = apply(part, self.model)
+        changes: tuple[AttributeChange, ...] = ()
         try:
+            if self.repair is not None and _failure(self.model, inputs):
+                changes = self.repair(self.model, part, inputs)
             yield cuts
         finally:
+            revert(changes, self.model)
             receipt.rollback()
 
     def compare(self, expected: list[Tensor] | None, shuffled: float | None, pruned: nn.Module, inputs: Any) -> _Errors:
+        """Run the cut network and compare; where that fails, once more with the sizes in user code repaired."""
+        errors = self._compare(expected, shuffled, pruned, inputs)
+        wrong = errors.failure or (errors.masking or 0.0) > TOLERANCES[torch.bfloat16]
+        if self.repair is None or not wrong or self.plan.attributes:
+            return errors
+        try:
+            changes = self.repair(pruned, self.plan, inputs)
+        except FilterfoldError as reason:
+            return replace(errors, failure=str(reason)) if errors.failure else errors
+        if not changes:
+            return errors
+        repaired = self._compare(expected, shuffled, pruned, inputs)
+        revert(changes, pruned)
+        if repaired.worst < errors.worst:
+            self.plan = replace(self.plan, attributes=changes)
+            return repaired
+        return errors
+
+    def _compare(
+        self, expected: list[Tensor] | None, shuffled: float | None, pruned: nn.Module, inputs: Any
+    ) -> _Errors:
         try:
             actual = outputs(pruned, inputs)
         except Exception as reason:
@@ -287,7 +313,15 @@ class _Judge:
         if ok and names and errors.masking is not None:
             how = "unjudged" if errors.permutation is None else f"permutation error {errors.permutation:.1e}"
             text += f"; not mask-exact: {_list(names)} ({how})"
-        return Verification(ok, errors.masking, errors.permutation, names, text)
+        return Verification(ok, errors.masking, errors.permutation, names, text, self.plan.attributes)
+
+
+def _failure(model: nn.Module, inputs: Any) -> str | None:
+    try:
+        outputs(model, inputs)
+    except Exception as reason:
+        return _line(reason)
+    return None
 
 
 def _error(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> float:
