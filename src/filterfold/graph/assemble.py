@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ..groups import ChannelGroup
 from ..plan import Role, Slice
-from .labels import AxisLabels, Ledger
+from .labels import OUTPUT, AxisLabels, Ledger
 
 Ints = NDArray[np.int64]
 NOWHERE = -1
@@ -35,12 +35,16 @@ class Assembly:
 
 @dataclass(frozen=True, slots=True)
 class _Members:
-    """Components gathered into groups: `group_of`, `unit_of` per label, the axes that each group touches."""
+    """Components gathered into groups.
+
+    `group_of`, `unit_of`: per label; `axes`: what each group touches; `makers`: the first filter of each.
+    """
 
     group_of: Ints
     unit_of: Ints
     axes: list[list[AxisLabels]]
     sizes: list[int]
+    makers: list[str]
 
 
 def assemble(ledger: Ledger) -> Assembly:
@@ -49,7 +53,7 @@ def assemble(ledger: Ledger) -> Assembly:
     extra: list[tuple[Ints, Ints]] = []
     while True:
         component, count = _connect([*ledger.joins, *extra], ledger.size)
-        members = _gather(ledger, component, count)
+        members = _gather(ledger, component, count, _filters(ledger, component, count))
         parts, conflicts = _balance(members, blocks)
         if not conflicts:
             break
@@ -58,7 +62,10 @@ def assemble(ledger: Ledger) -> Assembly:
     frozen = _reasons(ledger.frozen, members)
     inexact = _reasons(ledger.inexact, members)
     ordered = {group for vector in ledger.ordered for group in np.unique(members.group_of[vector]).tolist()}
-    names = _names([_first_filter(ledger, axes) for axes in members.axes])
+    names = _names(members.makers)
+    for group, size in enumerate(members.sizes):
+        if size == 1 and frozen.get(group) != OUTPUT:
+            frozen.pop(group, None)  # the last unit of a class always stays
     groups = tuple(
         _describe(
             ledger,
@@ -89,19 +96,33 @@ def _connect(joins: list[tuple[Ints, Ints]], size: int) -> tuple[Ints, int]:
     return component.astype(np.int64), int(count)
 
 
-def _gather(ledger: Ledger, component: Ints, count: int) -> _Members:
+def _filters(ledger: Ledger, component: Ints, count: int) -> list[AxisLabels]:
+    """The axes that make channels. A raw parameter's axis that can't shrink stands for something else."""
+    frozen = np.zeros(count, dtype=bool)
+    for vector, _ in ledger.frozen if ledger.maybe else ():
+        frozen[component[vector]] = True
+    return [
+        entry
+        for entry in ledger.axes
+        if ledger.roles.get(entry.start) == "filter"
+        and not (entry.start in ledger.maybe and frozen[component[_span(entry)]].any())
+    ]
+
+
+def _gather(ledger: Ledger, component: Ints, count: int, filters: list[AxisLabels]) -> _Members:
     """Components that share a filter axis make a group; units are numbered in filter order."""
-    filters = [entry for entry in ledger.axes if ledger.roles.get(entry.start) == "filter"]
     joins = [(np.array([count + place]), component[_span(entry)]) for place, entry in enumerate(filters)]
     bucket, buckets = _connect(joins, count + len(filters))
     numbers = np.full(buckets, NOWHERE, np.int64)
     unit = np.full(count, NOWHERE, np.int64)
     sizes: list[int] = []
+    makers: list[str] = []
     for place, entry in enumerate(filters):
         group = numbers[bucket[count + place]]
         if group == NOWHERE:
             group = numbers[bucket[count + place]] = len(sizes)
             sizes.append(0)
+            makers.append(entry.tensor)
         parts = component[_span(entry)]
         fresh = parts[np.sort(np.unique(parts, return_index=True)[1])]
         fresh = fresh[unit[fresh] == NOWHERE]
@@ -114,11 +135,7 @@ def _gather(ledger: Ledger, component: Ints, count: int) -> _Members:
         if touched.size and touched.max() != NOWHERE:
             for group in np.unique(touched[touched != NOWHERE]).tolist():
                 axes[group].append(entry)
-    return _Members(group_of, unit[component], axes, sizes)
-
-
-def _first_filter(ledger: Ledger, axes: list[AxisLabels]) -> str:
-    return next(entry.tensor for entry in axes if ledger.roles.get(entry.start) == "filter")
+    return _Members(group_of, unit[component], axes, sizes, makers)
 
 
 def _names(tensors: list[str]) -> list[str]:

@@ -28,6 +28,9 @@ merged by a reshape. `FIXED`: no labels, the size must stay. `FREE`: no labels, 
 FIXED: Axis = ()
 FREE: Axis = None
 
+OUTPUT = "reaches the model's output"
+"""The reason why the last layers are frozen."""
+
 Layout = tuple[Axis, ...]
 """One `Axis` for each axis of a tensor."""
 
@@ -44,7 +47,11 @@ class AxisLabels:
 
 @dataclass(slots=True)
 class Ledger:
-    """Everything that the walk finds out about labels."""
+    """Everything that the walk finds out about labels.
+
+    `maybe`: axes of raw parameters that were multiplied like filters, but may as well stand for positions
+    in an image; those that turn out frozen are no channels.
+    """
 
     axes: list[AxisLabels] = field(default_factory=list)
     roles: dict[int, Role] = field(default_factory=dict)
@@ -52,6 +59,7 @@ class Ledger:
     frozen: list[tuple[Vector, str]] = field(default_factory=list)
     inexact: list[tuple[Vector, str]] = field(default_factory=list)
     ordered: list[Vector] = field(default_factory=list)
+    maybe: set[int] = field(default_factory=set)
     blocks: list[Vector] = field(default_factory=list)
     size: int = 0
     _starts: list[int] = field(default_factory=list)
@@ -125,7 +133,7 @@ class Ledger:
         """The `parts` equal stretches of the vector must keep equally many positions each."""
         self.blocks.append(vector.reshape(parts, -1))
 
-    def assign(self, axis: Axis, role: Role) -> None:
+    def assign(self, axis: Axis, role: Role, *, maybe: bool = False) -> None:
         """The parameter axis that these labels come from plays this role.
 
         An axis that makes channels and also reads them (a tied weight) counts as making them.
@@ -135,6 +143,8 @@ class Ledger:
             for place in np.unique(places):
                 entry = self.axes[place]
                 before = self.roles.get(entry.start)
+                if maybe and before is None:
+                    self.maybe.add(entry.start)
                 if before in (None, role, "scale"):
                     self.roles[entry.start] = role
                 elif "kernel" in (before, role):

@@ -144,40 +144,56 @@ class _Search:
         self.changes: dict[tuple[str, str], AttributeChange] = {}
         self.tried: dict[tuple[int, str], int] = {}
         self.wrong: dict[tuple[int, str], int] = {}
+        self.first: dict[tuple[int, str], Finding] = {}
+        self.stuck: dict[tuple[int, str], Finding] = {}
         self.made: dict[tuple[int, str], tuple[str, str]] = {}
 
     def go(self) -> tuple[AttributeChange, ...]:
+        """Guess, run, and guess again for what is still wrong."""
         run = self.run()
         for _ in range(_ROUNDS):
-            if not run.findings and run.error is None:
-                return tuple(self.changes.values())
-            if run.findings:
-                for finding in run.findings:
-                    self.guess(finding)
-                run = self.run()
-            else:
+            open_ = [finding for finding in run.findings if finding.key not in self.stuck]
+            if open_:
+                self.guess(open_)
+            elif self.stuck:
+                raise self.failure(list(self.stuck.values()), None)
+            elif run.error is not None:
                 run = self.creep(run)
-        raise self.failure(run)
+                continue
+            else:
+                return tuple(self.changes.values())
+            run = self.run()
+        raise self.failure(run.findings, run)
 
-    def guess(self, finding: Finding) -> None:
-        """Try the next candidate for a finding, taking back the one that did not help."""
-        before, wrong = self.made.pop(finding.key, None), len(replaced(finding.given, finding.wanted))
-        if wrong < self.wrong.get(finding.key, wrong):
-            self.tried[finding.key] = 0
-        elif before is not None and before in self.changes:
-            self.take_back(before)
-        self.wrong[finding.key] = wrong
-        candidates = [
-            change
-            for change in _candidates(self.modules, finding.stack, finding.given, finding.wanted)
-            if (change.module, change.attribute) not in self.changes
-        ]
-        count = self.tried.get(finding.key, 0)
-        if count >= len(candidates):
-            raise self.failure(Run([finding], finding.place, None, finding.stack))
-        self.tried[finding.key] = count + 1
-        self.change(candidates[count])
-        self.made[finding.key] = (candidates[count].module, candidates[count].attribute)
+    def guess(self, findings: Sequence[Finding]) -> None:
+        """Try the next candidate for every finding, taking back those that did not help."""
+        for finding in findings:
+            self.first.setdefault(finding.key, finding)
+            before, wrong = self.made.pop(finding.key, None), len(replaced(finding.given, finding.wanted))
+            if wrong < self.wrong.get(finding.key, wrong):
+                self.tried[finding.key] = 0
+            elif before is not None and before in self.changes:
+                self.take_back(before)
+            self.wrong[finding.key] = wrong
+        settled_before = set(self.changes)
+        lists = [_candidates(self.modules, f.stack, f.given, f.wanted) for f in findings]
+        for finding, candidates in zip(findings, lists, strict=True):
+            self.take(finding, [c for c in candidates if (c.module, c.attribute) not in settled_before])
+
+    def take(self, finding: Finding, candidates: Sequence[AttributeChange]) -> None:
+        """Make the next change for a finding, unless another finding of this round has just made the same."""
+        for place in range(self.tried.get(finding.key, 0), len(candidates)):
+            candidate = candidates[place]
+            key = candidate.module, candidate.attribute
+            present = self.changes.get(key)
+            if present is not None and present.new != candidate.new:
+                continue
+            if present is None:
+                self.change(candidate)
+                self.made[finding.key] = key
+            self.tried[finding.key] = place + 1
+            return
+        self.stuck[finding.key] = self.first[finding.key]
 
     def creep(self, run: Run) -> Run:
         """The run stopped although all numbers were right: try attributes until it gets further."""
@@ -194,7 +210,7 @@ class _Search:
                 if again.error is None or again.place > run.place:
                     return again
                 self.take_back((change.module, change.attribute))
-        raise self.failure(run)
+        raise self.failure([], run)
 
     def _nearby(self, run: Run) -> Iterator[Any]:
         """What the innermost module's operations so far resulted in."""
@@ -232,21 +248,25 @@ class _Search:
                 run.error = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return run
 
-    def failure(self, run: Run) -> TraceError:
-        """The error that names the operation, and every group that the size depends on."""
+    def failure(self, findings: Sequence[Finding], run: Run | None) -> TraceError:
+        """The error that names the first operation, and every group that the sizes depend on."""
         steps = self.traced.sizes.steps
-        step = steps[min(run.place, len(steps) - 1)]
-        finding = run.findings[-1] if run.findings else None
+        last = min(run.place, len(steps) - 1) if run is not None else 0
+        places = [finding.place for finding in findings] or [last]
         names: dict[str, None] = {}
-        for tensor in (*((step.source,) if step.source else ()), *step.outputs):
-            for axis, old in zip(tensor.layout, tensor.shape, strict=True):
-                if self.forecast.size(axis, old) not in (old, None):
-                    names.update(dict.fromkeys(self.forecast.groups_of(axis)))
-        if finding is not None:
+        for step in (steps[place] for place in places):
+            for tensor in (*((step.source,) if step.source else ()), *step.outputs):
+                for axis, old in zip(tensor.layout, tensor.shape, strict=True):
+                    if self.forecast.size(axis, old) not in (old, None):
+                        names.update(dict.fromkeys(self.forecast.groups_of(axis)))
+        for finding in findings:
             stale = {given for given, _ in replaced(finding.given, finding.wanted)}
-            names.update(dict.fromkeys(self._groups_of_size(stale, step.stack)))
+            names.update(dict.fromkeys(self._groups_of_size(stale, steps[finding.place].stack)))
+        step = steps[places[0]]
         where = f"{step.op} in {step.stack[-1]!r}" if step.stack and step.stack[-1] else step.op
-        what = run.error if finding is None else f"uses {finding.given} where {finding.wanted} is right"
+        what = str(run and run.error)
+        if findings:
+            what = f"uses {findings[0].given} where {findings[0].wanted} is right"
         error = UnrepairableError(
             f"a size in the model's own code does not follow the cut: {where}: {what}; "
             f"leave {', '.join(names) or 'its groups'} out (ignore=)"
@@ -275,11 +295,14 @@ def _candidates(
     """Attributes that the number may have come from, likeliest first.
 
     The same value comes before one inside of a sequence, and that before a multiple or a fraction; the
-    innermost module comes first.
+    innermost module comes first, and those inside of it, which may have been used without being called, last.
     """
     ranked: list[tuple[int, int, AttributeChange]] = []
     pairs = dict(replaced(given, wanted))
-    for depth, name in enumerate(reversed(list(dict.fromkeys(stack)))):
+    running = list(reversed(list(dict.fromkeys(stack))))
+    inner = f"{running[0]}." if running and running[0] else ""
+    helpers = [name for name in modules if name.startswith(inner) and name not in running] if running else []
+    for depth, name in enumerate([*running, *helpers]):
         for attribute, value in vars(modules[name]).items():
             if attribute.startswith("_") or isinstance(value, bool | Tensor):
                 continue

@@ -93,9 +93,9 @@ def matmul(walk: Walk, call: Call) -> Layout:
     if b.ndim > 1:
         outer.append(right[-1])
     if weights == (False, True) and b.ndim > 1:
-        walk.ledger.assign(right[-1], "filter")
+        walk.ledger.assign(right[-1], "filter", maybe=True)
     if weights == (True, False) and a.ndim > 1:
-        walk.ledger.assign(left[-2], "filter")
+        walk.ledger.assign(left[-2], "filter", maybe=True)
     lead = []
     for place in range(-call.out.ndim, -len(outer)):
         offset = place + len(outer)
@@ -138,6 +138,12 @@ def attention(walk: Walk, call: Call) -> Layout:
     ledger.soften(key[-2], f"normalised over in {where}")
     ledger.join_axes([key[-2], value[-2]], where)
     lead = [ledger.join_axes(axes, where) for axes in zip(query[:-2], key[:-2], value[:-2], strict=False)]
+    mask = call["attn_mask"]
+    if mask is not None:
+        scores = [*lead, query[-2], key[-2]]
+        for place in range(-min(mask.ndim, len(scores)), 0):
+            if mask.shape[place] > 1:
+                ledger.join_axes([scores[place], walk.layout(mask)[place]], where)
     return (*lead, query[-2], value[-1])
 
 

@@ -17,12 +17,11 @@ from ..errors import TraceError
 from ..groups import ChannelGroup
 from . import rules_layer, rules_math, rules_shape
 from .assemble import Assembly, assemble
-from .labels import FIXED, Ledger
+from .labels import FIXED, OUTPUT, Ledger
 from .rules import RULES
 from .walk import Mark, Recorder, Split, Step, Walk, module_stack
 
 _LOG = logging.getLogger("filterfold.graph")
-OUTPUT = "reaches the model's output"
 _RETRIES = 2
 _RULE_FILES = (rules_layer, rules_math, rules_shape)
 
