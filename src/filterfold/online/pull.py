@@ -28,16 +28,15 @@ class Pull(torch.autograd.Function):
         with torch.autocast(weight.device.type, enabled=False):
             rows = weight.detach().flatten(1)
             rows = rows if rows.dtype == torch.float64 else rows.float()
-            length = rows.norm(dim=1, keepdim=True).clamp_(min=torch.finfo(rows.dtype).tiny)
-            unit = rows / length
-            unit = unit if sign is None else unit * sign
-            own = (mean.to(rows) @ unit)[labels]
+            length = rows.norm(dim=1, keepdim=True)
+            inverse = length.clamp(min=torch.finfo(rows.dtype).tiny).reciprocal_()
+            inverse = inverse if sign is None else inverse * sign
+            unit = rows * inverse
+            own = _means(unit, labels, mean.to(rows))[labels]
             cosine = (unit * own).sum(dim=1, keepdim=True)
-            square = unit.square().sum(dim=1, keepdim=True)
-            grad = (unit * cosine).sub_(own).div_(length)
-            grad = grad if sign is None else grad * sign
+            value: Tensor = ((length > 0).to(rows) - cosine).sum() / 2  # rows of length 0 have no direction
+            grad = unit.mul_(cosine).sub_(own).mul_(inverse)
             ctx.save_for_backward(grad.to(weight.dtype).view_as(weight))
-            value: Tensor = (square - cosine).sum() / 2
             return value
 
     @staticmethod
@@ -46,6 +45,16 @@ class Pull(torch.autograd.Function):
         """The stored gradient, scaled."""
         (grad,) = ctx.saved_tensors
         return grad * outputs[0], None, None, None
+
+
+def _means(unit: Tensor, labels: Tensor, mean: Tensor) -> Tensor:
+    """Means of the clusters, shape `(k, d)`.
+
+    On a CPU rows are added one by one, which is cheaper than a product; on a GPU that would not be deterministic.
+    """
+    if unit.device.type != "cpu":
+        return mean @ unit
+    return unit.new_zeros(len(mean), unit.shape[1]).index_add_(0, labels, unit).mul_(mean.amax(dim=1, keepdim=True))
 
 
 def pull(weight: Tensor, labels: Tensor, mean: Tensor, sign: Tensor | None = None) -> Tensor:
