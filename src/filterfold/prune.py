@@ -17,7 +17,7 @@ from .errors import ConfigError, FilterfoldError, PlanError, SurgeryError, Verif
 from .graph import Traced, repair, trace
 from .groups import ChannelGroup
 from .plan import Cut, Plan
-from .selection import select
+from .selection import select, select_greedily
 from .structure import unwrap
 from .surgery import Receipt, apply, revert
 from .verify import Verification, rehearse
@@ -69,6 +69,7 @@ class PruneResult:
         return "\n".join(line.rstrip() for line in lines)
 
 
+@torch.inference_mode(mode=False)  # else new tensors could never be trained
 def prune(
     model: nn.Module,
     example_inputs: Any,
@@ -86,6 +87,8 @@ def prune(
     loader: Iterable[Any] | None = None,
     verify: bool = True,
     seed: int = 0,
+    follow: Literal["shortcut"] | None = None,
+    scoring: Literal["independent", "greedy"] = "independent",
     on_failure: Literal["raise", "freeze"] = "raise",
 ) -> PruneResult:
     """Make a model smaller, in place, and prove it.
@@ -99,7 +102,9 @@ def prune(
 
     - `model`: any module. Modes, hooks, gradients, `requires_grad` and random state are kept.
     - `example_inputs`: a tensor, a tuple of arguments, or a dictionary of keyword arguments.
-    - `criterion`, `loader`, `seed`: see `score`.
+    - `criterion`, `loader`, `seed`, `follow`: see `score`.
+    - `scoring`: `"independent"`, or `"greedy"`: the kernels of channels dropped further up don't count for a filter
+      (see `select_greedily`; weight criteria and `keep` only).
     - `keep`, `macs`, `parameters`, `scope`, `round_to`, `min_keep`, `ignore`: see `select`.
     - `optimizer`, `averaged`: see `apply`.
     - `verify`: whether to rehearse.
@@ -130,11 +135,19 @@ def prune(
     inner = unwrap(model)
     before = measure(inner, example_inputs)
     traced = trace(inner, example_inputs)
-    scores = score(traced, inner, criterion, loader=loader, seed=seed)
+    if scoring not in ("independent", "greedy") or (scoring == "greedy" and (keep is None or scope != "layer")):
+        raise ConfigError(f"scoring={scoring!r}: must be 'independent', or 'greedy' together with keep= per layer")
+    scores = score(traced, inner, criterion, loader=loader, seed=seed, follow=follow)
     frozen: dict[str, str] = {}
+
+    def again(group: ChannelGroup, plan: Plan) -> Tensor:
+        return score([group], inner, criterion, seed=seed, follow=follow, without=plan)[group.name]
 
     def choose(groups: Traced) -> Plan:
         options: dict[str, Any] = {"round_to": round_to, "min_keep": min_keep, "ignore": ignore}
+        if scoring == "greedy" and keep is not None:
+            plan = select_greedily(groups, again, keep=keep, cost=before, **options)
+            return replace(plan, notes={"criterion": _name(criterion), **plan.notes})
         plan = select(groups, scores, keep=keep, macs=macs, parameters=parameters, cost=before, scope=scope, **options)
         return replace(plan, notes={"criterion": _name(criterion), **plan.notes})
 
@@ -189,7 +202,9 @@ def _verified(
 
 
 def culprits(plan: Plan, judge: Judge) -> dict[str, str]:
-    """The groups because of which a plan fails, with what their cut does: found by halving.
+    """The groups because of which a plan fails, with what their cut does.
+
+    Where the failure names its suspects those are taken; otherwise they are found by halving.
 
     **Arguments:**
 
@@ -199,23 +214,30 @@ def culprits(plan: Plan, judge: Judge) -> dict[str, str]:
     **Returns:** group name → message; what is left of the plan without them passes.
     """
     wrong: dict[str, str] = {}
-    changing = [cut for cut in plan.cuts if cut.changes]
 
-    def passing(accepted: list[Cut], candidates: list[Cut], *, known_to_fail: bool) -> list[Cut]:
-        if not candidates:
-            return accepted
-        verification = None if known_to_fail else _tried(judge, Plan((*accepted, *candidates)))
-        if verification is not None and verification.ok:
+    def settle(cuts: list[Cut]) -> list[Cut]:
+        """The cuts of these that pass together."""
+        verification = _tried(judge, Plan(tuple(cuts)))
+        if verification.ok or not cuts:
+            return cuts
+        suspects = [cut for cut in cuts if cut.group in verification.suspects]
+        if not suspects:
+            return add([], cuts, verification)
+        rest = settle([cut for cut in cuts if cut not in suspects])
+        return add(rest, suspects, verification if len(suspects) == 1 else None)
+
+    def add(accepted: list[Cut], candidates: list[Cut], failed: Verification | None) -> list[Cut]:
+        """The accepted cuts and the candidates that pass with them; `failed`: the outcome for all, if known."""
+        verification = failed or _tried(judge, Plan((*accepted, *candidates)))
+        if verification.ok:
             return accepted + candidates
         if len(candidates) == 1:
-            verification = verification or _tried(judge, Plan((*accepted, *candidates)))
             wrong[candidates[0].group] = verification.message
             return accepted
         half = len(candidates) // 2
-        accepted = passing(accepted, candidates[:half], known_to_fail=False)
-        return passing(accepted, candidates[half:], known_to_fail=False)
+        return add(add(accepted, candidates[:half], None), candidates[half:], None)
 
-    passing([], changing, known_to_fail=True)
+    settle([cut for cut in plan.cuts if cut.changes])
     return wrong
 
 

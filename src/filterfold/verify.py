@@ -53,6 +53,7 @@ class Verification:
     - `inexact`: names of the changed groups that masking can't judge.
     - `message`: all of that in one line.
     - `attributes`: sizes in user code that a rehearsal found must change with the plan.
+    - `suspects`: groups that a failed repair names as the reason.
     """
 
     ok: bool
@@ -61,6 +62,7 @@ class Verification:
     inexact: tuple[str, ...]
     message: str
     attributes: tuple[AttributeChange, ...] = ()
+    suspects: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         """`ok`."""
@@ -71,6 +73,7 @@ class Verification:
         return self.message
 
 
+@torch.inference_mode(mode=False)  # else new tensors could never be trained
 def verify(
     pruned: nn.Module,
     original: nn.Module,
@@ -127,6 +130,7 @@ def verify(
     return judge.decide(trial, _type_of(original), tolerance)
 
 
+@torch.inference_mode(mode=False)  # else new tensors could never be trained
 def rehearse(
     model: nn.Module,
     plan: Plan,
@@ -205,6 +209,7 @@ class _Judge:
         self.model = model
         self.repair = repair
         self.finite_only = False
+        self.suspects: tuple[str, ...] = ()
         self.cells: dict[str, Sequence[object]] = {}
         for cut in self.inexact:
             group = by_name[cut.group]
@@ -265,6 +270,7 @@ class _Judge:
         try:
             changes = self.repair(pruned, self.plan, inputs)
         except FilterfoldError as reason:
+            self.suspects = tuple(getattr(reason, "groups", ()))
             return replace(errors, failure=str(reason)) if errors.failure else errors
         if not changes:
             return errors
@@ -313,7 +319,9 @@ class _Judge:
         if ok and names and errors.masking is not None:
             how = "unjudged" if errors.permutation is None else f"permutation error {errors.permutation:.1e}"
             text += f"; not mask-exact: {_list(names)} ({how})"
-        return Verification(ok, errors.masking, errors.permutation, names, text, self.plan.attributes)
+        return Verification(
+            ok, errors.masking, errors.permutation, names, text, self.plan.attributes, () if ok else self.suspects
+        )
 
 
 def _failure(model: nn.Module, inputs: Any) -> str | None:
