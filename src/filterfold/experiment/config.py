@@ -6,6 +6,7 @@ every folder and on every machine, and a comparison can be taken up again by who
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +23,9 @@ FILE = "comparison.json"
 DENSE = "dense"
 ONLINE = "online"
 ONLINE_PREFIX = "online-"
+SCRATCH = "scratch"
+STRATEGIES = ("greedy", "iterative")
+"""Ends of a criterion's method name: `l1-greedy`, `l1-iterative`; see `filterfold.experiment.afterwards`."""
 
 
 class Described(TypedDict):
@@ -49,6 +53,11 @@ class Setting:
       .001, 40 epochs on CIFAR-10.
     - `round_to`: kept widths are multiples of this.
     - `online`: options for `OnlineFilterClustering` other than the number of clusters.
+    - `shares`: layer or pattern → share of the filters that stays, for methods that cut afterwards and are given none.
+    - `follow`: `shortcut`, or None; see `criteria.score`.
+    - `retrain`, `scratch`: fields of `training.Recipe` in which retraining, and training the small network from
+      scratch, differ from a constant `retrain_lr`, and from `recipe`.
+    - `weights`: file with the dense network's weights, which is then not trained.
     """
 
     model: str
@@ -60,6 +69,11 @@ class Setting:
     retrain_lr: float = 0.001
     round_to: int = 1
     online: Mapping[str, Any] = field(default_factory=dict)
+    shares: Mapping[str, float] = field(default_factory=dict)
+    follow: str | None = None
+    retrain: Mapping[str, Any] = field(default_factory=dict)
+    scratch: Mapping[str, Any] = field(default_factory=dict)
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that make no sense."""
@@ -79,8 +93,10 @@ class Trial:
 
     **Arguments:**
 
-    - `method`: `dense`; a criterion's name (`l1`, `random`, …): train, cut in one shot, retrain; `online`: fold
-      clusters while training; `online-<criterion>`: the same schedule, but drop by that criterion.
+    - `method`: `dense`; a criterion's name (`l1`, `random`, …): train, cut in one shot, retrain; `l1-greedy`,
+      `l1-iterative`: its variants; `scratch`: the small network from fresh weights; `online`: fold
+      clusters while training; `online-<criterion>`: the same schedule, but drop by that criterion;
+      `online-centroid`: the same, but replace filters by their cluster's mean and remove none.
     - `seed`: of the initial weights, the batches, and the augmentation.
     - `clusters`: filters that stay in every layer (online methods), or None.
     - `keep`: share of the filters that stays, or None (criteria: the paper's own widths where it gives some, else
@@ -98,7 +114,8 @@ class Trial:
     keep: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse budgets that make no sense."""
+        """Refuse unknown methods, and budgets that make no sense."""
+        _check_method(self.method)
         if self.keep is not None and not 0 < self.keep <= 1:
             raise ConfigError(f"keep = {self.keep:g}: the share of filters that stays must be over 0 and at most 1")
         if self.clusters is not None and self.clusters < 1:
@@ -118,9 +135,16 @@ class Trial:
     @property
     def criterion(self) -> str | None:
         """The criterion that ranks filters, or None where filters are folded or nothing is cut."""
-        if self.method in (DENSE, ONLINE):
+        if self.method in (DENSE, ONLINE, SCRATCH):
             return None
+        if self.strategy:
+            return self.method.removesuffix(f"-{self.strategy}")
         return self.method.removeprefix(ONLINE_PREFIX)
+
+    @property
+    def strategy(self) -> str | None:
+        """`greedy` or `iterative`, or None: cut at once, every layer scored on its own."""
+        return None if self.is_online else next((name for name in STRATEGIES if self.method.endswith(f"-{name}")), None)
 
     @property
     def label(self) -> str:
@@ -144,7 +168,9 @@ class Trial:
     def options(self) -> dict[str, Any]:
         """All that is not method, model, data, and seed."""
         shared = asdict(self.setting)
-        return {"keep": self.keep} | {key: shared[key] for key in shared if key not in ("model", "data")}
+        later = ("shares", "follow", "retrain", "scratch", "weights")  # left out where unused: ids stay as they were
+        shown = (key for key in shared if key not in ("model", "data") and (key not in later or shared[key]))
+        return {"keep": self.keep} | {key: shared[key] for key in shown}
 
     def to_dict(self) -> Described:
         """Plain values: the beginning of the trial's record."""
@@ -238,6 +264,23 @@ def plan(
                     raise ConfigError(f"method {method!r} needs numbers of clusters or shares to keep")
             trials += [Trial(method, seed, setting, **budget) for budget in budgets]
     return Comparison(setting, tuple({trial.id: trial for trial in trials}.values()))
+
+
+def _check_method(method: str) -> None:
+    from ..criteria import CRITERIA
+
+    plain = next((method.removesuffix(f"-{name}") for name in STRATEGIES if method.endswith(f"-{name}")), method)
+    if (
+        method in (DENSE, ONLINE, SCRATCH)
+        or method.removeprefix(ONLINE_PREFIX) in CRITERIA
+        or plain in CRITERIA
+        or method == f"{ONLINE_PREFIX}centroid"
+    ):
+        return
+    known = [DENSE, ONLINE, SCRATCH, *CRITERIA, *(f"{ONLINE_PREFIX}{name}" for name in CRITERIA)]
+    close = difflib.get_close_matches(method, known, n=2)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(known[: 3 + len(CRITERIA)])}"
+    raise ConfigError(f"no method {method!r}; {hint}")
 
 
 def _budget(trial: Trial) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from .deadline import Deadline, Stopped
 from .environment import describe
 from .records import Record
 from .timing import measure_together
-from .trial import forget, now, run_trial
+from .trial import check, forget, now, run_trial
 
 log = logging.getLogger("filterfold.experiment")
 
@@ -116,7 +116,7 @@ def compare(
     missing = [trial for trial in comparison.trials if trial.id not in done]
     bench = Bench(comparison.setting, folder, device, Deadline(stop_after), cache_dir)
     if missing:
-        bench.check()  # what would make every trial fail is refused before the folder is touched
+        check(missing, bench)  # what would make every trial fail is refused before the folder is touched
     if fresh:
         clear(folder)
     comparison.claim(folder, command)

@@ -13,26 +13,25 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, cast
 
 from torch import nn
 
-from ..checkpoint import load, save
+from ..checkpoint import load, load_weights, save
 from ..cost import Cost, measure
-from ..errors import RecordError
+from ..errors import ConfigError, RecordError
 from ..online import OnlineCallback
 from ..plan import Plan
-from ..prune import prune
 from ..storage import write_json
 from ..training import Callback, History, evaluate, train
 from . import records
+from .afterwards import cut_and_retrain, scratch
 from .bench import Bench
-from .config import DENSE, Trial
+from .config import DENSE, SCRATCH, Trial
 from .environment import describe
-from .li2017 import keep_shares
 from .records import ClusterUpdate, Dense, Epoch, Record, Result
 from .timing import measure_alone
 
@@ -64,6 +63,9 @@ def run_trial(trial: Trial, bench: Bench, *, command: str | None = None) -> Reco
         trained = _base(trial, bench)
     elif trial.is_online:
         trained = _online(trial, bench)
+    elif trial.method == SCRATCH:
+        small, done = scratch(trial, bench)
+        trained = Trained(small, done.history, done.plans)
     else:
         trained = _one_shot(trial, bench)
     final, dense = measure(trained.model, bench.example), measure(bench.build(trial.seed), bench.example)
@@ -99,6 +101,17 @@ def run_trial(trial: Trial, bench: Bench, *, command: str | None = None) -> Reco
     )
 
 
+def check(trials: Iterable[Trial], bench: Bench) -> None:
+    """Find out now what would make trials fail before they have begun.
+
+    **Raises:** the `FilterfoldError` that says so.
+    """
+    for trial in trials:
+        if trial.is_online:
+            _callback(trial)
+    bench.check()
+
+
 def forget(trial: Trial, bench: Bench) -> None:
     """Remove what a trial kept for the case of an interruption."""
     shutil.rmtree(bench.work(trial.id), ignore_errors=True)
@@ -112,6 +125,10 @@ def now() -> str:
 def _base(trial: Trial, bench: Bench) -> Trained:
     """The dense network of the trial's seed: taken from where an earlier trial left it, or trained."""
     base = trial.base
+    if trial.setting.weights is not None:
+        model = bench.build(trial.seed)
+        load_weights(model, trial.setting.weights)
+        return Trained(model, [])
     about = bench.base_file(base.id, ".json")
     weights = bench.base_file(base.id, ".safetensors")
     if about.exists():
@@ -141,44 +158,13 @@ def _one_shot(trial: Trial, bench: Bench) -> Trained:
     """The original algorithm: train, rank filters, cut once, retrain."""
     base = _base(trial, bench)
     bench.deadline.check()
-    result = prune(
-        base.model,
-        bench.example,
-        criterion=cast(str, trial.criterion),
-        keep=_shares(trial),
-        round_to=trial.setting.round_to,
-        loader=bench.loader(trial.seed),
-        seed=trial.seed,
-    )
-    history = base.history
-    if trial.setting.retrain_epochs:
-        recipe = bench.recipe(
-            trial.seed, epochs=trial.setting.retrain_epochs, lr=trial.setting.retrain_lr, schedule="constant"
-        )
-        again = train(
-            base.model,
-            bench.data,
-            recipe,
-            checkpoint=bench.work(trial.id) / "retraining.safetensors",
-            check=bench.deadline.check_next,
-            device=bench.device,
-            phase="retrain",
-        )
-        history = history + _rows(again)
-    return Trained(base.model, history, (result.plan,))
+    done = cut_and_retrain(trial, bench, base.model)
+    return Trained(base.model, base.history + done.history, done.plans)
 
 
 def _online(trial: Trial, bench: Bench) -> Trained:
     """Cut while training; the epochs are those of dense training, and nothing follows."""
-    callback = OnlineCallback(
-        clusters=trial.clusters,
-        keep=trial.keep,
-        round_to=trial.setting.round_to,
-        method=trial.criterion or "fold",
-        seed=trial.seed,
-        loader=bench.loader(trial.seed) if trial.criterion else None,
-        **trial.setting.online,
-    )
+    callback = _callback(trial, bench.loader(trial.seed) if trial.criterion else None)
     model = bench.build(trial.seed)
     history = train(
         model,
@@ -195,9 +181,19 @@ def _online(trial: Trial, bench: Bench) -> Trained:
     return Trained(model, _rows(history), tuple(online.plans), found)
 
 
-def _shares(trial: Trial) -> float | Mapping[str, float]:
-    """The share to keep: as asked, the paper's own for its own networks, else half."""
-    return trial.keep if trial.keep is not None else keep_shares(trial.setting.model) or 0.5
+def _callback(trial: Trial, loader: Sequence[Any] | None = None) -> OnlineCallback:
+    try:
+        return OnlineCallback(
+            clusters=trial.clusters,
+            keep=trial.keep,
+            round_to=trial.setting.round_to,
+            method=trial.criterion or "fold",
+            seed=trial.seed,
+            loader=loader,
+            **trial.setting.online,
+        )
+    except TypeError as error:
+        raise ConfigError(f"online clustering has an option that this version does not know: {error}") from error
 
 
 def _rows(history: History) -> list[Epoch]:

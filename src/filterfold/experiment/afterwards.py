@@ -1,0 +1,148 @@
+"""What can follow dense training: cut once and retrain, cut layer by layer with retraining between, start afresh small.
+
+The original algorithm (Li et al. 2017) in its variants, as parts of a method's name:
+
+    l1              rank by a criterion, cut everything at once, retrain (section 3.2, "prune once and retrain")
+    l1-greedy       the same, but the kernels of channels dropped further up don't count (section 3.2)
+    l1-iterative    cut some layers, retrain, cut the next ones, … ("prune and retrain iteratively")
+    scratch         the small network from fresh weights ("scratch-train")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal, cast
+
+from torch import nn
+
+from ..errors import ConfigError
+from ..graph import trace
+from ..plan import Plan
+from ..prune import prune
+from ..training import train
+from .bench import Bench
+from .config import SCRATCH, Trial
+from .li2017 import keep_shares
+from .records import Epoch
+
+Shares = float | Mapping[str, float]
+
+
+@dataclass
+class Afterwards:
+    """What was done to a network: its epochs, and its cuts."""
+
+    history: list[Epoch]
+    plans: list[Plan]
+
+
+def shares(trial: Trial) -> Shares:
+    """The share to keep: as asked, the setting's, the paper's own for its own networks, else half."""
+    if trial.keep is not None:
+        return trial.keep
+    return dict(trial.setting.shares) or keep_shares(trial.setting.model) or 0.5
+
+
+def cut_and_retrain(trial: Trial, bench: Bench, model: nn.Module) -> Afterwards:
+    """Prune a trained network, in place, by the trial's method, and train it again.
+
+    **Raises:** `Stopped` when the time is up; the same call goes on from the last epoch.
+    """
+    setting, keep = trial.setting, shares(trial)
+    rounds: Sequence[Shares] = [keep]
+    if trial.strategy == "iterative":
+        rounds = _rounds(model, bench, keep, max(1, setting.retrain_epochs))
+    done = Afterwards([], [])
+    for number, part in enumerate(rounds):
+        result = prune(
+            model,
+            bench.example,
+            criterion=cast(str, trial.criterion),
+            keep=part,
+            round_to=setting.round_to,
+            loader=bench.loader(trial.seed),
+            seed=trial.seed,
+            follow=cast(Literal["shortcut"] | None, setting.follow),
+            scoring="greedy" if trial.strategy == "greedy" else "independent",
+        )
+        done.plans.append(result.plan)
+        epochs = _portion(setting.retrain_epochs, number, len(rounds))
+        if epochs:
+            name = "retraining.safetensors" if len(rounds) == 1 else f"retraining-{number}.safetensors"
+            done.history += _retrain(trial, bench, model, epochs, name, len(done.history))
+    return done
+
+
+def scratch(trial: Trial, bench: Bench) -> tuple[nn.Module, Afterwards]:
+    """The small network from fresh weights: as wide as the pruned one, trained as the dense one is.
+
+    The units that stay are drawn at random from the freshly drawn ones, so no weight is better than chance.
+    """
+    assert trial.method == SCRATCH
+    model = bench.build(trial.seed)
+    result = prune(
+        model,
+        bench.example,
+        criterion="random",
+        keep=shares(trial),
+        round_to=trial.setting.round_to,
+        seed=trial.seed,
+    )
+    rows = train(
+        model,
+        bench.data,
+        bench.recipe(trial.seed, **trial.setting.scratch),
+        checkpoint=bench.work(trial.id) / "training.safetensors",
+        check=bench.deadline.check_next,
+        device=bench.device,
+    )
+    return model, Afterwards([cast(Epoch, dict(row)) for row in rows.rows], [result.plan])
+
+
+def _retrain(trial: Trial, bench: Bench, model: nn.Module, epochs: int, checkpoint: str, before: int) -> list[Epoch]:
+    setting = trial.setting
+    usual: dict[str, Any] = {"lr": setting.retrain_lr, "schedule": "constant"}
+    history = train(
+        model,
+        bench.data,
+        bench.recipe(trial.seed, **{**usual, **setting.retrain, "epochs": epochs}),
+        checkpoint=bench.work(trial.id) / checkpoint,
+        check=bench.deadline.check_next,
+        device=bench.device,
+        phase="retrain",
+    )
+    return [cast(Epoch, {**row, "epoch": row["epoch"] + before}) for row in history.rows]
+
+
+def _portion(epochs: int, number: int, rounds: int) -> int:
+    """The epochs of one of several rounds; together they are all.
+
+    >>> [_portion(8, number, 3) for number in range(3)]
+    [2, 3, 3]
+    """
+    return (number + 1) * epochs // rounds - number * epochs // rounds
+
+
+def _rounds(model: nn.Module, bench: Bench, keep: Shares, most: int) -> list[Shares]:
+    """The groups to be cut, in the order of the network, in at most so many rounds of about as many groups each."""
+    wanted = {}
+    for group in trace(model, bench.example):
+        if group.frozen is None:
+            share = _share(keep, [group.name, *(part.tensor.rpartition(".")[0] for part in group.producers)])
+            if share < 1:
+                wanted[group.name] = share
+    if not wanted:
+        raise ConfigError("nothing would be cut: no channel group is asked to keep less than all its units")
+    names, count = list(wanted), min(most, len(wanted))
+    parts = [names[number * len(names) // count : (number + 1) * len(names) // count] for number in range(count)]
+    return [{name: wanted[name] for name in part} for part in parts]
+
+
+def _share(keep: Shares, names: Sequence[str]) -> float:
+    """What a group with these layers is to keep: the last pattern that matches counts."""
+    if not isinstance(keep, Mapping):
+        return keep
+    found = [share for pattern, share in keep.items() if any(fnmatchcase(name, pattern) for name in names)]
+    return found[-1] if found else 1.0

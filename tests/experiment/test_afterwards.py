@@ -1,0 +1,117 @@
+"""What can follow dense training: strategies, own shares and schedules, weights from a file, the twin from scratch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from filterfold import recipes
+from filterfold.checkpoint import load, save
+from filterfold.errors import ConfigError
+from filterfold.experiment import trial as running
+from filterfold.experiment.bench import Bench
+from filterfold.experiment.config import Setting, Trial
+from filterfold.experiment.li2017 import keep_shares
+from filterfold.experiment.records import Record
+
+SETTING = Setting(
+    "vgg_small",
+    "digits",
+    width=0.5,
+    data_options={"train_limit": 200},
+    recipe={"epochs": 1, "lr": 0.05, "schedule": "constant"},
+    retrain_epochs=3,
+    shares={"features.*": 0.5, "features.0": 1.0},
+)
+
+
+def run(trial: Trial, folder: Path) -> Record:
+    return running.run_trial(trial, Bench(trial.setting, folder, "cpu"))
+
+
+def test_own_shares_and_schedule(tmp_path: Path) -> None:
+    trial = Trial("l1", 0, replace(SETTING, retrain={"schedule": "cosine", "lr": 0.01}))
+    record = run(trial, tmp_path)
+    result = record["result"]
+    assert result is not None
+    assert {name: after for name, (_, after) in result["widths"].items()} == {
+        "features.0": 16,
+        "features.3": 8,
+        "features.7": 16,
+        "features.10": 16,
+        "classifier.0": 32,
+    }
+    rates = [row["learning_rate"] for row in record["history"] if row["phase"] == "retrain"]
+    assert len(rates) == 3
+    assert max(rates) <= 0.01
+    assert sorted(rates, reverse=True) == rates
+    assert record["options"]["shares"] == SETTING.shares
+
+
+def test_iterative_pruning_cuts_layer_by_layer_and_ends_as_narrow(tmp_path: Path) -> None:
+    record = run(Trial("l1-iterative", 0, SETTING), tmp_path)
+    result, retraining = record["result"], [row for row in record["history"] if row["phase"] == "retrain"]
+    assert result is not None
+    assert [row["epoch"] for row in retraining] == [1, 2, 3]
+    macs = [row["macs"] for row in retraining]
+    assert macs[0] > macs[1] > macs[2] == result["macs"]
+    at_once = run(Trial("l1", 0, SETTING), tmp_path)["result"]
+    assert at_once is not None
+    assert at_once["macs"] == result["macs"]
+
+
+def test_greedy_scoring_leaves_out_what_was_dropped_above(tmp_path: Path) -> None:
+    setting = replace(SETTING, retrain_epochs=0)
+    trial = Trial("l1-greedy", 0, setting)
+    bench = Bench(setting, tmp_path, "cpu")
+    running.run_trial(trial, bench)
+    base = load(bench.base_file(trial.base.id, ".safetensors"), bench.build)
+    small = load(bench.model_file(trial.id), bench.build)
+    first, second, third = (base.get_parameter(f"features.{n}.weight").detach() for n in (3, 7, 10))
+    kept = first.abs().sum((1, 2, 3)).topk(8).indices.sort().values
+    kept_below = second[:, kept].abs().sum((1, 2, 3)).topk(16).indices.sort().values
+    kept_last = third[:, kept_below].abs().sum((1, 2, 3)).topk(16).indices.sort().values
+    assert torch.equal(small.get_parameter("features.10.weight").detach(), third[kept_last][:, kept_below])
+
+
+def test_the_twin_from_scratch_is_as_wide_but_trained_from_its_own_weights(tmp_path: Path) -> None:
+    setting = replace(SETTING, scratch={"epochs": 2})
+    pruned = run(Trial("l1", 0, setting), tmp_path)["result"]
+    record = run(Trial("scratch", 0, setting), tmp_path)
+    result = record["result"]
+    assert pruned is not None
+    assert result is not None
+    assert result["widths"] == pruned["widths"]
+    assert [row["phase"] for row in record["history"]] == ["train", "train"]
+    assert {row["macs"] for row in record["history"]} == {result["macs"]}
+
+
+def test_a_trained_network_from_a_file_is_not_trained_again(tmp_path: Path) -> None:
+    model = Bench(SETTING, tmp_path, "cpu").build(7)
+    save(model, tmp_path / "dense.safetensors")
+    setting = replace(SETTING, weights=str(tmp_path / "dense.safetensors"), retrain_epochs=0)
+    bench = Bench(setting, tmp_path / "run", "cpu")
+    record = running.run_trial(Trial("dense", 0, setting), bench)
+    assert record["history"] == []
+    again = load(bench.model_file(record["id"]), bench.build)
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in again.state_dict().items())
+
+
+def test_names_of_trials_that_use_none_of_this_stay_as_they_were() -> None:
+    plain = Setting("resnet20", "cifar10")
+    assert "shares" not in Trial("l1", 0, plain).options
+    assert Trial.from_dict(Trial("l1", 0, SETTING).to_dict()) == Trial("l1", 0, SETTING)
+
+
+@pytest.mark.parametrize("method", ["l1-hasty", "scratch-greedy", "online-l1-greedy"])
+def test_unknown_strategies_are_refused(method: str) -> None:
+    with pytest.raises(ConfigError, match="no method"):
+        Trial(method, 0, SETTING, clusters=3 if method.startswith("online") else None)
+
+
+def test_the_papers_widths_come_from_the_recipes() -> None:
+    assert keep_shares("resnet110") == recipes.load("resnet110-b").keep
+    assert keep_shares("vgg_small") is None
