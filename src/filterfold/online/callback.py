@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor
 from ..errors import CheckpointError, ConfigError
 from .filters import OnlineFilterClustering
 from .schedule import Schedule
+
+_OPTIONS = set(inspect.signature(OnlineFilterClustering).parameters) - {"model", "example_inputs", "optimizer"}
 
 
 class OnlineCallback:
@@ -34,6 +37,9 @@ class OnlineCallback:
     def __init__(self, *, schedule: str | Schedule | Mapping[str, Any] = "gradual", **options: Any) -> None:
         if isinstance(schedule, str) and schedule not in ("gradual", "document"):
             raise ConfigError(f"schedule={schedule!r}: 'gradual', 'document', or a Schedule")
+        unknown = sorted(set(options) - _OPTIONS)
+        if unknown:
+            raise ConfigError(f"online clustering has no option {unknown[0]!r}")
         self.schedule, self.options = schedule, options
         self.online: OnlineFilterClustering | None = None
 

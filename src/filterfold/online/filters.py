@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,11 +15,11 @@ from ..cost import measure
 from ..criteria import CRITERIA, score
 from ..errors import CheckpointError, ConfigError, SelectionError, VerificationError
 from ..folding import Features, fold, share_out, signs
-from ..graph import Traced, trace
+from ..graph import Traced, repair, trace
 from ..groups import ChannelGroup
 from ..plan import Plan
 from ..structure import named_tensors, unwrap
-from ..surgery import apply
+from ..surgery import apply, revert
 from ..verify import Verification, rehearse
 from .controls import drop, write_back
 from .grouping import ROWS, ClusterRow, along, read_row, regroup
@@ -181,8 +181,7 @@ class OnlineFilterClustering:
         if self.method == CENTROID:
             write_back(self._active, self.labels, self.model)
         elif plan.changes:
-            verified = self._rehearsed(plan)
-            apply(plan, self.model, optimizer=self.optimizer, averaged=self.averaged)
+            plan, verified = self._cut(plan)
             self.plans.append(plan)
             self._look()
         self._forget()
@@ -336,13 +335,33 @@ class OnlineFilterClustering:
         self._cluster(share, fresh=True)
         return fold(self._active, self.labels, self._bare) if self.method == FOLD else Plan(())
 
-    def _rehearsed(self, plan: Plan) -> Verification | None:
+    def _cut(self, plan: Plan) -> tuple[Plan, Verification | None]:
+        """Rehearse the plan and apply it; gives it back with the sizes in user code that had to change."""
+        bare, verified = self._bare, None
+        if self.verify:
+            verified = rehearse(
+                bare,
+                plan,
+                self.example_inputs,
+                groups=self.groups,
+                repair=lambda model, part, inputs: repair(model, part, self.groups, inputs),
+            )
+            if not verified.ok:
+                raise VerificationError(f"the cut was not made: {verified.message}")
+            plan = replace(plan, attributes=verified.attributes)
+        receipt = apply(plan, self.model, optimizer=self.optimizer, averaged=self.averaged)
         if not self.verify:
-            return None
-        verified = rehearse(self._bare, plan, self.example_inputs, groups=self.groups)
-        if not verified.ok:
-            raise VerificationError(f"the cut was not made: {verified.message}")
-        return verified
+            try:
+                changes = repair(bare, plan, self.groups, self.example_inputs)
+            except BaseException:
+                receipt.rollback()
+                raise
+            if changes:  # once more as one transaction, so that averaged copies change too
+                revert(changes, bare)
+                receipt.rollback()
+                plan = replace(plan, attributes=changes)
+                apply(plan, self.model, optimizer=self.optimizer, averaged=self.averaged)
+        return plan, verified
 
     def _outputs(self) -> list[Tensor]:
         """Floating-point outputs on the example inputs (noise where those are constant), in eval mode."""
