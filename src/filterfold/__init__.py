@@ -1,3 +1,77 @@
-"""Filterfold makes ConvNets small and fast while they train."""
+"""Filterfold makes ConvNets small and fast while they train.
+
+```python
+>>> import torch, filterfold as ff
+>>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 1))
+>>> result = ff.prune(model, torch.zeros(1, 3, 8, 8), criterion="l1", keep=0.5)
+>>> model[0].out_channels
+4
+
+```
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .checkpoint import load, load_weights, save
+from .cost import Cost, measure
+from .criteria import CRITERIA, criterion, score
+from .errors import FilterfoldError
+from .graph import trace
+from .groups import ChannelGroup
+from .plan import Cut, Plan, Slice
+from .prune import PruneResult, prune
+from .selection import from_clusters, select
+from .surgery import Receipt, apply
+from .verify import Verification, masked, verify
+
+if TYPE_CHECKING:
+    from .export import to_onnx, to_program
+    from .online import OnlineFilterClustering, Schedule
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "CRITERIA",
+    "ChannelGroup",
+    "Cost",
+    "Cut",
+    "FilterfoldError",
+    "OnlineFilterClustering",
+    "Plan",
+    "PruneResult",
+    "Receipt",
+    "Schedule",
+    "Slice",
+    "Verification",
+    "apply",
+    "criterion",
+    "from_clusters",
+    "load",
+    "load_weights",
+    "masked",
+    "measure",
+    "prune",
+    "save",
+    "score",
+    "select",
+    "to_onnx",
+    "to_program",
+    "trace",
+    "verify",
+]
+
+_LAZY = {"OnlineFilterClustering": "online", "Schedule": "online", "to_onnx": "export", "to_program": "export"}
+"""Names whose rooms import more than PyTorch, loaded when first used."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -7,7 +7,6 @@ Freshly initialised networks hide wrong cuts: where a batch norm's scale is 0 or
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,13 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from .modes import call, evaluating
+from .modes import call, undisturbed
 from .structure import named_tensors
 
 TINY = 1e-3
 """Parameters below this hide what they scale: float32 outputs agree to 1e-4 whatever lies behind them."""
-
-_INTERNAL = frozenset(vars(nn.Module()))
 
 
 @contextmanager
@@ -47,9 +44,8 @@ def borrowed(model: nn.Module, *, dtype: torch.dtype | None = None, generic: boo
     """
     tensors = {id(tensor): (name, tensor) for name, tensor in named_tensors(model)}
     before = [(tensor, tensor.data, tensor.grad if tensor.is_leaf else None) for _, tensor in tensors.values()]
-    attributes = [(module, _kept(module)) for module in model.modules()]
     generator = torch.Generator().manual_seed(0)
-    with evaluating(model):
+    with undisturbed(model):
         try:
             for name, tensor in tensors.values():
                 if tensor.is_leaf:
@@ -65,8 +61,6 @@ def borrowed(model: nn.Module, *, dtype: torch.dtype | None = None, generic: boo
                 tensor.data = data
                 if grad is not None:
                     tensor.grad = grad
-            for module, kept in attributes:
-                _give_back(module, kept)
 
 
 def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
@@ -146,25 +140,3 @@ def _generic(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
         noise: Tensor = torch.randn(data.shape, generator=generator) / inputs**0.5
         return noise.to(data)
     return data
-
-
-def _kept(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """A module's own attributes, with a shallow copy of those that can grow."""
-    return {
-        name: (value, copy.copy(value) if type(value) in (dict, list) else None)
-        for name, value in vars(module).items()
-        if name not in _INTERNAL
-    }
-
-
-def _give_back(module: nn.Module, kept: Mapping[str, tuple[Any, Any]]) -> None:
-    own = module.__dict__
-    for name in [name for name in own if name not in kept and name not in _INTERNAL]:
-        del own[name]
-    for name, (value, content) in kept.items():
-        own[name] = value
-        if isinstance(content, dict):
-            value.clear()
-            value.update(content)
-        elif isinstance(content, list):
-            value[:] = content

@@ -53,3 +53,7 @@ class RecordError(FilterfoldError):
 
 class TrainingError(FilterfoldError):
     """A training run that can't go on."""
+
+
+class ExportError(FilterfoldError):
+    """A model that can't be written in another format, or computes something else there."""
