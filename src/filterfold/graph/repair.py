@@ -27,6 +27,10 @@ _ROUNDS = 24
 _LARGEST_FACTOR = 16
 """How many times smaller or larger than the attribute the number may be: `self.width // 2`, `4 * self.width`."""
 
+_WHOLE, _PART = 2, 4
+"""Ranks of candidates: up to `_WHOLE` the attribute holds the number itself, up to `_PART` a multiple or a fraction.
+The latter are tried only when none of the former is left: fixing those often explains the rest (`self.a + self.b`)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -175,15 +179,21 @@ class _Search:
             elif before is not None and before in self.changes:
                 self.take_back(before)
             self.wrong[finding.key] = wrong
-        settled_before = set(self.changes)
+        made_before = set(self.changes)
         lists = [_candidates(self.modules, f.stack, f.given, f.wanted) for f in findings]
-        for finding, candidates in zip(findings, lists, strict=True):
-            self.take(finding, [c for c in candidates if (c.module, c.attribute) not in settled_before])
+        lists = [[c for c in ranked if (c[1].module, c[1].attribute) not in made_before] for ranked in lists]
+        for weakest in (_WHOLE, _PART):
+            taken = [self.take(finding, ranked, weakest) for finding, ranked in zip(findings, lists, strict=True)]
+            if any(taken):
+                return
+        self.stuck.update({finding.key: self.first[finding.key] for finding in findings})
 
-    def take(self, finding: Finding, candidates: Sequence[AttributeChange]) -> None:
+    def take(self, finding: Finding, ranked: Sequence[tuple[int, AttributeChange]], weakest: int) -> bool:
         """Make the next change for a finding, unless another finding of this round has just made the same."""
-        for place in range(self.tried.get(finding.key, 0), len(candidates)):
-            candidate = candidates[place]
+        for place in range(self.tried.get(finding.key, 0), len(ranked)):
+            rank, candidate = ranked[place]
+            if rank > weakest:
+                return False
             key = candidate.module, candidate.attribute
             present = self.changes.get(key)
             if present is not None and present.new != candidate.new:
@@ -192,8 +202,8 @@ class _Search:
                 self.change(candidate)
                 self.made[finding.key] = key
             self.tried[finding.key] = place + 1
-            return
-        self.stuck[finding.key] = self.first[finding.key]
+            return True
+        return False
 
     def creep(self, run: Run) -> Run:
         """The run stopped although all numbers were right: try attributes until it gets further."""
@@ -202,7 +212,7 @@ class _Search:
         for tensor in (*self._nearby(run), *((step.source,) if step.source else ()), *step.outputs):
             pairs += replaced(tensor.shape, self.forecast.shape(tensor))
         for old, new in dict.fromkeys(pairs):
-            for change in _candidates(self.modules, run.stack, old, new):
+            for _, change in _candidates(self.modules, run.stack, old, new):
                 if (change.module, change.attribute) in self.changes:
                     continue
                 self.change(change)
@@ -291,7 +301,7 @@ class UnrepairableError(TraceError):
 
 def _candidates(
     modules: Mapping[str, nn.Module], stack: Sequence[str], given: Any, wanted: Any
-) -> list[AttributeChange]:
+) -> list[tuple[int, AttributeChange]]:
     """Attributes that the number may have come from, likeliest first.
 
     The same value comes before one inside of a sequence, and that before a multiple or a fraction; the
@@ -310,7 +320,7 @@ def _candidates(
             if found is not None:
                 new, rank = found
                 ranked.append((rank, depth, AttributeChange(name, attribute, value, new)))
-    return [change for _, _, change in sorted(ranked, key=lambda entry: entry[:2])]
+    return [(rank, change) for rank, _, change in sorted(ranked, key=lambda entry: entry[:2])]
 
 
 def _rewrite(value: Any, given: Any, wanted: Any, pairs: Mapping[int, int]) -> tuple[Any, int] | None:

@@ -30,7 +30,7 @@ def reshape(walk: Walk, layout: Layout, old: Sequence[int], new: Sequence[int], 
             continue
         sizes = [old[axis] for axis in sources]
         shape = [new[axis] for axis in targets]
-        chosen = targets.index(hint) if hint in targets else None
+        chosen = targets.index(hint) if hint in targets and hint != 0 else None  # the first axis is the batch
         for place, axis in enumerate(axes):
             for vector in axis or ():
                 spread = vector.reshape([-1 if p == place else 1 for p in range(len(sizes))])
@@ -81,9 +81,8 @@ def _settle(walk: Walk, block: np.ndarray[Any, np.dtype[np.int64]], chosen: int 
         axis = varying[0]
     else:
         options = sorted(varying, key=lambda a: (a == chosen, block.shape[a], a), reverse=True)
-        option = walk.choices.get(len(walk.splits), 0) % len(options)
-        axis = options[option]
-        walk.splits.append(Split(block.ravel(), len(options), option))
+        axis = walk.choices.get(len(walk.splits), options[0])
+        walk.splits.append(Split(block.ravel(), tuple(options), axis))
     rows = np.moveaxis(block, axis, 0).reshape(block.shape[axis], -1)
     vector = np.ascontiguousarray(rows[:, 0])
     if len(varying) > 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,11 @@ from .rules import RULES
 from .walk import Mark, Recorder, Split, Step, Walk, module_stack
 
 _LOG = logging.getLogger("filterfold.graph")
-_RETRIES = 2
+_PREFERENCES: tuple[Callable[[Split], int], ...] = (
+    lambda split: split.options[(split.options.index(split.chosen) + 1) % len(split.options)],
+    lambda split: sorted(split.options)[-2],  # the heads of (heads, size of a head)
+    lambda split: max(split.options),
+)
 _RULE_FILES = (rules_layer, rules_math, rules_shape)
 
 
@@ -83,14 +87,12 @@ def trace(model: nn.Module, example_inputs: Tensor | tuple[Any, ...] | list[Any]
     ```
     """
     traced, splits = _walk(model, example_inputs, {})
-    for _ in range(_RETRIES):
-        choices = _other_choices(traced, splits)
-        if not choices:
-            break
-        again, others = _walk(model, example_inputs, choices)
-        if _locked(again) >= _locked(traced):
-            break
-        traced, splits = again, others
+    for prefer in _PREFERENCES:
+        choices = _other_choices(traced, splits, prefer)
+        if choices:
+            again, others = _walk(model, example_inputs, choices)
+            if _locked(again) < _locked(traced):
+                traced, splits = again, others
     if traced.unmet:
         _LOG.info("never reached by the example inputs: %s", ", ".join(traced.unmet))
     return traced
@@ -116,19 +118,18 @@ def _locked(traced: Traced) -> int:
     return sum(group.size for group in traced if group.frozen not in (None, OUTPUT))
 
 
-def _other_choices(traced: Traced, splits: list[Split]) -> dict[int, int]:
+def _other_choices(traced: Traced, splits: list[Split], prefer: Callable[[Split], int]) -> dict[int, int]:
     """For every reshape whose labels ended up frozen, another part of the axis that could shrink instead.
 
     Attention with a head size that fixes the scale is the usual case: there, whole heads can go.
     """
-    choices = {place: split.chosen for place, split in enumerate(splits) if split.chosen}
-    found = False
+    choices = {place: split.chosen for place, split in enumerate(splits)}
+    before = dict(choices)
     for place, split in enumerate(splits):
         groups = set(traced.sizes.assembly.group_of[split.labels].tolist()) - {-1}
-        if split.chosen + 1 < split.options and any(traced[group].frozen not in (None, OUTPUT) for group in groups):
-            choices[place] = split.chosen + 1
-            found = True
-    return choices if found else {}
+        if any(traced[group].frozen not in (None, OUTPUT) for group in groups):
+            choices[place] = prefer(split)
+    return choices if choices != before else {}
 
 
 def _register(model: nn.Module, walk: Walk) -> dict[int, str]:

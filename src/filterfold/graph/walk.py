@@ -80,10 +80,10 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """A reshape that splits an axis: its labels, how many parts could shrink, and which one does."""
+    """A reshape that splits an axis: its labels, the parts that could shrink (best guess first), the one that does."""
 
     labels: Vector
-    options: int
+    options: tuple[int, ...]
     chosen: int
 
 
@@ -95,8 +95,8 @@ class Walk:
     """The state of one walk: the ledger, what is known about each tensor, and the module stack.
 
     Some reshapes split an axis so that either part could shrink. `splits` lists them in the order in
-    which they are met; `choices` says for some of them, by place in that list, which option to take
-    instead of the first.
+    which they are met; `choices` says for some of them, by place in that list, which part to take instead
+    of the best guess.
     """
 
     ledger: Ledger
@@ -163,6 +163,10 @@ def find_rule(func: torch._ops.OpOverload, rules: Mapping[str, Rule]) -> tuple[s
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # the base class has no annotations
     """Runs every operation, then the rule for it."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing here is compiled, and the default imports torch._dynamo (over a second)
 
     def __init__(self, walk: Walk) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
