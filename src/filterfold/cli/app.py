@@ -11,6 +11,7 @@ from . import compare as comparing
 from . import evaluate as evaluating
 from . import inspect as inspecting
 from . import prune as pruning
+from . import recipe as recipes
 from . import report as reporting
 from . import train as training
 from .errors import refusing
@@ -50,8 +51,10 @@ def _everything(
     """
 
 
-def _add(command: Callable[..., None], examples: str, interrupted: str) -> None:
-    app.command(epilog=examples)(refusing(interrupted)(spread(command)))
+def _add(
+    command: Callable[..., None], examples: str, interrupted: str, to: typer.Typer = app, name: str | None = None
+) -> None:
+    to.command(name, epilog=examples)(refusing(interrupted)(spread(command)))
 
 
 _RESUME = "the same command goes on from here"
@@ -64,3 +67,9 @@ _add(pruning.prune, pruning.EXAMPLES, _RESUME)
 _add(comparing.compare, comparing.EXAMPLES, _RESUME)
 _add(inspecting.inspect, inspecting.EXAMPLES, _NOTHING)
 _add(reporting.report, reporting.EXAMPLES, _RESUME)
+
+_recipes = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Whole experiments of a paper by name.")
+_add(recipes.list_, recipes.LIST_EXAMPLES, _NOTHING, _recipes, "list")
+_add(recipes.show, recipes.SHOW_EXAMPLES, _NOTHING, _recipes)
+_add(recipes.run, recipes.RUN_EXAMPLES, _RESUME, _recipes)
+app.add_typer(_recipes, name="recipe")

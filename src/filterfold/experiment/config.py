@@ -212,10 +212,15 @@ class Comparison:
         if any(trial.setting != self.setting for trial in self.trials):
             raise ConfigError("the trials of a comparison must share their setting")
 
-    def claim(self, folder: Path, command: str | None = None) -> None:
+    def claim(self, folder: Path, command: str | None = None, *, ours: bool = False) -> None:
         """Take a run folder for this comparison, or take it up again.
 
         More trials of the same setting (further seeds, methods, numbers of clusters) may join a folder.
+
+        **Arguments:**
+
+        - `command`: noted as the way to redo this.
+        - `ours`: whether the folder is known to be a run folder, whatever else lies in it.
 
         **Raises:** `RecordError` if the folder holds another comparison, or files that are none of ours.
         """
@@ -227,7 +232,7 @@ class Comparison:
             if difference:
                 raise RecordError(f"{folder} holds a different comparison ({difference}); give another folder")
             entries = found["trials"] | entries
-        elif Path(folder).is_dir() and any(Path(folder).glob("[!.]*")):
+        elif not ours and Path(folder).is_dir() and any(Path(folder).glob("[!.]*")):
             raise RecordError(f"{folder} is not empty and holds no comparison; give another folder")
         document = {"format": FORMAT, "setting": asdict(self.setting), "trials": entries, "command": command}
         write_json(path, document)

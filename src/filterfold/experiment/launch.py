@@ -117,9 +117,7 @@ def compare(
     bench = Bench(comparison.setting, folder, device, Deadline(stop_after), cache_dir)
     if missing:
         check(missing, bench)  # what would make every trial fail is refused before the folder is touched
-    if fresh:
-        clear(folder)
-    comparison.claim(folder, command)
+    comparison.claim(folder, command, ours=fresh and clear(folder))
     ran: list[str] = []
     timed = False
     with _alone_in(folder):
@@ -136,13 +134,15 @@ def compare(
     return Outcome(tuple(everything), tuple(ran), left, timed)
 
 
-def clear(folder: Path) -> None:
-    """Remove a run from its folder: what this package puts there, and nothing else."""
+def clear(folder: Path) -> bool:
+    """Remove a run from its folder: what this package puts there, and nothing else. Whether there was one."""
     if not (folder / DESCRIPTION).exists():
-        return
-    for name in (records.FOLDER, "models", "bases", "work"):
+        return False
+    for name in (records.FOLDER, "models", "bases", "work", "plots", "tables"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    (folder / DESCRIPTION).unlink()
+    for name in ("model.safetensors", "report.html", DESCRIPTION):
+        (folder / name).unlink(missing_ok=True)
+    return True
 
 
 def _guarded(trial: Trial, bench: Bench, command: str | None) -> Record:

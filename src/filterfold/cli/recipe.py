@@ -1,0 +1,215 @@
+"""`filterfold recipe`: the rows of a paper's table as commands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer import Argument, Option
+
+from ..errors import ConfigError
+from .compare import FAILED, UNFINISHED, default_folder
+from .display import live, say, table
+from .families import DataOptions, Device, Precision, Threads, use_threads
+
+if TYPE_CHECKING:
+    from ..experiment.launch import Outcome
+    from ..experiment.recipe import Network
+    from ..recipes import PruningRecipe
+    from ..report.tables import Table
+
+LIST_EXAMPLES = """
+Examples:
+
+  filterfold recipe list
+"""
+
+SHOW_EXAMPLES = """
+Examples:
+
+  filterfold recipe show resnet56-b
+
+  filterfold recipe show resnet34-c > mine.toml
+"""
+
+RUN_EXAMPLES = """
+Examples:
+
+  filterfold recipe run vgg16-a --data cifar10 --device cuda --precision bf16-mixed --seeds 0,1,2
+
+  filterfold recipe run resnet56-b --weights resnet56.safetensors --normalization imagenet --retrain cosine
+
+  filterfold recipe run vgg16-a --width 0.25 --epochs-scale 0.02 --train-limit 5000
+
+  filterfold recipe run resnet34-a --data path/to/imagenet --stop-after 9m
+"""
+
+NAME_HELP = "A name of `filterfold recipe list`, or FILE.toml."
+
+
+@dataclass(frozen=True)
+class RecipeData(DataOptions):
+    """Which images: the recipe's own unless another set is given."""
+
+    data: Annotated[
+        str,
+        Option(
+            "--data",
+            "-d",
+            help="digits, cifar10, cifar100, a Parquet or image folder, or a hub id.",
+            show_default="the recipe's",
+            rich_help_panel="Data",
+        ),
+    ] = ""
+
+
+def list_() -> None:
+    """List the recipes: networks, what is removed, and the paper's figures."""
+    from ..recipes import load, names
+
+    rows = []
+    for recipe in map(load, names()):
+        ratios = ", ".join(f"{rule.ratio:.0%} of {' '.join(rule.layers)}" for rule in recipe.rules)
+        paper = recipe.pruned
+        removed = "" if paper.macs_removed is None else f"{paper.macs_removed:.1f} %"
+        error = "" if paper.error is None else f"{recipe.dense.error:.2f} -> {paper.error:.2f} %"
+        rows.append((recipe.name, ratios, recipe.data, removed, error))
+    table("Recipes", ("name", "removed", "data", "MACs removed", "error (paper)"), rows, texts=3)
+    say("filterfold recipe show NAME prints one as a file to start from; filterfold recipe run NAME runs it")
+
+
+def show(name: Annotated[str, Argument(help=NAME_HELP)]) -> None:
+    """Print a recipe as TOML."""
+    from ..recipes import load, to_toml
+
+    typer.echo(to_toml(load(name)), nl=False)
+
+
+def run(
+    name: Annotated[str, Argument(help=NAME_HELP)],
+    images: RecipeData,
+    epochs_scale: Annotated[float, Option(help="All numbers of epochs times this, at least one each.")] = 1.0,
+    width: Annotated[float, Option(help="Multiplier on every layer's width.")] = 1.0,
+    seeds: Annotated[str, Option(help="Comma-separated: one run of everything for each.")] = "0",
+    retrain: Annotated[
+        str | None, Option(help="Which retraining: paper (constant .001) or cosine.", show_default="the first")
+    ] = None,
+    weights: Annotated[
+        Path | None, Option("--weights", "-w", help="A trained dense network, instead of base training.")
+    ] = None,
+    scratch: Annotated[bool, Option(help="Also train the small network from scratch.")] = True,
+    precision: Precision = "32-true",
+    channels_last: Annotated[bool, Option("--channels-last", help="Memory format.")] = False,
+    compile_: Annotated[bool, Option("--compile", help="Use torch.compile.")] = False,
+    batch_size: Annotated[int | None, Option(help="Images a step.", show_default="the recipe's")] = None,
+    out: Annotated[Path | None, Option(help="Run folder.", show_default="runs/NAME-DATA")] = None,
+    stop_after: Annotated[str | None, Option(help="Stop in time, to be gone on with: 9m, 90s, 2h.")] = None,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Train, prune, retrain, and train the small twin from scratch; then the paper's table with ours beside it.
+
+    Done a second time, it goes on from where it was. Exit code 3: stopped in time with work left.
+    """
+    from ..experiment.recipe import setting
+    from ..recipes import load
+
+    use_threads(threads)
+    recipe = load(name)
+    training: dict[str, Any] = {"precision": precision, "channels_last": channels_last, "compile": compile_}
+    if batch_size is not None:
+        training["batch_size"] = batch_size
+    if weights is not None and not weights.is_file():
+        raise ConfigError(f"--weights {weights}: no such file")
+    chosen = setting(
+        recipe,
+        data=images.data or None,
+        data_options=images.keywords(),
+        width=width,
+        epochs_scale=epochs_scale,
+        retrain=retrain,
+        weights=weights,
+        training=training,
+    )
+    folder = out or default_folder(replace(chosen, model=recipe.name))
+    outcome, found = _run(recipe, chosen, folder, _seeds(seeds), scratch, device, stop_after, images.cache_dir)
+    if found:
+        _show(_write(recipe, found, folder))
+    for record in outcome.failed:
+        say(f"failed: {record['label']} seed {record['seed']}: {record['reason']}")
+    say(f"records, networks and table: {folder}")
+    if not outcome.complete:
+        say("stopped in time; the same command goes on from here" if not outcome.failed else "some trials failed")
+        raise typer.Exit(FAILED if outcome.failed and outcome.timed else UNFINISHED)
+
+
+def _run(
+    recipe: PruningRecipe,
+    chosen: Any,
+    folder: Path,
+    seeds: list[int],
+    scratch: bool,
+    device: str,
+    stop_after: str | None,
+    cache_dir: Path | None,
+) -> tuple[Outcome, list[Network]]:
+    from ..experiment.bench import Bench
+    from ..experiment.deadline import seconds
+    from ..experiment.environment import command
+    from ..experiment.launch import compare
+    from ..experiment.recipe import comparison, networks
+
+    with live():
+        outcome = compare(
+            comparison(recipe, chosen, seeds=seeds, scratch=scratch),
+            folder,
+            device=device,
+            stop_after=seconds(stop_after) if stop_after else None,
+            command=command(),
+            cache_dir=cache_dir,
+        )
+        bench = Bench(chosen, folder, device, cache_dir=cache_dir)
+        return outcome, networks(recipe, outcome.records, bench)
+
+
+def _write(recipe: PruningRecipe, found: list[Network], folder: Path) -> Table:
+    from ..report.paper import Measured, paper_table
+    from ..storage import write_text
+
+    result = paper_table(recipe, [Measured(dict(one.record), one.macs, one.weights) for one in found])
+    write_text(folder / "paper_table.csv", result.csv())
+    write_text(folder / "paper_table.md", result.markdown())
+    return result
+
+
+def _show(result: Table) -> None:
+    """On a terminal without the absolute counts; they are in the files."""
+    heads = (
+        "Network",
+        "n",
+        "error %",
+        "best val. error %",
+        "paper's (best)",
+        "MACs cut",
+        "paper's",
+        "weights cut",
+        "paper's",
+    )
+    places = (0, 1, 2, 3, 4, 6, 7, 9, 10)
+    table(result.title, heads, [[row[place].text for place in places] for row in result.rows])
+    for note in result.notes:
+        say(note)
+
+
+def _seeds(text: str) -> list[int]:
+    """Comma-separated seeds.
+
+    >>> _seeds("0,1")
+    [0, 1]
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--seeds {text}: give comma-separated whole numbers, such as 0,1,2") from None

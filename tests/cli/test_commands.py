@@ -1,0 +1,240 @@
+"""The commands do what they say, on digits: train, evaluate, prune, compare, demo; and go on after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from filterfold.checkpoint import inspect, load
+from filterfold.cli import app
+from filterfold.cost import measure
+from filterfold.data import load as load_data
+from filterfold.experiment.records import Record, read_all
+from filterfold.training import evaluate
+from filterfold.zoo import build
+
+runner = CliRunner()
+
+SMALL = ["--model", "vgg_small", "--data", "digits", "--width", "0.25", "--lr", "0.1", "--schedule", "onecycle"]
+SMALL += ["--train-limit", "400", "--threads", "1"]
+
+
+def run(*command: str, code: int = 0) -> str:
+    result = runner.invoke(app, list(command))
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.stdout
+
+
+def dense() -> Any:
+    return build("vgg_small", channels=1, image_size=8, width=0.25)
+
+
+def figures(record: Record) -> dict[str, Any]:
+    """What of a record must not depend on when and how often it was interrupted."""
+    result = dict(record["result"] or {})
+    del result["inference_seconds"], result["train_seconds"]
+    history = [{key: value for key, value in epoch.items() if key != "seconds"} for epoch in record["history"]]
+    return {"result": result, "history": history, "clusters": record["clusters_history"], "options": record["options"]}
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """Bit for bit. The files differ: the order of a safetensors header is not fixed."""
+    first, second = (load_file(folder / "model.safetensors") for folder in (one, other))
+    return first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    run("train", *SMALL, "--epochs", "6", "--out", str(folder))
+    return folder
+
+
+def test_train_leaves_a_network_and_a_record_that_agree(trained: Path) -> None:
+    [record] = read_all(trained)
+    result = record["result"]
+    assert result is not None
+    model = load(trained / "model.safetensors", dense)
+    data = load_data("digits")
+    assert evaluate(model, data.test).top1 == pytest.approx(result["top1"], abs=1e-6)
+    assert result["top1"] > 30  # six short epochs; chance is 10
+    assert (len(record["history"]), record["status"], record["method"]) == (6, "finished", "dense")
+    assert record["timing"] is not None
+    assert record["environment"]["torch"]
+    assert record["command"]
+
+
+def test_train_again_is_refused_and_overwriting_gives_the_same(trained: Path, tmp_path: Path) -> None:
+    other = tmp_path / "run"
+    run("train", *SMALL, "--epochs", "1", "--out", str(other))
+    before = (other / "model.safetensors").read_bytes()
+    run("train", *SMALL, "--epochs", "2", "--out", str(other), code=2)
+    assert (other / "model.safetensors").read_bytes() == before
+    run("train", *SMALL, "--epochs", "6", "--out", str(other), "--overwrite")
+    assert same_weights(other, trained)
+    assert len(read_all(other)) == 1
+
+
+def test_train_online_is_smaller(tmp_path: Path) -> None:
+    text = run(
+        "train", *SMALL, "--epochs", "4", "--method", "online", "--clusters", "4", "--out", str(tmp_path / "run")
+    )
+    [record] = read_all(tmp_path / "run")
+    result, whole = record["result"], record["dense"]
+    assert result is not None
+    assert whole is not None
+    assert result["widths"]["features.0"] == [8, 4]
+    assert result["macs"] < whole["macs"] / 2
+    assert record["clusters_history"]
+    assert any(epoch["events"] for epoch in record["history"])
+    assert measure(load(tmp_path / "run" / "model.safetensors", dense), _example()).macs == result["macs"]
+    assert "online k=4" in text
+
+
+def test_stopping_in_time_and_going_on(tmp_path: Path, trained: Path) -> None:
+    command = ["train", *SMALL, "--epochs", "6", "--out", str(tmp_path / "run")]
+    text = run(*command, "--stop-after", "0.001s", code=3)
+    assert "the same command goes on" in text
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    run(*command)
+    assert same_weights(tmp_path / "run", trained)
+
+
+def test_evaluate(trained: Path) -> None:
+    [record] = read_all(trained)
+    text = run(
+        "evaluate", "-m", "vgg_small", "-d", "digits", "--width", "0.25", "-w", str(trained / "model.safetensors")
+    )
+    assert record["result"] is not None
+    assert f"{record['result']['top1']:.2f} %" in text
+    assert "359 test images" in text
+
+
+def test_prune_and_evaluate_what_came_out(trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small.safetensors"
+    text = run(
+        "prune", "-m", "vgg_small", "-d", "digits", "--width", "0.25", "-w", str(trained / "model.safetensors"),
+        "--keep", "0.5", "--out", str(out), "--retrain-epochs", "2", "--retrain-lr", "0.01", "--threads", "1",
+    )  # fmt: skip
+    assert "verified: the cut network equals the masked one" in text
+    about = inspect(out)
+    assert about.plans[0].widths["features.0"] == (8, 4)
+    assert measure(load(out, dense), _example()).macs < measure(dense(), _example()).macs / 3
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+    after = about.metadata["test_top1"]["after retraining"]
+    evaluated = run("evaluate", "-m", "vgg_small", "-d", "digits", "--width", "0.25", "-w", str(out))
+    assert f"{after:.2f} %" in evaluated
+    cut = about.metadata["test_top1"]["after the cut"]
+    assert after > cut
+
+
+def test_prune_to_a_budget(trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small.safetensors"
+    run(
+        "prune", "-m", "vgg_small", "-d", "digits", "--width", "0.25", "-w", str(trained / "model.safetensors"),
+        "--macs", "0.4", "--scope", "global", "--ignore", "classifier.*", "--out", str(out), "--no-evaluate",
+    )  # fmt: skip
+    share = measure(load(out, dense), _example()).macs / measure(dense(), _example()).macs
+    assert 0.3 < share <= 0.4
+    assert "classifier.0" not in inspect(out).plans[0].widths
+    assert inspect(out).metadata["test_top1"] == {"before": None, "after the cut": None}
+
+
+def test_demo_twice(tmp_path: Path) -> None:
+    command = ["demo", "--trials", "2", "--epochs", "2", "--out", str(tmp_path / "demo")]
+    first = run(*command)
+    for heading in ("Top-1 %", "Top-5 %", "Inference s", "MACs", "Parameters", "Training s"):
+        assert heading in first
+    for label in ("dense", "l1 keep=0.5", "online keep=0.5"):
+        assert label in first
+    assert str(tmp_path / "demo" / "report.html") in first
+    assert "<html" in (tmp_path / "demo" / "report.html").read_text()
+    found = read_all(tmp_path / "demo")
+    assert len(found) == 6
+    assert {record["timing"]["mode"] for record in found if record["timing"]} == {"together"}
+    assert len({record["timing"]["together_with"] for record in found if record["timing"]}) == 1
+    base = {record["seed"]: record for record in found if record["method"] == "dense"}
+    for record in found:
+        if record["method"] == "l1":  # begins with the dense network of its seed, whose training counts
+            assert record["history"][:2] == base[record["seed"]]["history"]
+            assert [epoch["phase"] for epoch in record["history"]] == ["train", "train", "retrain"]
+    started = time.monotonic()
+    second = run(*command)
+    assert time.monotonic() - started < 20
+    assert "[1/" not in second  # nothing ran
+    assert read_all(tmp_path / "demo") == found
+
+
+COMPARE = ["compare", *SMALL, "--epochs", "8", "--retrain-epochs", "4", "--keep", "0.5", "--trials", "2"]
+
+
+def test_a_killed_comparison_goes_on_with_the_same_numbers(tmp_path: Path) -> None:
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    _kill_in_the_middle(killed)
+    before = {record["id"]: record for record in read_all(killed)}
+    assert before
+    assert any((killed / "work").rglob("*.safetensors"))  # something was going on
+    text = run(*COMPARE, "--out", str(killed))
+    assert f"[{6 - len(before)}/{6 - len(before)}]" in text  # the missing ones ran, no other
+    after = {record["id"]: record for record in read_all(killed)}
+    assert len(after) == 6
+    for name, record in before.items():
+        assert (after[name]["started"], after[name]["finished"]) == (record["started"], record["finished"])
+    run(*COMPARE, "--out", str(whole))
+    assert {record["id"]: figures(record) for record in read_all(whole)} == {
+        name: figures(record) for name, record in after.items()
+    }
+    assert not any((killed / "work").rglob("*"))
+
+
+def _kill_in_the_middle(folder: Path) -> None:
+    """Start a comparison in a process of its own, and kill it in a trial that is not the first."""
+    command = [sys.executable, "-m", "filterfold", *COMPARE, "--out", str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ))
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            ended = list(folder.glob("records/*.json"))
+            begun = [
+                path for path in folder.glob("work/*/*.safetensors") if path.parent.name not in {p.stem for p in ended}
+            ]
+            if ended and begun:
+                break
+            time.sleep(0.002)
+        else:
+            pytest.fail("the comparison ended before it could be killed")
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+def test_the_gpu_plan_at_a_tiny_size(tmp_path: Path) -> None:
+    assert _gpu_plan("--once", tmp_path / "run", piece="0.1s") == 3  # one piece, and something is left
+    assert _gpu_plan("--tiny", tmp_path / "run", piece="9m") == 0
+    found = read_all(tmp_path / "run")
+    assert sorted(record["label"] for record in found) == sorted(["dense", "l1", "online k=2", "online k=4"] * 2)
+    assert (tmp_path / "run" / "report.html").exists()
+    assert json.loads((tmp_path / "run" / "comparison.json").read_text())["setting"]["data"] == "digits"
+
+
+def _gpu_plan(option: str, folder: Path, piece: str) -> int:
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_plan.sh"
+    environment = os.environ | {"FILTERFOLD": f"{sys.executable} -m filterfold", "PIECE": piece}
+    command = ["bash", str(script), "--tiny", option, "--out", str(folder)]
+    return subprocess.run(command, capture_output=True, env=environment, timeout=300, check=False).returncode
+
+
+def _example() -> Any:
+    import torch
+
+    return torch.zeros(1, 1, 8, 8)

@@ -1,0 +1,150 @@
+"""Bad input: one clear line, exit code 2, and nothing overwritten. One table."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+import filterfold.cli.compare as comparing
+from filterfold.cli import app
+from filterfold.zoo import build
+
+runner = CliRunner()
+
+TINY = ["--model", "vgg_small", "--data", "digits", "--width", "0.25", "--epochs", "1", "--train-limit", "100"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one of everything that is wrong."""
+    folder = tmp_path_factory.mktemp("place")
+    _weights(folder)
+    _parquet(folder / "parquet")
+    _images(folder / "images")
+    (folder / "seven.py").write_text(
+        "from torch import nn\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 7))\n"
+    )
+    (folder / "thesis").mkdir()
+    (folder / "thesis" / "thesis.txt").write_text("do not touch")
+    result = runner.invoke(app, ["train", *TINY, "--out", str(folder / "run")])
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def _weights(folder: Path) -> None:
+    save_file(build("vgg_small", channels=1, image_size=8).state_dict(), folder / "whole.safetensors")
+    (folder / "cut.safetensors").write_bytes((folder / "whole.safetensors").read_bytes()[:5000])
+    save_file({"a": torch.zeros(1)}, folder / "foreign.safetensors")
+    (folder / "pickle.pt").write_bytes(
+        b"\x80\x04\x8c\x05posix\x94\x8c\x06system\x94\x93\x94\x8c\x02id\x94\x85\x94R\x94."
+    )
+
+
+def _parquet(folder: Path) -> None:
+    import datasets
+
+    folder.mkdir()
+    rows = {"picture": [_png(shade) for shade in range(0, 200, 10)], "kind": [0, 1] * 10}
+    for split in ("train", "test"):
+        made = datasets.Dataset.from_dict(rows).cast_column("picture", datasets.Image())
+        made.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+
+
+def _images(folder: Path) -> None:
+    for split in ("train", "test"):
+        for kind in ("cat", "dog"):
+            (folder / split / kind).mkdir(parents=True)
+            for number in range(6):
+                (folder / split / kind / f"{number}.png").write_bytes(_png(20 * number)["bytes"])
+    (folder / "train" / "dog" / "3.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
+
+
+def _png(shade: int) -> dict[str, bytes]:
+    from PIL import Image
+
+    held = io.BytesIO()
+    Image.new("L", (8, 8), shade).save(held, "PNG")
+    return {"bytes": held.getvalue()}
+
+
+TABLE = {
+    "no such data set": ("train --data no-such-data --out {}/new", "no-such-data"),
+    "wrong column": ("train --data {}/parquet --image-column picture --label-column colour --out {}/new", "'colour'"),
+    "unreadable image": ("train --data {}/images --model vgg_small --out {}/new", "3.png"),
+    "wrong number of classes": ("train --data digits --model {}/seven.py:net --out {}/new", "7 outputs"),
+    "unknown model": ("train --data digits --model vgg17 --out {}/new", "no model 'vgg17'; did you mean vgg16?"),
+    "too small images": ("train --data digits --model vgg16 --out {}/new", "32 pixels"),
+    "finished run": ("train tiny --out {}/run", "holds a finished run (dense, seed 0); give another --out"),
+    "finished run, other seed": ("train tiny --seed 1 --out {}/run", "holds a finished run"),
+    "foreign folder": ("compare tiny --methods dense --out {}/thesis", "is not empty and holds no comparison"),
+    "different comparison": (
+        "compare tiny --methods dense --lr 0.5 --out {}/run", "different comparison (recipe.lr is 0.02 there, 0.5 here)"
+    ),
+    "ratio above one": ("prune -m vgg_small -d digits -w {}/whole.safetensors --keep 1.5 --out {}/new", "1.5"),
+    "ratio above one, compare": ("compare tiny --keep 1.5 --out {}/new", "keep = 1.5"),
+    "no budget": ("prune -m vgg_small -d digits -w {}/whole.safetensors --out {}/new", "one of --keep, --macs"),
+    "unknown group": (
+        "prune -m vgg_small -d digits -w {}/whole.safetensors --keep conv9=0.5 --out {}/new", "conv9"
+    ),
+    "unknown criterion": (
+        "prune -m vgg_small -d digits -w {}/whole.safetensors --keep 0.5 --criterion l3 --out {}/new", "l3"
+    ),
+    "file in the way": (
+        "prune -m vgg_small -d digits -w {}/whole.safetensors --keep 0.5 --out {}/foreign.safetensors", "exists; give"
+    ),
+    "truncated checkpoint": ("evaluate -m vgg_small -d digits -w {}/cut.safetensors", "cut.safetensors"),
+    "foreign checkpoint": ("evaluate -m vgg_small -d digits -w {}/foreign.safetensors", "does not fit VGG"),
+    "a pickle that runs code": ("evaluate -m vgg_small -d digits -w {}/pickle.pt", "not a plain state dict"),
+    "missing checkpoint": ("evaluate -m vgg_small -d digits -w {}/none.safetensors", "no such file"),
+    "unknown method": ("compare tiny --methods dense,onlin --out {}/new", "no method 'onlin'; did you mean online"),
+    "no clusters": ("compare tiny --methods online --out {}/new", "needs numbers of clusters or shares"),
+    "clusters that are none": ("compare tiny --clusters five --out {}/new", "--clusters five"),
+    "no trials": ("compare tiny --methods dense --trials 0 --out {}/new", "nothing to compare"),
+    "no duration": ("compare tiny --keep 0.5 --stop-after soon --out {}/new", "'soon' is no duration"),
+    "no such device": ("train tiny --device tpu --out {}/new", "tpu"),
+    "no such precision": ("train tiny --precision 8-bit --out {}/new", "8-bit"),
+    "no such milestones": ("train tiny --method online --keep 0.5 --milestones late --out {}/new", "late"),
+    "no epochs": ("train -m vgg_small -d digits --epochs 0 --out {}/new", "epochs=0"),
+    "no validation share": ("train tiny --validation some --out {}/new", "--validation some"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TABLE)
+def test_bad_input(place: Path, case: str) -> None:
+    line, message = TABLE[case]
+    command = line.replace("{}", str(place)).split()
+    at = command.index("tiny") if "tiny" in command else None
+    if at is not None:
+        command[at : at + 1] = TINY
+    before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    result = runner.invoke(app, command)
+    assert result.exit_code == 2, (result.output, result.exception)
+    assert result.stdout == ""
+    assert result.stderr.startswith("filterfold: ")
+    assert result.stderr.count("\n") == 1
+    assert message in result.stderr
+    assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(comparing, "run", broken)
+    result = runner.invoke(app, ["compare", *TINY, "--methods", "dense", "--out", str(tmp_path / "run")])
+    assert isinstance(result.exception, ZeroDivisionError)
+
+
+def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparing, "run", interrupted)
+    result = runner.invoke(app, ["compare", *TINY, "--methods", "dense", "--out", str(tmp_path / "run")])
+    assert result.exit_code == 130
+    assert result.stderr == "filterfold: interrupted; the same command goes on from here\n"
