@@ -208,6 +208,10 @@ def _describe(
             Slice(entry.tensor, entry.axis, tuple(units.tolist()), role)
         )
         counts.append(np.bincount(units[here], minlength=size))
+    for piece in ledger.pieces:
+        mine = members.unit_of[piece][members.group_of[piece] == group]
+        if mine.size:
+            counts.append(np.bincount(mine, minlength=size))
     classes = np.unique(np.stack(counts), axis=1, return_inverse=True)[1].reshape(-1)
     return ChannelGroup(
         name=name,

@@ -49,8 +49,9 @@ class AxisLabels:
 class Ledger:
     """Everything that the walk finds out about labels.
 
-    `maybe`: axes of raw parameters that were multiplied like filters, but may as well stand for positions
-    in an image; those that turn out frozen are no channels.
+    `pieces`: labels that were cut out of an axis by position; they go another way from there, so they are
+    of another kind than the rest. `maybe`: axes of raw parameters that were multiplied like filters, but may
+    as well stand for positions in an image; those that turn out frozen are no channels.
     """
 
     axes: list[AxisLabels] = field(default_factory=list)
@@ -61,6 +62,7 @@ class Ledger:
     ordered: list[Vector] = field(default_factory=list)
     maybe: set[int] = field(default_factory=set)
     blocks: list[Vector] = field(default_factory=list)
+    pieces: list[Vector] = field(default_factory=list)
     size: int = 0
     _starts: list[int] = field(default_factory=list)
     _constants: list[tuple[int, int]] = field(default_factory=list)

@@ -149,6 +149,8 @@ class _Search:
         self.tried: dict[tuple[int, str], int] = {}
         self.wrong: dict[tuple[int, str], int] = {}
         self.first: dict[tuple[int, str], Finding] = {}
+        self.good: set[tuple[str, str]] = set()
+        self.banned: set[tuple[str, str]] = set()
         self.stuck: dict[tuple[int, str], Finding] = {}
         self.made: dict[tuple[int, str], tuple[str, str]] = {}
 
@@ -166,8 +168,24 @@ class _Search:
                 continue
             else:
                 return tuple(self.changes.values())
-            run = self.run()
+            run = self.after_guessing(run)
         raise self.failure(run.findings, run)
+
+    def after_guessing(self, before: Run) -> Run:
+        """Run again; if guesses made the network fail, find out which, and never make them again."""
+        run = self.run()
+        if not _worse(run, before):
+            return run
+        guesses = [self.changes[key] for key in list(self.changes) if key not in self.good]
+        for change in guesses:
+            self.take_back((change.module, change.attribute))
+        for change in guesses:
+            self.change(change)
+            run = self.run()
+            if _worse(run, before):
+                self.take_back((change.module, change.attribute))
+                self.banned.add((change.module, change.attribute))
+        return self.run()
 
     def guess(self, findings: Sequence[Finding]) -> None:
         """Try the next candidate for every finding, taking back those that did not help."""
@@ -179,7 +197,8 @@ class _Search:
             elif before is not None and before in self.changes:
                 self.take_back(before)
             self.wrong[finding.key] = wrong
-        made_before = set(self.changes)
+        self.good = set(self.changes)
+        made_before = self.good | self.banned
         lists = [_candidates(self.modules, f.stack, f.given, f.wanted) for f in findings]
         lists = [[c for c in ranked if (c[1].module, c[1].attribute) not in made_before] for ranked in lists]
         for weakest in (_WHOLE, _PART):
@@ -299,6 +318,10 @@ class UnrepairableError(TraceError):
     groups: tuple[str, ...] = ()
 
 
+def _worse(after: Run, before: Run) -> bool:
+    return after.error is not None and (before.error is None or after.place < before.place)
+
+
 def _candidates(
     modules: Mapping[str, nn.Module], stack: Sequence[str], given: Any, wanted: Any
 ) -> list[tuple[int, AttributeChange]]:
@@ -335,6 +358,8 @@ def _rewrite(value: Any, given: Any, wanted: Any, pairs: Mapping[int, int]) -> t
         return None
     if value in pairs:
         return pairs[value], 1
+    if isinstance(given, tuple) and min(given) >= 0 and value == sum(given):
+        return sum(wanted), 2
     for old, new in pairs.items():
         if old > 1 and value % old == 0 and value // old <= _LARGEST_FACTOR:
             return value // old * new, 3

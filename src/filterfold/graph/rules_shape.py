@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from .labels import FIXED, FREE, Axis, Layout, Vector
 from .rules import broadcast, rule, site, tensors_of
@@ -30,7 +31,7 @@ def reshape(walk: Walk, layout: Layout, old: Sequence[int], new: Sequence[int], 
             continue
         sizes = [old[axis] for axis in sources]
         shape = [new[axis] for axis in targets]
-        chosen = targets.index(hint) if hint in targets and hint != 0 else None  # the first axis is the batch
+        chosen = targets.index(hint) if hint in targets else None
         for place, axis in enumerate(axes):
             for vector in axis or ():
                 spread = vector.reshape([-1 if p == place else 1 for p in range(len(sizes))])
@@ -101,7 +102,8 @@ def view(walk: Walk, call: Call) -> Layout | None:
         return walk.layout(call["self"])
     x = call["self"]
     sizes = call["size"] if call["size"] is not None else call["shape"]
-    return reshape(walk, walk.layout(x), x.shape, call.out.shape, _open_axis(sizes))
+    # An open first axis says nothing: it holds the batch.
+    return reshape(walk, walk.layout(x), x.shape, call.out.shape, _open_axis(sizes) or None)
 
 
 @rule("flatten", "ravel", "reshape_as", "view_as")
@@ -258,7 +260,9 @@ def split(walk: Walk, call: Call) -> list[Layout]:
     vectors = np.split(axis[0], np.cumsum(sizes)[:-1])
     if len(set(sizes)) == 1:
         walk.ledger.join(vectors[0][None], np.stack(vectors))
-    elif call.op != "split_with_sizes":
+    elif call.op == "split_with_sizes":
+        walk.ledger.pieces += vectors
+    else:
         walk.ledger.freeze(axis, f"cut into pieces of unequal size by {site(call)}")
     return [(*layout[:dim], (vector,), *layout[dim + 1 :]) for vector in vectors]
 
@@ -277,7 +281,9 @@ def narrow(walk: Walk, call: Call) -> Layout:
     else:
         start = int(call["start"]) % x.shape[dim]
         chosen = slice(start, start + call["length"])
-    return (*layout[:dim], tuple(vector[chosen] for vector in axis), *layout[dim + 1 :])
+    taken = tuple(vector[chosen] for vector in axis)
+    walk.ledger.pieces += taken
+    return (*layout[:dim], taken, *layout[dim + 1 :])
 
 
 @rule("select", "unbind")
@@ -311,14 +317,15 @@ def index(walk: Walk, call: Call) -> Layout:
     layout = walk.layout(x)
     used = [place for place, entry in enumerate(indices) if entry is not None]
     for place in used:
-        span = indices[place].ndim if not indices[place].is_floating_point() else 1
-        for axis in layout[place : place + (span if str(indices[place].dtype) == "torch.bool" else 1)]:
+        span = indices[place].ndim if indices[place].dtype == torch.bool else 1
+        for axis in layout[place : place + span]:
             walk.ledger.freeze(axis, f"picked by position in {site(call)}")
     if len(used) == 1 and indices[used[0]].ndim == 1:
         place = used[0]
         return (*layout[:place], FIXED, *layout[place + 1 :])
-    tail = layout[used[-1] + 1 :] if used and str(indices[used[0]].dtype) != "torch.bool" else ()
-    if used and used == list(range(used[0], used[-1] + 1)) and tail:
+    plain = used and all(indices[place].dtype != torch.bool for place in used)
+    if plain and used == list(range(used[0], used[-1] + 1)):
+        tail = layout[used[-1] + 1 :]
         lead = call.out.ndim - len(tail) - used[0]
         return (*layout[: used[0]], *(FIXED,) * lead, *tail)
     for axis in layout:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import random
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +28,8 @@ _PREFERENCES: tuple[Callable[[Split], int], ...] = (
     lambda split: sorted(split.options)[-2],  # the heads of (heads, size of a head)
     lambda split: max(split.options),
 )
+_CONTAINERS = (dict, list, set, OrderedDict)
+"""What modules keep their tensors, and their own caches, in."""
 _RULE_FILES = (rules_layer, rules_math, rules_shape)
 
 
@@ -201,8 +204,11 @@ def _leaves(value: Any, depth: int = 0) -> Iterator[Tensor]:
 def left_as_it_was(model: nn.Module, walk: Walk) -> Iterator[None]:
     """Restore modes, attributes, buffers and random state when done."""
     modules = [(module, dict(vars(module))) for module in model.modules()]
-    tables = [
-        (module, name, dict(getattr(module, name))) for module, _ in modules for name in ("_parameters", "_buffers")
+    containers = [
+        (value, value.copy())
+        for _, attributes in modules
+        for value in attributes.values()
+        if type(value) in _CONTAINERS
     ]
     states = random.getstate(), np.random.get_state()  # noqa: NPY002  # the global state is the user's
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
@@ -215,13 +221,21 @@ def left_as_it_was(model: nn.Module, walk: Walk) -> Iterator[None]:
         for tensor, value in walk.saved.values():
             with torch.no_grad():
                 tensor.copy_(value)
-        for module, name, table in tables:
-            current = getattr(module, name)
-            if {key: id(entry) for key, entry in current.items()} != {key: id(entry) for key, entry in table.items()}:
-                current.clear()
-                current.update(table)
+        for container, content in containers:
+            if not _same_content(container, content):
+                container.clear()
+                container.extend(content) if isinstance(container, list) else container.update(content)
         for module, attributes in modules:
             current = vars(module)
             for key in [key for key in current if key not in attributes]:
                 del current[key]
             current.update(attributes)
+
+
+def _same_content(first: Any, second: Any) -> bool:
+    """Whether two lists or dictionaries hold the very same objects."""
+    if len(first) != len(second):
+        return False
+    if isinstance(first, dict):
+        return list(first) == list(second) and all(first[key] is second[key] for key in first)
+    return isinstance(first, set) or all(a is b for a, b in zip(first, second, strict=True))
