@@ -102,7 +102,6 @@ TABLE = {
     "a pickle that runs code": ("evaluate -m vgg_small -d digits -w {}/pickle.pt", "not a plain state dict"),
     "missing checkpoint": ("evaluate -m vgg_small -d digits -w {}/none.safetensors", "no such file"),
     "unknown method": ("compare tiny --methods dense,onlin --out {}/new", "no method 'onlin'; did you mean online"),
-    "no clusters": ("compare tiny --methods online --out {}/new", "needs numbers of clusters or shares"),
     "clusters that are none": ("compare tiny --clusters five --out {}/new", "--clusters five"),
     "no trials": ("compare tiny --methods dense --trials 0 --out {}/new", "nothing to compare"),
     "no duration": ("compare tiny --keep 0.5 --stop-after soon --out {}/new", "'soon' is no duration"),

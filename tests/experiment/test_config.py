@@ -70,6 +70,11 @@ def test_shares_multiply_the_methods_that_cut() -> None:
     ]  # fmt: skip
 
 
+def test_without_budgets_the_methods_have_their_own() -> None:
+    comparison = plan(SETTING, ["dense", "l1", "online", "online-l1"], seeds=[0])
+    assert [trial.label for trial in comparison.trials] == ["dense", "l1", "online keep=0.5", "online-l1 keep=0.5"]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -80,7 +85,7 @@ def test_shares_multiply_the_methods_that_cut() -> None:
         (lambda: Trial("online", 0, SETTING, clusters=0), "clusters = 0"),
         (lambda: Trial("l1", 0, SETTING, clusters=5), "takes no number of clusters"),
         (lambda: Trial("dense", 0, SETTING, keep=0.5), "'dense' cuts nothing"),
-        (lambda: plan(SETTING, ["online"], seeds=[0]), "needs numbers of clusters or shares"),
+        (lambda: Trial("onlin", 0, SETTING, keep=0.5), "no method 'onlin'; did you mean online"),
         (lambda: plan(SETTING, ["dense"], seeds=[]), "nothing to compare"),
         (lambda: Setting("m", "d", width=0), "width = 0"),
         (lambda: Setting("m", "d", round_to=0), "round_to = 0"),

@@ -29,7 +29,7 @@ Examples:
 
   filterfold compare --data cifar10 --model vgg16 --clusters 5,10,15,20,25,30 --trials 5 --epochs 100
 
-  filterfold compare --data cifar10 --model vgg16 --width 0.25 --epochs 3 --train-limit 5000 --clusters 10 --trials 3
+  filterfold compare --data cifar10 --model vgg16 --width 0.25 --epochs 3 --train-limit 5000 --trials 3
 
   filterfold compare --data digits --model vgg_small --methods dense,l1,random,online,online-l1 --keep 0.5,0.25
 
@@ -63,7 +63,7 @@ def compare(
         str | None,
         Option(
             help="Shares of the filters that stay, for every method that cuts: 0.5,0.25.",
-            show_default="criteria: the widths of Li et al. for their networks, else half",
+            show_default="half; criteria: the widths of Li et al. for their networks",
             rich_help_panel="Comparison",
         ),
     ] = None,

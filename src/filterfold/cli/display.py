@@ -102,6 +102,11 @@ def say(message: str) -> None:
     console.print(message, markup=False, soft_wrap=True)
 
 
+def prose(text: str) -> None:
+    """Print a sentence: wrapped between words on a terminal, one line elsewhere."""
+    console.print(text, markup=False, soft_wrap=not console.is_terminal)
+
+
 def count(value: float) -> str:
     """A count that people can read.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 
     from ..data import ImageData
     from ..latency import Comparison
+    from ..plan import Plan
     from ..prune import PruneResult
+    from ..training import Recipe
 
 EXAMPLES = """
 Examples:
@@ -88,6 +91,7 @@ def prune(
     With --retrain-epochs the smaller network is trained on; a run that was stopped goes on with the same command.
     """
     from ..experiment.bench import resolve
+    from ..training import Recipe
 
     use_threads(threads)
     budget = cut.keywords()
@@ -100,7 +104,14 @@ def prune(
         result = _cut(model, data, budget, seed, device)
         stages = {"before": _top1(before, data, evaluate), "after the cut": _top1(model, data, evaluate)}
         if retrain_epochs:
-            _retrain(model, data, out, retrain_epochs, retrain_lr, precision, seed, device)
+            recipe = Recipe(
+                epochs=retrain_epochs,
+                lr=retrain_lr,
+                schedule="constant",
+                precision=cast(Any, precision),
+                seed=seed,
+            )
+            _retrain(model, data, out, recipe, device, result.plan)
             stages["after retraining"] = _top1(model, data, evaluate)
         latency = _latency(before, model, data)
         _save(model, result, out, stages)
@@ -130,14 +141,13 @@ def _top1(model: nn.Module, data: ImageData, asked: bool) -> float | None:
     return evaluate(model, data.test, classes=len(data.classes)).top1 if asked else None
 
 
-def _retrain(
-    model: nn.Module, data: ImageData, out: Path, epochs: int, lr: float, precision: str, seed: int, device: str
-) -> None:
-    """Train the cut network; interrupted, the same command cuts the same filters again and goes on from here."""
-    from ..training import Recipe, train
+def _retrain(model: nn.Module, data: ImageData, out: Path, recipe: Recipe, device: str, plan: Plan) -> None:
+    """Train the cut network; interrupted, the same command makes the same cut again and goes on from here."""
+    from ..training import train
 
-    kept = out.with_name(f".{out.name}.retraining")
-    recipe = Recipe(epochs=epochs, lr=lr, schedule="constant", precision=cast(Any, precision), seed=seed)
+    weights = b"".join(value.cpu().numpy().tobytes() for value in model.state_dict().values())
+    cut = hashlib.sha256(weights + plan.to_json().encode()).hexdigest()[:10]  # of another network: another file
+    kept = out.with_name(f".{out.name}.{cut}")
     train(model, data, recipe, checkpoint=kept, device=device, phase="retrain")
     kept.unlink(missing_ok=True)
 

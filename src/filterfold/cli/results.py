@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .display import say, table
+from .display import prose, table
 
 
 def show(records: Iterable[Mapping[str, Any]], margin: float, control: str = "dense") -> None:
@@ -23,10 +23,10 @@ def show(records: Iterable[Mapping[str, Any]], margin: float, control: str = "de
             [row.texts for row in rows if row.study == study],
         )
     for line in verdict(records, margin=margin, control=control):
-        say(line)
+        prose(line)
     for record in records:
         if record["status"] == "failed":
-            say(f"failed: {record['label']} seed {record['seed']}: {record['reason']}")
+            prose(f"failed: {record['label']} seed {record['seed']}: {record['reason']}")
 
 
 def write(records: Iterable[Mapping[str, Any]], folder: Path, margin: float, control: str = "dense") -> Path:

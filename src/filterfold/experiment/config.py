@@ -20,6 +20,9 @@ from ..storage import write_json
 FORMAT = 1
 FILE = "comparison.json"
 
+HALF = 0.5
+"""What online methods keep where nothing else is asked for."""
+
 DENSE = "dense"
 ONLINE = "online"
 ONLINE_PREFIX = "online-"
@@ -253,22 +256,29 @@ def plan(
     - `methods`: see `Trial`.
     - `clusters`: numbers of clusters; online methods run once with each.
     - `keep`: shares to keep; every method that cuts runs once with each. Without any, the criteria keep their own
-      default, and the online methods need `clusters`.
+      default; without `clusters` either, the online methods keep half.
 
     >>> [t.label for t in plan(Setting("m", "d"), ["dense", "l1", "online"], clusters=[5, 10], seeds=[0]).trials]
     ['dense', 'l1', 'online k=5', 'online k=10']
     """
-    counts, shares, trials = list(clusters), list(keep), []
-    for seed in seeds:
-        for method in dict.fromkeys(methods):
-            bare = method == DENSE or not (method == ONLINE or method.startswith(ONLINE_PREFIX) or shares)
-            budgets: list[dict[str, Any]] = [{}] if bare else [{"keep": share} for share in shares]
-            if not bare and (method == ONLINE or method.startswith(ONLINE_PREFIX)):
-                budgets = [{"clusters": count} for count in counts] + budgets
-                if not budgets:
-                    raise ConfigError(f"method {method!r} needs numbers of clusters or shares to keep")
-            trials += [Trial(method, seed, setting, **budget) for budget in budgets]
+    counts, shares = list(clusters), list(keep)
+    trials = [
+        Trial(method, seed, setting, **budget)
+        for seed in seeds
+        for method in dict.fromkeys(methods)
+        for budget in _budgets(method, counts, shares)
+    ]
     return Comparison(setting, tuple({trial.id: trial for trial in trials}.values()))
+
+
+def _budgets(method: str, clusters: Sequence[int], keep: Sequence[float]) -> list[dict[str, Any]]:
+    """What a method is to cut down to, once for each trial of a seed."""
+    if method == DENSE:
+        return [{}]
+    shares: list[dict[str, Any]] = [{"keep": share} for share in keep]
+    if method == ONLINE or method.startswith(ONLINE_PREFIX):
+        return [{"clusters": count} for count in clusters] + shares or [{"keep": HALF}]
+    return shares or [{}]
 
 
 def _check_method(method: str) -> None:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..errors import FilterfoldError, RecordError
+from ..progress import track
 from . import records
 from .bench import Bench
 from .config import FILE as DESCRIPTION
@@ -122,7 +123,8 @@ def compare(
     timed = False
     with _alone_in(folder):
         try:
-            for record in engine(missing, lambda trial: _guarded(trial, bench, command)):
+            running = engine(missing, lambda trial: _guarded(trial, bench, command))
+            for record in track(running, "trials", len(missing)):
                 ran.append(record["id"])
                 _announce(record, len(ran), len(missing))
             measure_together(list(_done(comparison, folder).values()), bench, timing_rounds)
