@@ -27,6 +27,9 @@ _ROUNDS = 24
 _LARGEST_FACTOR = 16
 """How many times smaller or larger than the attribute the number may be: `self.width // 2`, `4 * self.width`."""
 
+_LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+"""Layers whose attributes surgery has set already."""
+
 _WHOLE, _PART = 2, 4
 """Ranks of candidates: up to `_WHOLE` the attribute holds the number itself, up to `_PART` a multiple or a fraction.
 The latter are tried only when none of the former is left: fixing those often explains the rest (`self.a + self.b`)."""
@@ -146,7 +149,7 @@ class _Search:
         self.model, self.forecast, self.traced, self.inputs = model, forecast, traced, example_inputs
         self.modules = dict(model.named_modules())
         self.changes: dict[tuple[str, str], AttributeChange] = {}
-        self.tried: dict[tuple[int, str], int] = {}
+        self.tried: dict[tuple[int, str], set[tuple[str, str]]] = {}
         self.wrong: dict[tuple[int, str], int] = {}
         self.first: dict[tuple[int, str], Finding] = {}
         self.good: set[tuple[str, str]] = set()
@@ -193,7 +196,7 @@ class _Search:
             self.first.setdefault(finding.key, finding)
             before, wrong = self.made.pop(finding.key, None), len(replaced(finding.given, finding.wanted))
             if wrong < self.wrong.get(finding.key, wrong):
-                self.tried[finding.key] = 0
+                self.tried[finding.key] = set()
             elif before is not None and before in self.changes:
                 self.take_back(before)
             self.wrong[finding.key] = wrong
@@ -209,18 +212,16 @@ class _Search:
 
     def take(self, finding: Finding, ranked: Sequence[tuple[int, AttributeChange]], weakest: int) -> bool:
         """Make the next change for a finding, unless another finding of this round has just made the same."""
-        for place in range(self.tried.get(finding.key, 0), len(ranked)):
-            rank, candidate = ranked[place]
-            if rank > weakest:
-                return False
+        tried = self.tried.setdefault(finding.key, set())
+        for rank, candidate in ranked:
             key = candidate.module, candidate.attribute
             present = self.changes.get(key)
-            if present is not None and present.new != candidate.new:
+            if rank > weakest or key in tried or (present is not None and present.new != candidate.new):
                 continue
             if present is None:
                 self.change(candidate)
                 self.made[finding.key] = key
-            self.tried[finding.key] = place + 1
+            tried.add(key)
             return True
         return False
 
@@ -336,6 +337,8 @@ def _candidates(
     inner = f"{running[0]}." if running and running[0] else ""
     helpers = [name for name in modules if name.startswith(inner) and name not in running] if running else []
     for depth, name in enumerate([*running, *helpers]):
+        if isinstance(modules[name], _LAYERS):
+            continue
         for attribute, value in vars(modules[name]).items():
             if attribute.startswith("_") or isinstance(value, bool | Tensor):
                 continue
