@@ -13,6 +13,7 @@ from . import inspect as inspecting
 from . import prune as pruning
 from . import recipe as recipes
 from . import report as reporting
+from . import sensitivity as sensing
 from . import train as training
 from .errors import refusing
 from .spread import spread
@@ -64,6 +65,7 @@ _add(comparing.demo, comparing.DEMO_EXAMPLES, _RESUME)
 _add(training.train, training.EXAMPLES, _RESUME)
 _add(evaluating.evaluate, evaluating.EXAMPLES, _NOTHING)
 _add(pruning.prune, pruning.EXAMPLES, _RESUME)
+_add(sensing.sensitivity, sensing.EXAMPLES, _RESUME)
 _add(comparing.compare, comparing.EXAMPLES, _RESUME)
 _add(inspecting.inspect, inspecting.EXAMPLES, _NOTHING)
 _add(reporting.report, reporting.EXAMPLES, _RESUME)

@@ -10,6 +10,7 @@ from .colours import BAND, INK, PAPER, Look
 from .curves import clusters, curves, widths
 from .drawing import STYLE, Plot, add_legend, finish, label_text, new_axes
 from .numbers import number, plain, significant
+from .shares import shares
 from .study import MACS, SECONDS, TOP1, TOP5, TRAIN_SECONDS, Group, Measure, Study
 from .verdict import Judgement
 
@@ -27,6 +28,7 @@ def every(study: Study, looks: Mapping[str, Look], judgements: Sequence[Judgemen
         lambda: scatter(
             study, looks, TRAIN_SECONDS, "accuracy_training", "Accuracy against training cost", "Training, seconds"
         ),
+        lambda: shares(study, looks),
         lambda: strip(study, looks, SECONDS),
         lambda: strip(study, looks, TOP1),
         lambda: strip(study, looks, TOP5),

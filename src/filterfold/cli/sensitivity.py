@@ -1,0 +1,230 @@
+"""`filterfold sensitivity`: what each layer loses when it is pruned alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Argument, Option
+
+from ..errors import ConfigError, RecordError
+from .display import live, say, table
+from .families import MODEL_HELP, DataOptions, Device, ModelOptions, Overwrite, Threads, use_threads
+from .networks import WEIGHTS_HELP, with_weights
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..data import ImageData
+    from ..sensitivity import Sensitivity, Suggestion
+
+EXAMPLES = """
+Examples:
+
+  filterfold sensitivity resnet56 -w resnet56.safetensors -d cifar10 --layers 'layer*.conv1' --images 2000
+
+  filterfold sensitivity vgg16 -w vgg16.safetensors -d cifar10 --criteria l1,random,largest,mean-std
+
+  filterfold sensitivity resnet56 -w resnet56.safetensors --layers 'layer*.conv1' --suggest loss=1
+
+  filterfold sensitivity vgg16 -w vgg16.safetensors --suggest macs=0.6
+"""
+
+SWEEP = "Sweep"
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """What is pruned, and on what it is evaluated."""
+
+    criteria: Annotated[
+        str, Option(help="Comma-separated: l1, l2, random, largest, fpgm, mean-std, …", rich_help_panel=SWEEP)
+    ] = "l1"
+    ratios: Annotated[
+        str | None, Option(help="Shares to prune away.", show_default="0.1,0.2 … 0.9", rich_help_panel=SWEEP)
+    ] = None
+    layers: Annotated[
+        list[str] | None,
+        Option(help="Layers to prune, with * and ?; several times.", show_default="all", rich_help_panel=SWEEP),
+    ] = None
+    images: Annotated[int | None, Option(help="Use so many.", show_default="all", rich_help_panel=SWEEP)] = None
+    split: Annotated[
+        str, Option(help="validation, or test (then nothing may be chosen from it).", rich_help_panel=SWEEP)
+    ] = "validation"
+    seed: Annotated[int, Option(help="Of random scores, and of the choice of images.", rich_help_panel=SWEEP)] = 0
+
+    def parsed(self) -> dict[str, Any]:
+        """Arguments of `sensitivity.sweep`."""
+        from ..sensitivity import RATIOS
+
+        if self.split not in ("validation", "test"):
+            raise ConfigError(f"--split {self.split}: give validation or test")
+        try:
+            ratios = tuple(float(part) for part in self.ratios.split(",")) if self.ratios else RATIOS
+        except ValueError:
+            raise ConfigError(f"--ratios {self.ratios}: give comma-separated shares, such as 0.3,0.6") from None
+        return {
+            "criteria": tuple(part.strip() for part in self.criteria.split(",")),
+            "ratios": ratios,
+            "layers": tuple(self.layers or ()),
+            "images": self.images,
+            "seed": self.seed,
+        }
+
+
+def sensitivity(
+    model: Annotated[str, Argument(help=MODEL_HELP)],
+    source: DataOptions,
+    sweeping: SweepOptions,
+    weights: Annotated[Path, Option("--weights", "-w", help=WEIGHTS_HELP)],
+    width: Annotated[float, Option(help="Multiplier on every layer's width.")] = 1.0,
+    suggest: Annotated[
+        str | None,
+        Option(help="Derive ratios and write a recipe: loss=POINTS for each layer alone, or macs=SHARE that remains."),
+    ] = None,
+    out: Annotated[Path | None, Option(help="Folder.", show_default="runs/sensitivity-MODEL")] = None,
+    overwrite: Overwrite = False,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Prune each layer alone at rising ratios, without retraining, and draw what it costs.
+
+    Choose on the validation split, as the default does. A sweep that was stopped goes on with the same command; one
+    that is done is shown again, and --suggest reads it.
+    """
+    from ..experiment.bench import resolve
+    from ..report.sensitivity import sensitivity_table, write
+
+    use_threads(threads)
+    options, goal = sweeping.parsed(), _goal(suggest) if suggest else None
+    folder = out or Path("runs") / f"sensitivity-{Path(model.replace(':', '-')).name}"
+    place = resolve(device)
+    with live():
+        data = source.load()
+        network = with_weights(lambda: ModelOptions(model, width).build(data), weights, place)
+        about = {"model": model, "width": width, "weights": str(weights), "data": f"{source.data}, {sweeping.split}"}
+        found = _found(network, data, sweeping.split, options, folder, overwrite, about, place)
+        write(found, folder)
+        chosen = _suggested(network, data, found, goal) if goal else None
+    _show(found, sensitivity_table(found).title)
+    say(f"curves, table and JSON: {folder}")
+    if chosen is not None:
+        _write_recipe(chosen, found, model, source, data, folder)
+
+
+def _found(
+    network: nn.Module,
+    data: ImageData,
+    split: str,
+    options: dict[str, Any],
+    folder: Path,
+    overwrite: bool,
+    about: dict[str, Any],
+    device: str,
+) -> Sensitivity:
+    """The sweep: run, gone on with, or read if it is done."""
+    from itertools import islice
+
+    from ..data import batches
+    from ..experiment.environment import describe
+    from ..graph import trace
+    from ..sensitivity import Sensitivity, sweep
+
+    asked = {**about, **options, "criteria": list(options["criteria"]), "ratios": list(options["ratios"])}
+    asked["layers"] = list(options["layers"])
+    path = folder / "sensitivity.json"
+    if path.exists() and not overwrite:
+        found = Sensitivity.read(path)
+        known = {key: found.conditions.get(key) for key in asked}
+        if known != asked:
+            key = next(key for key in asked if known[key] != asked[key])
+            raise RecordError(
+                f"{folder} holds another sweep ({key} is {known[key]!r} there); give another --out, or --overwrite"
+            )
+        return found
+    loader = list(islice(batches(data.train, 128, shuffle=True, seed=options["seed"], device=device), 10))
+    groups = trace(network, data.example.to(device))
+    measured = sweep(network, groups, getattr(data, split), loader=loader, path=folder / "sensitivity.part", **options)
+    return replace(measured, conditions={**asked, "environment": describe(device)})
+
+
+def _goal(text: str) -> dict[str, float]:
+    """`loss=1` or `macs=0.6`.
+
+    >>> _goal("macs=0.6")
+    {'macs': 0.6}
+    """
+    name, _, number = text.partition("=")
+    try:
+        if name not in ("loss", "macs"):
+            raise ValueError
+        return {name: float(number)}
+    except ValueError:
+        raise ConfigError(
+            f"--suggest {text}: give loss=POINTS, such as loss=1, or macs=SHARE, such as macs=0.6"
+        ) from None
+
+
+def _suggested(network: nn.Module, data: ImageData, found: Sensitivity, goal: dict[str, float]) -> Suggestion:
+    from ..cost import measure
+    from ..graph import trace
+    from ..sensitivity import suggest
+
+    example = data.example.to(next(network.parameters()).device)
+    groups, cost = trace(network, example), measure(network, example)
+    return suggest(found, groups, cost, loss=goal.get("loss"), macs=goal.get("macs"))
+
+
+def _show(found: Sensitivity, title: str) -> None:
+    for criterion in found.criteria:
+        rows = [
+            (layer.group, str(layer.stage), *(f"{point.top1:.1f}" for point in layer.curve(criterion)))
+            for layer in found.layers
+        ]
+        means = [f"{found.mean(criterion, ratio):.1f}" for ratio in found.ratios]
+        heads = ("layer", "stage", *(f"{ratio:.0%}" for ratio in found.ratios))
+        table(f"{title}: {criterion}", heads, [*rows, ("mean", "", *means)], texts=1)
+    say(f"{found.seconds:.0f} s on the clock, {found.cpu_seconds:.0f} s of processor time, {found.images} images")
+
+
+def _write_recipe(
+    chosen: Suggestion, found: Sensitivity, model: str, source: DataOptions, data: ImageData, folder: Path
+) -> None:
+    """The suggestion as a recipe; training and retraining are those of the recipes for CIFAR-10."""
+    from ..recipes import PruningRecipe, Rule, load, to_toml
+    from ..storage import write_text
+
+    rules = tuple(
+        Rule(chosen.pruned[stage] + chosen.skipped[stage], ratio, chosen.skipped[stage])
+        for stage, ratio in chosen.ratios.items()
+        if ratio
+    )
+    if not rules:
+        raise ConfigError(f"no layer bears a loss of {chosen.loss:g} points; allow more, or measure smaller ratios")
+    usual = load("resnet56-b")
+    recipe = PruningRecipe(
+        name=f"{Path(model.replace(':', '-')).stem}-suggested",
+        title=f"{model}, suggested",
+        model=model,
+        data=source.data,
+        rules=rules,
+        image_size=data.image_size,
+        classes=len(data.classes),
+        criterion=chosen.criterion,
+        base=usual.base,
+        retrain=usual.retrain,
+        scratch={},
+    )
+    remarks = (
+        f"Derived from a sweep over {found.images} images ({folder / 'sensitivity.json'}).\n"
+        f"Each pruned layer alone loses at most {chosen.loss:.2f} points without retraining;\n"
+        f"{chosen.macs:.1%} of the multiply-accumulates remain."
+    )
+    path = folder / "suggested.toml"
+    write_text(path, to_toml(recipe, remarks))
+    for stage, ratio in chosen.ratios.items():
+        skipped = ", ".join(chosen.skipped[stage]) or "none"
+        say(f"stage {stage}: prune {ratio:.0%} of {len(chosen.pruned[stage])} layers; left whole: {skipped}")
+    say(f"{chosen.macs:.1%} of the MACs remain; each layer alone loses at most {chosen.loss:.2f} points")
+    say(f"recipe: {path} (filterfold recipe run {path} --weights ...)")
