@@ -248,7 +248,7 @@ def test_repair_is_asked_for_the_groups_that_masking_cannot_judge():
 
     found = rehearse(model, plan, X, groups=groups, repair=repair)
     assert found.masking_error < 1e-5
-    assert asked == [["one"], ["one", "two"]]
+    assert asked == [["one", "two"], ["one"]]
     assert found.attributes == (AttributeChange("", "width", 6, 4),)
     assert model.width == 6
     apply(Plan(plan.cuts, found.attributes), copy.deepcopy(model))

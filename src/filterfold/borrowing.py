@@ -8,7 +8,7 @@ Freshly initialised networks hide wrong cuts: where a batch norm's scale is 0 or
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -97,6 +97,35 @@ def leaves(value: Any, depth: int = 0) -> Iterator[Tensor]:
     elif hasattr(value, "__dict__") and not isinstance(value, type | nn.Module) and depth < 3:
         for item in vars(value).values():
             yield from leaves(item, depth + 1)
+
+
+def difference(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> float:
+    """Largest max|a - b| / max|a| over the outputs; infinite where shapes or non-finite places differ.
+
+    >>> difference([torch.tensor([1.0, 2.0])], [torch.tensor([1.0, 2.5])])
+    0.25
+    """
+    if len(expected) != len(actual):
+        return float("inf")
+    return max((_relative(a, b) for a, b in zip(expected, actual, strict=True)), default=0.0)
+
+
+def _relative(expected: Tensor, actual: Tensor) -> float:
+    if expected.shape != actual.shape or expected.dtype != actual.dtype:
+        return float("inf")
+    if expected.numel() == 0:
+        return 0.0
+    if not (expected.is_floating_point() or expected.is_complex()):
+        return 0.0 if torch.equal(expected, actual) else 1.0
+    finite = torch.isfinite(expected)
+    if not torch.equal(finite, torch.isfinite(actual)):
+        return float("inf")
+    exact = torch.complex128 if expected.is_complex() else torch.float64
+    expected, actual = (value[finite].cpu().to(exact) for value in (expected, actual))
+    if expected.numel() == 0:
+        return 0.0
+    scale = float(expected.abs().max())
+    return float((expected - actual).abs().max()) / (scale or 1.0)
 
 
 def telling(inputs: Any, dtype: torch.dtype | None = None) -> Any:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .axes import edits_of
-from .borrowing import borrowed, outputs, telling
+from .borrowing import borrowed, difference, outputs, telling
 from .errors import FilterfoldError, VerificationError
 from .groups import ChannelGroup
 from .oracles import masked, permuted, rebased
@@ -123,9 +123,10 @@ def verify(
     def trial(dtype: torch.dtype | None) -> _Errors:
         inputs = telling(example_inputs, dtype)
         with borrowed(original, dtype=dtype):
-            expected, shuffled = judge.references(inputs)
+            expected, shuffled = judge.references(inputs, judge.plain(inputs))
         with borrowed(pruned, dtype=dtype):
-            return judge.compare(expected, shuffled, pruned, inputs)
+            actual, failure = judge.run(pruned, inputs)
+        return judge.errors(expected, shuffled, actual, failure)
 
     return judge.decide(trial, _type_of(original), tolerance)
 
@@ -162,12 +163,7 @@ def rehearse(
         def trial(dtype: torch.dtype | None) -> _Errors:
             inputs = telling(example_inputs, dtype)
             with borrowed(model, dtype=dtype, generic=generic):
-                expected, shuffled = judge.references(inputs)
-                receipt = apply(judge.plan, model)
-                try:
-                    return judge.compare(expected, shuffled, model, inputs)
-                finally:
-                    receipt.rollback()
+                return judge.rehearsal(inputs)
 
         return trial
 
@@ -216,19 +212,77 @@ class _Judge:
             if group.symmetric:
                 self.cells[cut.group] = list(zip(group.classes, group.blocks, strict=True))
 
-    def references(self, inputs: Any) -> tuple[list[Tensor] | None, float | None]:
-        """(outputs of the masked network or None, error under permutation or None)."""
-        error = None
+    def rehearsal(self, inputs: Any) -> _Errors:
+        """Cut, run, take back, and compare; once more with sizes in user code repaired where that differs."""
+        plain = self.plain(inputs)
+        with self._applied():
+            actual, failure = self.run(self.model, inputs)
+        if failure:
+            return _Errors(None, None, failure)
+        expected, shuffled = self.references(inputs, plain)
+        errors = self.errors(expected, shuffled, actual, None)
+        if self.repair is None or self.plan.attributes or (errors.masking or 0.0) <= TOLERANCES[torch.bfloat16]:
+            return errors
+        with self._applied():
+            again = self.errors(expected, shuffled, *self._run_repaired(self.model, inputs, "it differs"))
+        if again.worst < errors.worst:
+            return again
+        self.plan = replace(self.plan, attributes=())
+        return errors
+
+    @contextmanager
+    def _applied(self) -> Iterator[None]:
+        receipt = apply(self.plan, self.model)
+        try:
+            yield
+        finally:
+            receipt.rollback()
+
+    def run(self, pruned: nn.Module, inputs: Any) -> tuple[list[Tensor] | None, str | None]:
+        """(outputs of the cut network, None), with sizes in user code repaired if need be; or (None, why it fails)."""
+        try:
+            return outputs(pruned, inputs), None
+        except Exception as reason:
+            failure = _line(reason)
+        if self.repair is None or self.plan.attributes:
+            return None, failure
+        return self._run_repaired(pruned, inputs, failure)
+
+    def _run_repaired(self, pruned: nn.Module, inputs: Any, failure: str) -> tuple[list[Tensor] | None, str | None]:
+        assert self.repair is not None
+        try:
+            changes = self.repair(pruned, self.plan, inputs)
+        except FilterfoldError as reason:
+            self.suspects = tuple(getattr(reason, "groups", ()))
+            return None, str(reason)
+        if not changes:
+            return None, failure
+        try:
+            actual = outputs(pruned, inputs)
+        except Exception as reason:
+            return None, _line(reason)
+        finally:
+            revert(changes, pruned)
+        self.plan = replace(self.plan, attributes=changes)
+        return actual, None
+
+    def plain(self, inputs: Any) -> list[Tensor]:
+        """Outputs of the uncut network."""
         try:
             plain = outputs(self.model, inputs)
         except Exception as reason:
             raise VerificationError(f"the model fails before any cut: {_line(reason)}") from reason
+        if self.finite_only and not all(bool(torch.isfinite(v).all()) for v in plain if v.is_floating_point()):
+            raise _NotFiniteError
+        return plain
+
+    def references(self, inputs: Any, plain: list[Tensor]) -> tuple[list[Tensor] | None, float | None]:
+        """(outputs of the masked network or None, error under permutation or None)."""
+        error = None
         shuffled = [cut for cut in self.inexact if cut.group in self.cells]
         if shuffled:
             with permuted(self.model, shuffled, self.cells, torch.Generator().manual_seed(2)):
-                error = _error(plain, outputs(self.model, inputs))
-        if self.finite_only and not all(bool(torch.isfinite(v).all()) for v in plain if v.is_floating_point()):
-            raise _NotFiniteError
+                error = difference(plain, outputs(self.model, inputs))
         return self._masked_outputs(inputs), error
 
     def _masked_outputs(self, inputs: Any) -> list[Tensor] | None:
@@ -261,34 +315,16 @@ class _Judge:
             revert(changes, self.model)
             receipt.rollback()
 
-    def compare(self, expected: list[Tensor] | None, shuffled: float | None, pruned: nn.Module, inputs: Any) -> _Errors:
-        """Run the cut network and compare; where that fails, once more with the sizes in user code repaired."""
-        errors = self._compare(expected, shuffled, pruned, inputs)
-        wrong = errors.failure or (errors.masking or 0.0) > TOLERANCES[torch.bfloat16]
-        if self.repair is None or not wrong or self.plan.attributes:
-            return errors
-        try:
-            changes = self.repair(pruned, self.plan, inputs)
-        except FilterfoldError as reason:
-            self.suspects = tuple(getattr(reason, "groups", ()))
-            return replace(errors, failure=str(reason)) if errors.failure else errors
-        if not changes:
-            return errors
-        repaired = self._compare(expected, shuffled, pruned, inputs)
-        revert(changes, pruned)
-        if repaired.worst < errors.worst:
-            self.plan = replace(self.plan, attributes=changes)
-            return repaired
-        return errors
-
-    def _compare(
-        self, expected: list[Tensor] | None, shuffled: float | None, pruned: nn.Module, inputs: Any
+    def errors(
+        self,
+        expected: list[Tensor] | None,
+        shuffled: float | None,
+        actual: list[Tensor] | None,
+        failure: str | None,
     ) -> _Errors:
-        try:
-            actual = outputs(pruned, inputs)
-        except Exception as reason:
-            return _Errors(None, shuffled, _line(reason))
-        return _Errors(None if expected is None else _error(expected, actual), shuffled)
+        """Compare, where there is something to compare."""
+        known = expected is not None and actual is not None
+        return _Errors(difference(expected or [], actual or []) if known else None, shuffled, failure)
 
     def decide(
         self, trial: Callable[[torch.dtype | None], _Errors], dtype: torch.dtype, tolerance: float | None
@@ -330,31 +366,6 @@ def _failure(model: nn.Module, inputs: Any) -> str | None:
     except Exception as reason:
         return _line(reason)
     return None
-
-
-def _error(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> float:
-    """Largest max|a - b| / max|a| over the outputs; infinite where shapes or non-finite places differ."""
-    if len(expected) != len(actual):
-        return float("inf")
-    return max((_relative(a, b) for a, b in zip(expected, actual, strict=True)), default=0.0)
-
-
-def _relative(expected: Tensor, actual: Tensor) -> float:
-    if expected.shape != actual.shape or expected.dtype != actual.dtype:
-        return float("inf")
-    if expected.numel() == 0:
-        return 0.0
-    if not (expected.is_floating_point() or expected.is_complex()):
-        return 0.0 if torch.equal(expected, actual) else 1.0
-    finite = torch.isfinite(expected)
-    if not torch.equal(finite, torch.isfinite(actual)):
-        return float("inf")
-    exact = torch.complex128 if expected.is_complex() else torch.float64
-    expected, actual = (value[finite].cpu().to(exact) for value in (expected, actual))
-    if expected.numel() == 0:
-        return 0.0
-    scale = float(expected.abs().max())
-    return float((expected - actual).abs().max()) / (scale or 1.0)
 
 
 def _type_of(model: nn.Module) -> torch.dtype:
