@@ -13,9 +13,10 @@ PACKAGE = Path(__file__).resolve().parents[1] / "src" / "filterfold"
 
 FLOORS: list[set[str]] = [
     {"errors", "plan", "groups", "storage", "progress", "modes"},
-    {"cost", "clustering", "stats", "latency", "structure", "zoo", "data", "replay", "recipes", "axes", "borrowing"},
+    {"cost", "clustering", "stats", "structure", "zoo", "data", "replay", "recipes", "axes", "borrowing", "export"},
+    {"latency"},
     {"graph", "criteria", "selection", "surgery", "verify", "oracles", "folding"},
-    {"prune", "online", "sensitivity", "training", "checkpoint", "export"},
+    {"prune", "online", "sensitivity", "training", "checkpoint"},
     {"experiment"},
     {"report"},
     {"cli", "__main__"},
@@ -29,6 +30,7 @@ SIBLINGS = {
     ("__main__", "cli"),
     ("axes", "structure"),
     ("borrowing", "structure"),
+    ("export", "structure"),
     ("verify", "surgery"),
     ("verify", "oracles"),
 }

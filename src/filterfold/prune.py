@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,11 +14,11 @@ from torch import Tensor, nn
 
 from .cost import Cost, measure
 from .criteria import Criterion, score
-from .errors import ConfigError, FilterfoldError, PlanError, SurgeryError, VerificationError
+from .errors import ConfigError, FilterfoldError, PlanError, SelectionError, SurgeryError, VerificationError
 from .graph import Traced, repair, trace
 from .groups import ChannelGroup
 from .plan import Cut, Plan
-from .selection import select, select_greedily
+from .selection import LatencyBudget, select, select_for_latency, select_greedily
 from .structure import unwrap
 from .surgery import Receipt, apply, revert
 from .verify import Verification, rehearse
@@ -78,6 +79,7 @@ def prune(
     keep: float | Mapping[str, float] | None = None,
     macs: float | None = None,
     parameters: float | None = None,
+    latency: float | LatencyBudget | None = None,
     scope: Literal["layer", "global"] = "layer",
     round_to: int = 1,
     min_keep: int = 1,
@@ -106,6 +108,9 @@ def prune(
     - `scoring`: `"independent"`, or `"greedy"`: the kernels of channels dropped further up don't count for a filter
       (see `select_greedily`; weight criteria and `keep` only).
     - `keep`, `macs`, `parameters`, `scope`, `round_to`, `min_keep`, `ignore`: see `select`.
+    - `latency`: instead of those, the share of the *measured* time that may remain, on the model's device: a number,
+      or a `LatencyBudget` with batch size, mode and threads; see `select_for_latency`. What was predicted and
+      measured is in `plan.notes["latency"]`.
     - `optimizer`, `averaged`: see `apply`.
     - `verify`: whether to rehearse.
     - `on_failure`: what to do with groups whose cut turns out wrong: `"raise"` an error that names
@@ -139,6 +144,8 @@ def prune(
         raise ConfigError(f"scoring={scoring!r}: must be 'independent', or 'greedy' together with keep= per layer")
     scores = score(traced, inner, criterion, loader=loader, seed=seed, follow=follow)
     frozen: dict[str, str] = {}
+    if latency is not None and any(budget is not None for budget in (keep, macs, parameters)):
+        raise SelectionError("latency= can't be combined with keep=, macs= or parameters=: give one or the other")
 
     def again(group: ChannelGroup, plan: Plan) -> Tensor:
         return score([group], inner, criterion, seed=seed, follow=follow, without=plan)[group.name]
@@ -148,6 +155,10 @@ def prune(
         if scoring == "greedy" and keep is not None:
             plan = select_greedily(groups, again, keep=keep, cost=before, **options)
             return replace(plan, notes={"criterion": _name(criterion), **plan.notes})
+        if latency is not None:
+            lenient = verify and on_failure == "freeze"
+            plan = _timed(inner, example_inputs, traced, groups, scores, latency, before, lenient, options)
+            return replace(plan, notes={"criterion": _name(criterion), **plan.notes})
         plan = select(groups, scores, keep=keep, macs=macs, parameters=parameters, cost=before, scope=scope, **options)
         return replace(plan, notes={"criterion": _name(criterion), **plan.notes})
 
@@ -156,10 +167,14 @@ def prune(
             inner, plan, example_inputs, groups=traced, repair=lambda m, p, inputs: repair(m, p, traced, inputs)
         )
 
-    groups, plan, verified = traced, choose(traced), None
+    groups, verified = traced, None
     if verify:
         groups, plan, verified = _verified(traced, choose, judge, frozen, on_failure)
         plan = replace(plan, attributes=verified.attributes)
+    else:
+        plan = choose(traced)
+    if latency is not None and "asked" not in plan.notes:
+        raise SelectionError("latency: no cut copy of the network could be timed; say how much may stay with macs=")
     receipt = apply(plan, model, optimizer=optimizer, averaged=averaged)
     try:
         after = measure(inner, example_inputs)
@@ -167,6 +182,39 @@ def prune(
         plan, receipt = _repaired(plan, inner, traced, example_inputs, receipt, optimizer, averaged)
         after = measure(inner, example_inputs)
     return PruneResult(plan, before, after, verified, groups, frozen)
+
+
+def _timed(
+    model: nn.Module,
+    example_inputs: Any,
+    traced: Traced,
+    groups: Traced,
+    scores: Mapping[str, Tensor],
+    latency: float | LatencyBudget,
+    cost: Cost,
+    lenient: bool,
+    options: Mapping[str, Any],
+) -> Plan:
+    """The plan that meets a latency budget; if lenient, the one whose trial cut fails, for verification to judge."""
+    tried: list[Plan] = []
+
+    def cut(plan: Plan) -> nn.Module:
+        tried.append(plan)
+        trial = copy.deepcopy(model)
+        receipt = apply(plan, trial)
+        try:
+            measure(trial, example_inputs)
+        except FilterfoldError:
+            _repaired(plan, trial, traced, example_inputs, receipt, None, ())
+        return trial
+
+    where = {"model": model, "example_inputs": example_inputs, "cut": cut, "cost": cost}
+    try:
+        return select_for_latency(groups, scores, latency=latency, **where, **options)
+    except FilterfoldError as error:
+        if isinstance(error, SelectionError) or not (lenient and tried):
+            raise
+        return tried[-1]
 
 
 def _verified(

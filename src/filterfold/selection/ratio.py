@@ -85,10 +85,10 @@ def select(
     groups = tuple(groups)
     asked = check_budget(keep, macs, parameters, cost, scope)
     check_options(scope, round_to, min_keep, normalize, NORMS)
-    free, ignored = _free(groups, ignore)
+    free, ignored = cuttable(groups, ignore)
     ranked = [rank(group, scores, round_to, min_keep) for group in free]
     if not ranked:
-        _refuse_nothing(groups, ranked, (), asked)
+        refuse_nothing(groups, ranked, (), asked)
     adjusted = {}
     if keep is not None and scope == "layer":
         shares = _shares(groups, keep)
@@ -98,9 +98,9 @@ def select(
     else:
         limits = {"units" if name == "keep" else name: share for name, share in asked.items()}
         counts = search(ranked, limits, cost, scope, normalize)
-    _refuse_nothing(groups, ranked, counts, asked)
+    refuse_nothing(groups, ranked, counts, asked)
     cuts = tuple(room.cut(number) for room, number in zip(ranked, counts, strict=True))
-    notes: dict[str, Any] = {"scope": scope, "asked": asked, "achieved": _achieved(cuts, cost)}
+    notes: dict[str, Any] = {"scope": scope, "asked": asked, "achieved": achieved_shares(cuts, cost)}
     frozen = {group.name: group.frozen for group in groups if group.frozen is not None}
     extras = {"adjusted": adjusted, "frozen": frozen, "ignored": ignored}
     options = {"round_to": round_to, "min_keep": min_keep} if (round_to, min_keep) != (1, 1) else {}
@@ -146,7 +146,7 @@ def select_greedily(
     scores: dict[str, Tensor] = {}
     check_budget(keep, None, None, cost, "layer")
     shares = _shares(groups, keep)
-    for group in _free(groups, ignore)[0]:
+    for group in cuttable(groups, ignore)[0]:
         scores[group.name] = score(group, Plan(tuple(cuts)))
         room = rank(group, scores, round_to, min_keep)
         cuts.append(room.cut(room.nearest(count(group.size, shares[group.name]))))
@@ -154,7 +154,7 @@ def select_greedily(
     return replace(plan, notes={**plan.notes, "scoring": "greedy"})
 
 
-def _free(groups: Sequence[ChannelGroup], ignore: Sequence[str]) -> tuple[list[ChannelGroup], list[str]]:
+def cuttable(groups: Sequence[ChannelGroup], ignore: Sequence[str]) -> tuple[list[ChannelGroup], list[str]]:
     """The groups that may be cut, and the names of those that are ignored."""
     if isinstance(ignore, str):
         raise SelectionError(f"ignore={ignore!r}: must be a list of names; write [{ignore!r}]")
@@ -171,7 +171,8 @@ def _shares(groups: Sequence[ChannelGroup], keep: float | Mapping[str, float]) -
     return shares
 
 
-def _achieved(cuts: Sequence[Cut], cost: Cost | None) -> dict[str, float]:
+def achieved_shares(cuts: Sequence[Cut], cost: Cost | None) -> dict[str, float]:
+    """Shares of units, and where the cost is known of MACs and parameters, that are left, for the notes."""
     units = sum(cut.size for cut in cuts)
     achieved = {"units": sum(cut.new_size for cut in cuts) / units} if units else {}
     if cost is not None:
@@ -180,9 +181,10 @@ def _achieved(cuts: Sequence[Cut], cost: Cost | None) -> dict[str, float]:
     return achieved
 
 
-def _refuse_nothing(
+def refuse_nothing(
     groups: Sequence[ChannelGroup], ranked: Sequence[Room], counts: Sequence[int], asked: Mapping[str, Any]
 ) -> None:
+    """Refuse to do nothing where something was asked."""
     shares = [v for value in asked.values() for v in (value.values() if isinstance(value, dict) else (value,))]
     if all(share == 1 for share in shares) or any(n < r.group.size for r, n in zip(ranked, counts, strict=True)):
         return
