@@ -1,0 +1,181 @@
+"""Random networks built from the constructs: whatever is cut equals the masked network in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from .networks import check
+
+KINDS = (
+    "conv", "conv", "grouped", "depthwise", "norm", "prelu", "residual", "projected", "padded", "concat", "dense",
+    "excite", "spatial gate", "shuffle", "halves", "slices", "flip", "maxout", "pixel shuffle", "transposed",
+    "group norm", "layer norm", "layer scale", "pool", "upsample", "shared", "functional", "stack", "written",
+)  # fmt: skip
+
+
+class Piece(nn.Module):
+    """One construct: `width` channels in, `self.width` out."""
+
+    def __init__(self, kind: str, width: int, choice: int) -> None:
+        super().__init__()
+        self.kind, self.choice = kind, choice
+        self.width = new = width
+        self.other = 2 + choice % 5
+        if kind in ("conv", "transposed"):
+            new = self.other * 2
+            self.a = nn.Conv2d(width, new, 3, padding=1) if kind == "conv" else nn.ConvTranspose2d(width, new, 1)
+        elif kind == "grouped":
+            groups = 2 if width % 2 == 0 else 1
+            new = groups * self.other
+            self.a = nn.Conv2d(width, new, 3, padding=1, groups=groups)
+        elif kind == "depthwise":
+            new = width * (1 + choice % 2)
+            self.a = nn.Conv2d(width, new, 3, padding=1, groups=width, bias=choice % 3 == 0)
+        elif kind in ("residual", "shared", "dense", "stack", "written", "concat"):
+            out = width if kind in ("residual", "shared", "stack") else self.other
+            self.a = nn.Conv2d(width, out, 3, padding=1)
+            self.b = nn.Conv2d(width, out, 1)
+            new = {"dense": width + out, "concat": 2 * out, "written": 2 * out}.get(kind, width)
+        elif kind == "projected":
+            new = self.other
+            self.a, self.b = nn.Conv2d(width, new, 3, padding=1), nn.Conv2d(width, new, 1, bias=False)
+        elif kind == "padded":
+            new = width + 2
+            self.a = nn.Conv2d(width, new, 3, padding=1)
+        elif kind == "excite":
+            self.a, self.b = nn.Conv2d(width, self.other, 1), nn.Conv2d(self.other, width, 1)
+        elif kind == "spatial gate":
+            self.a = nn.Conv2d(width, 1, 1)
+        elif kind in ("halves", "maxout", "slices"):
+            new = self.other
+            self.a = nn.Conv2d(width, 2 * new + (kind == "slices"), 1)
+            self.cut = new
+        elif kind == "pixel shuffle":
+            new = self.other
+            self.a = nn.Conv2d(width, 4 * new, 1)
+        elif kind == "functional":
+            new = self.other
+            self.a = nn.Parameter(torch.ones(new, width, 1, 1))
+        elif kind == "layer scale":
+            self.a = nn.Parameter(torch.ones(width, 1, 1))
+        elif kind in ("norm", "group norm", "layer norm", "prelu"):
+            parts = next(count for count in (3, 2, 1) if width % count == 0)
+            self.a = {
+                "norm": lambda: nn.BatchNorm2d(width), "group norm": lambda: nn.GroupNorm(parts, width),
+                "layer norm": lambda: nn.LayerNorm(width), "prelu": lambda: nn.PReLU(width),
+            }[kind]()  # fmt: skip
+        self.width = new
+
+    def forward(self, x: Tensor) -> Tensor:
+        return getattr(self, "run_" + self.kind.replace(" ", "_"), self.run_layer)(x)
+
+    def run_layer(self, x: Tensor) -> Tensor:
+        return F.relu(self.a(x)) if self.choice % 2 else self.a(x)
+
+    def run_residual(self, x: Tensor) -> Tensor:
+        return x + self.b(F.relu(self.a(x)))
+
+    def run_projected(self, x: Tensor) -> Tensor:
+        return F.relu(self.a(x)).add_(self.b(x))
+
+    def run_padded(self, x: Tensor) -> Tensor:
+        return self.a(x) + F.pad(x, (0, 0, 0, 0, 1, 1))
+
+    def run_shared(self, x: Tensor) -> Tensor:
+        return self.a(F.relu(self.a(x)))
+
+    def run_concat(self, x: Tensor) -> Tensor:
+        return torch.cat([self.a(x), F.relu(self.b(x))], 1)
+
+    def run_dense(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.a(x)], 1)
+
+    def run_stack(self, x: Tensor) -> Tensor:
+        return torch.stack([self.a(x), self.b(x)]).sum(0)
+
+    def run_written(self, x: Tensor) -> Tensor:
+        a, b = self.a(x), self.b(x)
+        out = x.new_zeros(x.shape[0], a.shape[1] + b.shape[1], *x.shape[2:])
+        out[:, : a.shape[1]] = a
+        out[:, a.shape[1] :] = b
+        return out
+
+    def run_excite(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.b(F.relu(self.a(x.mean((2, 3), keepdim=True)))))
+
+    def run_spatial_gate(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.a(x))
+
+    def run_shuffle(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        groups = 2 if c % 2 == 0 else 1
+        return x.view(n, groups, c // groups, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+    def run_halves(self, x: Tensor) -> Tensor:
+        a, b = self.a(x).chunk(2, dim=1)
+        return a * torch.tanh(b)
+
+    def run_slices(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return y[:, : self.cut].tanh()
+
+    def run_maxout(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return y.view(y.shape[0], -1, 2, *y.shape[2:]).amax(2)
+
+    def run_flip(self, x: Tensor) -> Tensor:
+        return x.flip(1)
+
+    def run_pixel_shuffle(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(F.pixel_shuffle(self.a(x), 2), 2)
+
+    def run_functional(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.a)
+
+    def run_layer_norm(self, x: Tensor) -> Tensor:
+        return self.a(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def run_layer_scale(self, x: Tensor) -> Tensor:
+        return self.a * x
+
+    def run_pool(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 3, 1, 1)
+
+    def run_upsample(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(F.interpolate(x, scale_factor=2), 2)
+
+
+def network(kinds: list[tuple[str, int]], head: int) -> nn.Module:
+    layers: list[nn.Module] = [nn.Conv2d(3, 6, 3, padding=1)]
+    width = 6
+    for kind, choice in kinds:
+        if kind == "depthwise" and width > 16:
+            continue
+        piece = Piece(kind, width, choice)
+        width = piece.width
+        layers.append(piece)
+    if head == 0:
+        layers += [nn.Flatten(), nn.Linear(16 * width, 3)]
+    elif head == 1:
+        layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 3)]
+    else:
+        layers += [nn.Conv2d(width, 3, 1)]
+    return nn.Sequential(*layers)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    kinds=st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 11)), min_size=1, max_size=6),
+    head=st.integers(0, 2),
+    seed=st.integers(0, 9),
+    share=st.sampled_from([0.3, 0.5, 0.8]),
+)
+def test_cut_equals_masked(kinds: list[tuple[str, int]], head: int, seed: int, share: float) -> None:
+    images: Any = torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    check(network(kinds, head), images, seed, share)
