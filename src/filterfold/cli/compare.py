@@ -34,6 +34,8 @@ Examples:
   filterfold compare --data digits --model vgg_small --methods dense,l1,random,online,online-l1 --keep 0.5,0.25
 
   filterfold compare --data cifar10 --model resnet56 --keep 0.5 --out runs/resnet --stop-after 9m
+
+  filterfold compare --data cifar10 --model vgg16 --methods dense,l1,random,largest,mean-std --keep 0.9,0.7,0.5,0.3,0.1
 """
 
 DEMO_EXAMPLES = """
@@ -45,7 +47,8 @@ Examples:
 """
 
 METHODS_HELP = (
-    "Comma-separated: dense; a criterion such as l1 (the original algorithm: train, cut once, retrain) or random; "
+    "Comma-separated: dense; a criterion such as l1 (the original algorithm: train, cut once, retrain), random, largest "
+    "or mean-std; CRITERION-greedy or -iterative (its variants); scratch (the small network from fresh weights); "
     "online (fold clusters while training); online-CRITERION (the same schedule, dropping by a criterion)."
 )
 
