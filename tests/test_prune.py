@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from filterfold.errors import ConfigError, SelectionError, VerificationError
+from filterfold.errors import ConfigError, FilterfoldError, SelectionError, VerificationError
 from filterfold.plan import Cut, Plan, Slice, keep_units
 from filterfold.prune import culprits, prune
 from filterfold.structure import snapshot
@@ -188,3 +188,12 @@ def test_a_wrong_trace_is_caught_before_anything_is_cut(monkeypatch):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     result = prune(model, X, keep={"0": 0.4, "3": 0.5}, on_failure="freeze")
     assert result.plan.widths == {"3": (6, 3)}
+
+
+def test_ignored_groups_are_not_even_scored():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 1))
+    with pytest.raises(FilterfoldError, match="2"):  # no batch norm follows this layer
+        prune(copy.deepcopy(net), torch.zeros(1, 3, 8, 8), criterion="bn-scale", keep=0.5)
+    prune(net, torch.zeros(1, 3, 8, 8), criterion="bn-scale", keep=0.5, ignore=["2"])
+    assert net[0].out_channels == 4
+    assert net[2].out_channels == 6

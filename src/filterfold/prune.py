@@ -18,7 +18,7 @@ from .errors import ConfigError, FilterfoldError, PlanError, SelectionError, Sur
 from .graph import Traced, repair, trace
 from .groups import ChannelGroup
 from .plan import Cut, Plan
-from .selection import LatencyBudget, select, select_for_latency, select_greedily
+from .selection import LatencyBudget, cuttable, select, select_for_latency, select_greedily
 from .structure import unwrap
 from .surgery import Receipt, apply, revert
 from .verify import Verification, rehearse
@@ -142,7 +142,7 @@ def prune(
     traced = trace(inner, example_inputs)
     if scoring not in ("independent", "greedy") or (scoring == "greedy" and (keep is None or scope != "layer")):
         raise ConfigError(f"scoring={scoring!r}: must be 'independent', or 'greedy' together with keep= per layer")
-    scores = score(traced, inner, criterion, loader=loader, seed=seed, follow=follow)
+    scores = score(cuttable(traced, ignore)[0], inner, criterion, loader=loader, seed=seed, follow=follow)
     frozen: dict[str, str] = {}
     if latency is not None and any(budget is not None for budget in (keep, macs, parameters)):
         raise SelectionError("latency= can't be combined with keep=, macs= or parameters=: give one or the other")

@@ -9,6 +9,6 @@ ratio, searched exactly for a budget, or found by measuring time.
 from .folding import from_clusters
 from .forecast import predict
 from .latency import LatencyBudget, select_for_latency
-from .ratio import select, select_greedily
+from .ratio import cuttable, select, select_greedily
 
-__all__ = ["LatencyBudget", "from_clusters", "predict", "select", "select_for_latency", "select_greedily"]
+__all__ = ["LatencyBudget", "cuttable", "from_clusters", "predict", "select", "select_for_latency", "select_greedily"]
