@@ -83,7 +83,8 @@ class Timing(TypedDict):
 
     `mode` is `alone` (by the trial itself, right after training) or `together` (all networks of the comparison,
     interleaved round by round in one process: the one to compare). `rounds` are the seconds of each round;
-    `together_with` fingerprints the set of trials that were measured together.
+    `together_with` fingerprints the set of trials that were measured together; `control` is the ratio of one network's
+    times to its own, taken in the same rounds under another name: 1.00 but for noise.
     """
 
     mode: Literal["alone", "together"]
@@ -93,6 +94,7 @@ class Timing(TypedDict):
     processor: str
     threads: int
     together_with: str | None
+    control: float | None
 
 
 class Record(Described):

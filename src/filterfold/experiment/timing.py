@@ -3,7 +3,9 @@
 Each trial times its own network once. That figure says little beside another one, taken at another time on a machine
 that was busy with something else; so when all trials have ended, one *timing pass* times all networks in one process,
 interleaved: every round takes each network once over the test set, and the median over the rounds is what counts.
-Images are normalised and on the device beforehand; `eval()` and inference mode; the same batches and precision for all.
+One network is timed a second time under another name, as an A/A control: its ratio tells how far figures may differ
+for no reason. Images are normalised and on the device beforehand; `eval()` and inference mode; the same batches and
+precision for all.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ IMAGE_BYTES = 512 << 20
 def measure_alone(model: nn.Module, bench: Bench) -> Timing:
     """Time one network once."""
     images, scale = _images(bench)
-    return _timing("alone", [scale * inference_seconds(model, images, repeats=1)], bench, None)
+    return _timing("alone", [scale * inference_seconds(model, images, repeats=1)], bench, None, None)
 
 
 def measure_together(finished: Sequence[Record], bench: Bench, rounds: int) -> list[Record]:
@@ -58,12 +60,14 @@ def measure_together(finished: Sequence[Record], bench: Bench, rounds: int) -> l
     if all(record["timing"] and record["timing"]["together_with"] == key for record in finished):
         return []
     kept = bench.work("timing.json")
-    seconds = _take_up(kept, key, bench, len(finished))
+    seconds = _take_up(kept, key, bench, len(finished) + 1)  # the last: the first network again, as a control
     try:
         _go_round(finished, seconds, bench, rounds)
     finally:
         write_json(kept, {"where": _where(key, bench), "seconds": seconds})
-    timed = [_timed(record, own, bench, key) for record, own in zip(finished, seconds, strict=True)]
+    *own, control = seconds
+    ratio = statistics.median(control) / statistics.median(own[0])
+    timed = [_timed(record, times, bench, key, ratio) for record, times in zip(finished, own, strict=True)]
     for record in timed:
         records.write(bench.folder, record)
     kept.unlink()
@@ -77,10 +81,14 @@ def _go_round(finished: Sequence[Record], seconds: list[list[float]], bench: Ben
         load(bench.model_file(record["id"]), partial(bench.build, record["seed"]), device=bench.device)
         for record in finished
     ]
-    left = [index for turn in range(rounds) for index in range(len(models)) if len(seconds[index]) <= turn]
+    models.append(models[0])
+    there, back = range(len(models)), range(len(models))[::-1]
+    left = [index for turn in range(rounds) for index in (back if turn % 2 else there) if len(seconds[index]) <= turn]
+    last = 0.0
     for index in track(left, "timing all networks, interleaved", len(left)):
-        bench.deadline.check_next(max(seconds[index], default=0.0))
-        seconds[index].append(scale * inference_seconds(models[index], images, repeats=1))
+        bench.deadline.check_next(max(seconds[index], default=last))
+        last = scale * inference_seconds(models[index], images, repeats=1)
+        seconds[index].append(last)
 
 
 def _take_up(kept: Path, key: str, bench: Bench, count: int) -> list[list[float]]:
@@ -109,7 +117,9 @@ def _images(bench: Bench) -> tuple[list[Tensor], float]:
     return ready, len(test) / held
 
 
-def _timing(mode: Literal["alone", "together"], rounds: list[float], bench: Bench, key: str | None) -> Timing:
+def _timing(
+    mode: Literal["alone", "together"], rounds: list[float], bench: Bench, key: str | None, control: float | None
+) -> Timing:
     return Timing(
         mode=mode,
         rounds=rounds,
@@ -118,15 +128,16 @@ def _timing(mode: Literal["alone", "together"], rounds: list[float], bench: Benc
         processor=processor(),
         threads=torch.get_num_threads(),
         together_with=key,
+        control=control,
     )
 
 
-def _timed(record: Record, rounds: list[float], bench: Bench, key: str) -> Record:
+def _timed(record: Record, rounds: list[float], bench: Bench, key: str, control: float) -> Record:
     result = record["result"]
     assert result is not None
     inference = statistics.median(rounds)
     return {
         **record,
         "result": {**result, "inference_seconds": inference},
-        "timing": _timing("together", rounds, bench, key),
+        "timing": _timing("together", rounds, bench, key, control),
     }
