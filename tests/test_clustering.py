@@ -185,3 +185,30 @@ def test_result_shapes() -> None:
     assert found.labels.dtype == torch.int64
     assert found.centroids.shape == (4, 7)
     assert float(found.centroids.norm(dim=1).max()) <= 1 + 1e-6
+
+
+def test_weights_decide_where_clusters_are_spent() -> None:
+    """Brute force over all partitions into three of seven weighted rows."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(7, 3, generator=generator, dtype=torch.float64)
+    weights = torch.tensor([1.0, 5.0, 0.2, 3.0, 0.5, 1.0, 2.0], dtype=torch.float64)
+    rows = x / x.norm(dim=1, keepdim=True) * weights[:, None]
+
+    def objective(labels: tuple[int, ...]) -> float:
+        return sum(float(rows[[i for i in range(7) if labels[i] == c]].sum(dim=0).norm()) for c in range(3))
+
+    best = max(objective(labels) for labels in itertools.product(range(3), repeat=7) if len(set(labels)) == 3)
+    found = cluster(x, clusters=3, restarts=20, weights=weights)
+    assert objective(tuple(found.labels.tolist())) == pytest.approx(best, rel=1e-9)
+    with pytest.raises(ConfigError, match="weights must be 7 finite numbers that are not negative"):
+        cluster(x, clusters=3, weights=-weights)
+    with pytest.raises(ConfigError, match="weights are for spherical k-means, not 'euclidean'"):
+        cluster(x, clusters=3, weights=weights, method="euclidean")
+
+
+def test_start_competes_with_new_starts_if_asked() -> None:
+    x = bundles(60, 20, 12)
+    poor = [0] * 49 + list(range(1, 12))
+    alone, both = cluster(x, clusters=12, start=poor), cluster(x, clusters=12, start=poor, restarts=8)
+    assert both.inertia <= alone.inertia
+    assert both.inertia <= 1.001 * cluster(x, clusters=12, restarts=8).inertia

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from filterfold.clustering import cluster
 from filterfold.errors import PlanError
-from filterfold.folding import features, fold, parts, share_out
+from filterfold.folding import features, fold, importance, parts, share_out
+from filterfold.folding.gain import regression
 from filterfold.graph.trace import trace
 from filterfold.groups import ChannelGroup
 from filterfold.plan import Plan, Slice
@@ -144,8 +145,10 @@ def make_twins(net: nn.Module, makers: tuple, like: list[int], draw: Callable[[]
     scaled=st.booleans(),
     signs=st.booleans(),
     member=st.booleans(),
+    weighted=st.booleans(),
+    gain=st.sampled_from(["scale", "regression"]),
 )
-def test_folding_twins_changes_nothing(make, seed: int, data, scaled: bool, signs: bool, member: bool) -> None:
+def test_folding_twins_changes_nothing(make, seed, data, scaled, signs, member, weighted, gain) -> None:
     net = prepared(make, seed)
     x = torch.randn(3, 3, 6, 6, dtype=torch.float64)
     labels = {}
@@ -159,7 +162,7 @@ def test_folding_twins_changes_nothing(make, seed: int, data, scaled: bool, sign
         labels[makers[0][0]] = like
     groups = trace(net, x)
     before = net(x)
-    plan = fold(groups, labels, net, representative="member" if member else "mean")
+    plan = fold(groups, labels, net, representative="member" if member else "mean", weighted=weighted, gain=gain)
     assert {name: widths[1] for name, widths in plan.widths.items()} == {n: len(set(v)) for n, v in labels.items()}
     apply(Plan.from_json(plan.to_json()), net)
     torch.testing.assert_close(net(x), before, rtol=1e-12, atol=1e-12)
@@ -229,6 +232,30 @@ def test_group_norm_folds_equal_units_by_mean() -> None:
     assert len(parts(groups[0])) == 2
     apply(fold(groups, {groups[0].name: [0, 0, 1, 1, 2, 2, 3, 3]}, net), net)
     torch.testing.assert_close(net(x), before, rtol=1e-12, atol=1e-12)
+
+
+def test_importance_is_scale_times_what_is_read() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.ReLU(), nn.Conv2d(2, 2, 1))
+    with torch.no_grad():
+        net[1].weight.copy_(torch.tensor([3.0, 1.0]))
+        net[1].bias.copy_(torch.tensor([4.0, 0.0]))
+        net[3].weight.copy_(torch.tensor([[0.6, 1.0], [0.8, 0.0]])[..., None, None])
+    group = trace(net, torch.zeros(1, 1, 4, 4))[0]
+    (part,) = parts(group)
+    torch.testing.assert_close(importance(group, part, dict(net.named_parameters())), torch.tensor([5.0, 1.0]))
+
+
+def test_regression_of_relu_outputs_against_samples() -> None:
+    gamma, beta, cosine = torch.tensor([[0.5, 2.0, 1.0], [0.3, -1.0, 2.0], [0.9, 0.2, -0.5]], dtype=torch.float64)
+    mean = torch.tensor([1.2, 0.8, 1.0], dtype=torch.float64), torch.tensor([0.1, -0.5, 1.0], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 1_000_000, 1, dtype=torch.float64, generator=generator)
+    made = torch.relu(mean[0] * a + mean[1])
+    unit = torch.relu(gamma * (cosine * a + (1 - cosine**2).sqrt() * b) + beta)
+    slope = ((made - made.mean(0)) * unit).mean(0) / made.var(0)
+    found = regression(gamma, beta, *mean, cosine, torch.full((3,), torch.nan))
+    torch.testing.assert_close(found, slope.clamp(min=0), rtol=0.02, atol=0.01)
+    assert regression(gamma[:1], beta[:1], gamma[:1], beta[:1] - 99, cosine[:1], gamma[:1] * 7).item() == 3.5
 
 
 def by_hand(classes: list[int], blocks: list[int]) -> ChannelGroup:

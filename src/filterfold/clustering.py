@@ -1,9 +1,9 @@
 """Grouping vectors that point the same way: k-means on directions, and its relatives.
 
-This room knows matrices, not modules. Filters are few (n ≤ a few thousand) and long (d up to 4608
-in VGG-16), so k-means runs on the n × n matrix of inner products instead of the rows themselves:
-with S[i, c] = Σ_{j in c} x_i·x_j and N_c = ‖Σ_{j in c} x_j‖² every distance, every objective and
-every move follows, an iteration costs O(n²) and not O(n·k·d), and restarts run as one batch.
+This room knows matrices, not modules. Filters are few and long (512 × 4608 in VGG-16), so k-means runs on the n × n
+matrix of inner products instead of the rows themselves: with S[i, c] = Σ_{j in c} x_i·x_j and N_c = ‖Σ_{j in c}
+x_j‖² every distance, every objective and every move follows, an iteration costs O(n²) and not O(n·k·d), and
+restarts run as one batch.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from .errors import ConfigError, ModelError
 Method = Literal["spherical", "euclidean", "agglomerative"]
 METHODS: tuple[Method, ...] = ("spherical", "euclidean", "agglomerative")
 
-_LLOYD_ITERATIONS = 100
-_LOCAL_ROUNDS = 100
+_ROUNDS = 100
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,8 +57,9 @@ def cluster(
     threshold: float | None = None,
     method: Method | None = None,
     seed: int = 0,
-    restarts: int = 4,
+    restarts: int | None = None,
     start: Tensor | Sequence[int] | None = None,
+    weights: Tensor | None = None,
 ) -> Clustering:
     """Partition the rows of a matrix.
 
@@ -67,14 +67,15 @@ def cluster(
 
     - `x`: shape `(n, d)`, any floating type and device; the work is done there. Not modified.
     - `clusters`: how many clusters; more than there are rows means one for every row.
-    - `threshold`: instead, a cosine similarity in [-1, 1]: as few clusters as complete linkage finds
-      in which *any two* rows are at least this similar (agglomerative only).
+    - `threshold`: instead, the cosine similarity that *any two* rows of a cluster must have (complete linkage).
     - `method`: `"spherical"`: k-means on directions (default); `"euclidean"`: k-means on the rows
       as they are; `"agglomerative"`: complete linkage on cosine distance through scikit-learn
       (default with a threshold).
     - `seed`: of the k-means++ start; a generator of its own, PyTorch's global one is not touched.
-    - `restarts`: starts of k-means, run as one batch; the best objective wins.
     - `start`: shape `(n,)`: labels to go on from instead of k-means++ (k-means only).
+    - `restarts`: k-means++ starts, run as one batch (besides `start`); the best objective wins. By default 4, or
+      none with `start`.
+    - `weights`: shape `(n,)`, not negative: how much each row counts in the objective (spherical k-means only).
 
     **Returns:** a `Clustering`. Rows that are zero have no direction: they join the first cluster,
     or one of their own if `clusters` exceeds the number of rows that have one.
@@ -85,8 +86,6 @@ def cluster(
     >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.1]])
     >>> cluster(x, clusters=2).labels.tolist()
     [0, 1, 0]
-    >>> cluster(x, threshold=0.9).count
-    2
 
     ```
     """
@@ -100,12 +99,15 @@ def cluster(
             rows = directions(rows)
         alive = rows.any(dim=1) if method != "euclidean" else rows.new_ones(len(rows), dtype=torch.bool)
         given = None if start is None else torch.as_tensor(start, device=rows.device, dtype=torch.int64)
-        labels = _partition(rows, alive, clusters, threshold, method, seed, restarts, given)
+        if weights is not None:
+            weights = _checked_weights(weights, len(rows), method).to(rows)
+        tries = restarts if restarts is not None else 4 if start is None else 0
+        labels = _partition(rows, alive, clusters, threshold, method, seed, tries, given, weights)
         return _describe(rows, alive, _canonical(labels))
 
 
 def spherical_kmeans(
-    x: Tensor, k: int, *, seed: int = 0, restarts: int = 4, start: Tensor | Sequence[int] | None = None
+    x: Tensor, k: int, *, seed: int = 0, restarts: int | None = None, start: Tensor | Sequence[int] | None = None
 ) -> Clustering:
     """Spherical k-means: `cluster` by the directions of the rows of `x`, shape `(n, d)`, into `k` clusters.
 
@@ -125,8 +127,7 @@ def directions(x: Tensor) -> Tensor:
     largest = x.abs().amax(dim=1, keepdim=True)
     scaled = x / largest.where(largest > 0, 1)  # first, so that tiny rows don't underflow when squared
     length = scaled.norm(dim=1, keepdim=True)
-    unit: Tensor = scaled / length.where(length > 0, 1)
-    return unit
+    return torch.div(scaled, length.where(length > 0, 1))
 
 
 def moved(before: Tensor | Sequence[int], after: Tensor | Sequence[int]) -> int:
@@ -174,6 +175,7 @@ def _partition(
     seed: int,
     restarts: int,
     start: Tensor | None,
+    weights: Tensor | None,
 ) -> Tensor:
     """Labels (any numbering) of all rows; those without direction are set aside first."""
     members = alive.nonzero().squeeze(1)
@@ -189,7 +191,8 @@ def _partition(
     else:
         assert clusters is not None
         begin = None if start is None else _canonical(start[members])
-        part = _kmeans(rows[members], clusters, method == "spherical", seed, max(restarts, 1), begin)
+        own = None if weights is None else weights[members]
+        part = _kmeans(rows[members], clusters, method == "spherical", seed, restarts, begin, own)
     labels[members] = part
     spare = clusters is not None and clusters > len(members)
     labels[~alive] = len(members) if spare else part[0]
@@ -231,24 +234,49 @@ def _agglomerative(rows: Tensor, clusters: int | None, threshold: float | None) 
     return torch.as_tensor(model.fit_predict(distance), dtype=torch.int64, device=rows.device)
 
 
-def _kmeans(rows: Tensor, k: int, spherical: bool, seed: int, restarts: int, start: Tensor | None) -> Tensor:
-    """Labels of k-means with k < n; every cluster has a member."""
+def _kmeans(
+    rows: Tensor,
+    k: int,
+    spherical: bool,
+    seed: int,
+    restarts: int,
+    start: Tensor | None,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Labels of k-means with k < n; every cluster has a member.
+
+    Weighted spherical k-means maximises Σ_c ‖Σ w_i x_i‖: the same search over rows of lengths w_i.
+    """
     if not spherical:
         rows = rows - rows.mean(dim=0)  # distances don't change, cancellation shrinks
     gram = rows @ rows.T
-    if start is None:
-        labels = _plus_plus(gram, k, seed, restarts)
-    elif int(start.max()) >= k:
+    even = torch.ones_like(rows[:, 0]) if weights is None else _even(weights)
+    if start is not None and int(start.max()) >= k:
         raise ConfigError(f"start has {int(start.max()) + 1} clusters, more than the {k} asked for")
-    else:
-        labels = start[None].clone()
-    search = _Search(gram, k, spherical, labels)
+    begins = [] if start is None else [start[None]]
+    if restarts > 0 or not begins:
+        begins.append(_plus_plus(gram, even, k, seed, max(restarts, 1)))
+    labels = torch.cat(begins)
+    search = _Search(gram if weights is None else gram * even[:, None] * even, k, spherical, labels)
     search.lloyd()
     search.single_moves()
     return search.best()
 
 
-def _plus_plus(gram: Tensor, k: int, seed: int, restarts: int) -> Tensor:
+def _even(weights: Tensor) -> Tensor:
+    """Weights around 1, none so small that its row would be lost in rounding."""
+    return (weights / weights.mean()).nan_to_num(1.0).clamp(min=1e-3)
+
+
+def _checked_weights(weights: Tensor, n: int, method: str) -> Tensor:
+    if method != "spherical":
+        raise ConfigError(f"weights are for spherical k-means, not {method!r}")
+    if weights.shape != (n,) or not bool((torch.isfinite(weights) & (weights >= 0)).all()):
+        raise ConfigError(f"weights must be {n} finite numbers that are not negative")
+    return weights.detach()
+
+
+def _plus_plus(gram: Tensor, weights: Tensor, k: int, seed: int, restarts: int) -> Tensor:
     """Labels, shape `(restarts, n)`, of greedy k-means++ (Arthur & Vassilvitskii 2007): nearest of k chosen rows.
 
     Of 2 + ln k candidates for every centre, drawn with probability ∝ squared distance, the one is taken that
@@ -260,7 +288,7 @@ def _plus_plus(gram: Tensor, k: int, seed: int, restarts: int) -> Tensor:
     square = gram.diagonal()
     distance = (square[:, None] + square[None, :] - 2 * gram).clamp(min=0)
     noise = 64 * torch.finfo(gram.dtype).eps * (square[:, None] + square[None, :])
-    distance = distance.where(distance > noise, 0)  # rows that are equal up to rounding: never two centres
+    distance = distance.where(distance > noise, 0) * weights  # rows that are equal up to rounding: never two centres
     centre = (draws[0, :, 0] * n).long().clamp(max=n - 1)
     closest = distance[centre]
     labels = torch.zeros(restarts, n, dtype=torch.int64, device=gram.device)
@@ -322,7 +350,7 @@ class _Search:
 
     def lloyd(self) -> None:
         """Assign every row to its nearest centroid until nothing changes."""
-        for _ in range(_LLOYD_ITERATIONS):
+        for _ in range(_ROUNDS):
             similarity = self._similarity()
             best, labels = similarity.max(dim=1)
             stay = similarity.gather(1, self.labels[:, None, :])[:, 0]
@@ -335,7 +363,7 @@ class _Search:
 
     def single_moves(self) -> None:
         """Move single rows while that betters the objective; moves that share no cluster go together."""
-        for _ in range(_LOCAL_ROUNDS):
+        for _ in range(_ROUNDS):
             gain, target = self._gains()
             accept = self._independent(gain, target)
             if not bool(accept.any()):

@@ -10,10 +10,10 @@ t, give the same function. What t is depends on what makes the channel; `Rule` s
 - `chain` (filter, batch norm, depthwise filter, batch norm): the last batch norm alone sets the scale.
 - `plain`: anything else (norms over several channels): units fold with mean and factor 1; exact if they are equal.
 
-The representative is the mean of the members' directions. Behind a batch norm its filter gets the length, and the
-running variance, of the member nearest to the mean (a mean of directions that differ would be too short); what sets
-the unit's scale is brought to the members' mean. Negative γ: in a group of one filter and one batch norm the sign
-counts as the filter's.
+The representative is the mean of the members' directions, the important ones counting more. Behind a batch norm its
+filter gets the length, and the running variance, of the member nearest to the mean (a mean of directions that
+differ would be too short); what sets the unit's scale is brought to the members' mean. Negative γ: in a group of
+one filter and one batch norm the sign counts as the filter's.
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ from ..errors import PlanError
 from ..groups import ChannelGroup
 from ..plan import Cut, Plan, Slice
 from ..structure import named_tensors, unwrap
-from .units import Maker, filter_slices, makers_of, only_norm, parts, rows_of, sign_of
+from .gain import regression
+from .units import Maker, filter_slices, importance, makers_of, only_norm, parts, rows_of, sign_of
 
 Rule = Literal["raw", "normed", "chain", "plain"]
+Gain = Literal["scale", "regression"]
 
 
 def fold(
@@ -41,6 +43,8 @@ def fold(
     model: nn.Module,
     *,
     representative: Literal["mean", "member"] = "mean",
+    weighted: bool = True,
+    gain: Gain = "scale",
 ) -> Plan:
     """Turn clusters into a plan that folds each into one unit.
 
@@ -50,6 +54,10 @@ def fold(
     - `labels`: group name → cluster of each unit, shape `(size,)`, any numbering.
     - `model`: read for the units' scales; not changed.
     - `representative`: `"mean"` of the members' directions, or the `"member"` nearest to it.
+    - `weighted`: let members count in the mean by their `importance`.
+    - `gain`: each member's factor on the next kernels: its `"scale"`, or where the group is one filter with one batch
+      norm the `"regression"` of its output on the representative's (see `gain.py`), which is better once the next
+      batch norms have seen data, and the same for equal units.
 
     **Returns:** a `Plan` whose slices carry the shares of the members (`Slice.weight`) and whose cuts carry each
     member's factor on the next layers' kernels (`Cut.gain`).
@@ -76,8 +84,9 @@ def fold(
             raise PlanError(f"labels for group {name!r}, which the model does not have")
         group = named[name]
         assignment = _assignment(group, given)
-        cuts.append(_Fold(group, assignment, tensors, modules, representative == "member").cut())
-    return Plan(tuple(cuts), notes={"method": "fold", "representative": representative})
+        cuts.append(_Fold(group, assignment, tensors, modules, representative, weighted, gain).cut())
+    notes = {"method": "fold", "representative": representative, "weighted": weighted, "gain": gain}
+    return Plan(tuple(cuts), notes=notes)
 
 
 def rule_of(makers: Sequence[Maker], modules: Mapping[str, nn.Module]) -> Rule:
@@ -102,7 +111,9 @@ class _Fold:
         assignment: Tensor,
         tensors: Mapping[str, Tensor],
         modules: Mapping[str, nn.Module],
-        member: bool,
+        representative: str,
+        weighted: bool,
+        gain: Gain,
     ) -> None:
         self.group, self.labels, self.tensors, self.modules = group, assignment, tensors, modules
         self.count = int(assignment.max()) + 1
@@ -111,7 +122,8 @@ class _Fold:
         self.size = torch.bincount(assignment, minlength=self.count).double()
         self.alone = self.size[assignment] == 1
         self.nearest = self._nearest()
-        self.share = self.nearest if member else (1 / self.size)[assignment]
+        self.share = self.nearest if representative == "member" else self._shares(weighted)
+        self.regress = gain == "regression"
         norm = only_norm(self.makers)
         self.sign = torch.ones(group.size, dtype=torch.float64)
         if norm is not None and "weight" in norm.slices and self.rule != "plain":
@@ -153,7 +165,21 @@ class _Fold:
             # Inside a chain the next batch norm's variance, the nearest member's, includes this scale.
             target = self._reference(scale) if self.rule == "chain" and norm is not norms[-1] else None
             weights |= self._norm(norm, self._blend(joint, target), longer)
+        only = only_norm(self.makers)
+        if self.regress and only is not None and {"weight", "bias"} <= only.slices.keys():
+            return weights, self._regression(only, self._blend(joint), self._gain(joint))
         return weights, self._gain(joint)
+
+    def _shares(self, weighted: bool) -> Tensor:
+        """Every unit's share in its cluster's mean."""
+        plain = (1 / self.size)[self.labels]
+        if not weighted:
+            return plain
+        weight = torch.zeros_like(plain)
+        for part in parts(self.group):
+            weight[torch.tensor(part.units)] = importance(self.group, part, self.tensors).double().cpu()
+        total = self._sum(weight)[self.labels]
+        return torch.where(total > 0, weight / total.where(total > 0, 1), plain)
 
     def _filter(self, maker: Maker) -> tuple[Tensor, Tensor]:
         """Shares of a filter whose scale is normalised away, and by how much the mean direction was stretched."""
@@ -200,6 +226,20 @@ class _Fold:
     def _gain(self, scale: Tensor) -> Tensor:
         mean = self._mean(scale)[self.labels]
         return torch.where(mean > 0, scale / mean.where(mean > 0, 1), 1)
+
+    def _regression(self, norm: Maker, share: Tensor, otherwise: Tensor) -> Tensor:
+        """Gains by regression of each member on its representative."""
+        gamma, beta = self._rows(norm.slices["weight"]), self._rows(norm.slices["bias"])
+        if gamma.shape[1] != 1:
+            return otherwise
+        gamma, beta = gamma[:, 0] * self.sign, beta[:, 0]
+        unit = (
+            directions(self._rows(next(piece for maker in self.makers for piece in filter_slices(maker))))
+            * self.sign[:, None]
+        )
+        mean = directions(self._sum(unit * self.share[:, None]))[self.labels]
+        own = self._sum(share * gamma)[self.labels], self._sum(share * beta)[self.labels]
+        return regression(gamma, beta, *own, (unit * mean).sum(dim=1), otherwise)
 
     def _mean(self, scale: Tensor) -> Tensor:
         """Mean over each cluster's members with a scale, shape `(count,)`."""

@@ -96,6 +96,26 @@ def features(group: ChannelGroup, part: Part, tensors: Mapping[str, Tensor], kin
     return directions(torch.cat((rows[0] * gamma, beta), dim=1))
 
 
+def importance(group: ChannelGroup, part: Part, tensors: Mapping[str, Tensor]) -> Tensor:
+    """How much of what the next layers read comes from each unit: shape `(len(part.units),)`.
+
+    The scale of its output (‖(γ, β)‖ where it ends in a norm, else the length of its filters) times the length of
+    the kernels that read it. An error made in a unit's direction counts about that much.
+    """
+    makers = makers_of(group)
+    norms = [maker for maker in makers if maker.kind == "norm"]
+    if any(maker.kind == "depthwise" for maker in makers):
+        norms = norms[-1:]
+    made = [maker.slices[leaf] for maker in norms for leaf in ("weight", "bias") if leaf in maker.slices]
+    made = made or [piece for maker in makers for piece in filter_slices(maker)]
+    return _length(made, part, tensors) * _length(group.consumers, part, tensors)
+
+
+def _length(pieces: Sequence[Slice], part: Part, tensors: Mapping[str, Tensor]) -> Tensor:
+    rows = [rows_of(piece, part.units, tensors).float() for piece in pieces]
+    return torch.cat(rows, dim=1).norm(dim=1) if rows else torch.ones(len(part.units))
+
+
 def signs(group: ChannelGroup, tensors: Mapping[str, Tensor]) -> Tensor | None:
     """The units' signs, shape `(size,)`, where some are -1 (negative γ behind the only filter); else None."""
     norm = only_norm(makers_of(group))

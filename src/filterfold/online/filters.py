@@ -66,7 +66,8 @@ class OnlineFilterClustering:
     - `round_to`: widths are multiples of this. `ignore`: glob patterns of groups left alone.
     - `method`: "fold"; as controls a criterion's name (drops the lowest scores at the same milestones to the same
       widths; no pull), or "centroid" (filters are replaced by their cluster's mean, nothing is removed).
-    - `features`: compare "filters" by direction, or "units": with their batch norm's scale and shift.
+    - `features`: compare "units", filters by direction with their batch norm's scale and shift where these are
+      clearly theirs (folds far better once trained), or "filters" alone, as the document has it.
     - `loader`: for criteria that need data. `seed`: of k-means and random scores.
     - `verify`: hold every cut against the masked network before it is made.
 
@@ -103,7 +104,7 @@ class OnlineFilterClustering:
         round_to: int = 1,
         ignore: Sequence[str] = (),
         method: str = FOLD,
-        features: Features = "filters",
+        features: Features = "units",
         loader: Iterable[Any] | None = None,
         seed: int = 0,
         verify: bool = True,
@@ -333,7 +334,7 @@ class OnlineFilterClustering:
             )
             return drop(self._active, scores, counts)
         self._cluster(share, fresh=True)
-        return fold(self._active, self.labels, self._bare) if self.method == FOLD else Plan(())
+        return fold(self._active, self.labels, self._bare, gain="regression") if self.method == FOLD else Plan(())
 
     def _cut(self, plan: Plan) -> tuple[Plan, Verification | None]:
         """Rehearse the plan and apply it; gives it back with the sizes in user code that had to change."""

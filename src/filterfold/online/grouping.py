@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..clustering import Clustering, cluster, moved
-from ..folding import Features, features, parts
+from ..folding import Features, features, importance, parts
 from ..groups import ChannelGroup
 from ..plan import Slice
 
@@ -49,12 +49,12 @@ def regroup(
     wanted: Sequence[int] | float,
     before: Tensor | None,
     *,
-    kind: Features = "filters",
+    kind: Features = "units",
     seed: int = 0,
     fresh: bool = False,
     epoch: int = 0,
 ) -> tuple[Tensor, ClusterRow]:
-    """Cluster the units of a group, each part (class and block) by itself.
+    """Cluster the units of a group, each part (class and block) by itself; important units count more.
 
     **Arguments:**
 
@@ -70,7 +70,10 @@ def regroup(
         units = torch.tensor(part.units)
         x = features(group, part, tensors, kind)
         start = None if before is None else before[units]
-        found = _partition(x, wanted if isinstance(wanted, float) else wanted[index], start, seed, fresh)
+        if isinstance(wanted, float):
+            found = cluster(x, threshold=wanted)
+        else:
+            found = _partition(x, wanted[index], importance(group, part, tensors), start, seed, fresh)
         labels[units] = found.labels.cpu() + count
         count += found.count
         inertia += found.inertia
@@ -100,13 +103,9 @@ def along(piece: Slice, labels: Tensor) -> tuple[Tensor | None, Tensor]:
     return positions, torch.unique(key, return_inverse=True)[1]
 
 
-def _partition(x: Tensor, wanted: int | float, start: Tensor | None, seed: int, fresh: bool) -> Clustering:
-    if isinstance(wanted, float):
-        return cluster(x, threshold=wanted)
-    if start is None or len(torch.unique(start)) > wanted:
-        return cluster(x, clusters=wanted, seed=seed)
-    warm = cluster(x, clusters=wanted, seed=seed, start=start)
-    if not fresh:
-        return warm
-    new = cluster(x, clusters=wanted, seed=seed)
-    return new if new.inertia < warm.inertia else warm
+def _partition(x: Tensor, k: int, weights: Tensor, start: Tensor | None, seed: int, fresh: bool) -> Clustering:
+    """k-means from the clusters of last time, from new starts too if asked, or where there are too many of them."""
+    if start is not None and len(torch.unique(start)) > k:
+        start = None
+    restarts = None if start is None or not fresh else 4
+    return cluster(x, clusters=k, weights=weights, seed=seed, start=start, restarts=restarts)
