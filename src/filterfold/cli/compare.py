@@ -47,8 +47,8 @@ Examples:
 """
 
 METHODS_HELP = (
-    "Comma-separated: dense; a criterion such as l1 (the original algorithm: train, cut once, retrain), random, largest "
-    "or mean-std; CRITERION-greedy or -iterative (its variants); scratch (the small network from fresh weights); "
+    "Comma-separated: dense; a criterion such as l1 (the original algorithm: train, cut once, retrain), random, "
+    "largest or mean-std; CRITERION-greedy or -iterative (its variants); scratch (the small network, fresh weights); "
     "online (fold clusters while training); online-CRITERION (the same schedule, dropping by a criterion)."
 )
 
