@@ -10,6 +10,7 @@ import typer
 from . import compare as comparing
 from . import evaluate as evaluating
 from . import inspect as inspecting
+from . import latency as timing
 from . import prune as pruning
 from . import recipe as recipes
 from . import report as reporting
@@ -68,6 +69,7 @@ _add(pruning.prune, pruning.EXAMPLES, _RESUME)
 _add(sensing.sensitivity, sensing.EXAMPLES, _RESUME)
 _add(comparing.compare, comparing.EXAMPLES, _RESUME)
 _add(inspecting.inspect, inspecting.EXAMPLES, _NOTHING)
+_add(timing.latency, timing.EXAMPLES, _NOTHING)
 _add(reporting.report, reporting.EXAMPLES, _RESUME)
 
 _recipes = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Whole experiments of a paper by name.")

@@ -46,7 +46,7 @@ def inspect(
     from ..graph import trace
     from ..zoo import build
 
-    shape = _shape(image)
+    shape = image_shape(image)
     with live():
         network = build(model, classes=classes, channels=shape[0], width=width, image_size=shape[1])
         example = torch.zeros(1, *shape)
@@ -92,10 +92,10 @@ def _shortened(tensors: Iterable[str], limit: int = 4) -> str:
     return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def _shape(text: str) -> tuple[int, int, int]:
+def image_shape(text: str) -> tuple[int, int, int]:
     """Channels, height, width.
 
-    >>> _shape("3x32x32")
+    >>> image_shape("3x32x32")
     (3, 32, 32)
     """
     parts = text.lower().split("x")

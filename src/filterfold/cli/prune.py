@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -31,6 +31,8 @@ Examples:
 
   filterfold prune -m resnet56 -w resnet56.safetensors -d cifar10 --macs 0.5 --round-to 8 --retrain-epochs 40
 
+  filterfold prune -m vgg16 -w vgg16.safetensors -d cifar10 --latency 0.25 --out fast.safetensors
+
   filterfold prune -m vgg16 -w vgg16.safetensors --keep 'features.0=0.5' --keep 'features.3?=0.25' --out s.safetensors
 """
 
@@ -47,6 +49,10 @@ class CutOptions:
     ] = None
     macs: Annotated[float | None, Option(help="Share of the MACs that may remain.", rich_help_panel=CUT)] = None
     parameters: Annotated[float | None, Option(help="Share of parameters that may remain.", rich_help_panel=CUT)] = None
+    latency: Annotated[
+        float | None, Option(help="Share of the time, measured on this device, that may remain.", rich_help_panel=CUT)
+    ] = None
+    latency_batch: Annotated[int, Option(help="Images at a time for --latency.", rich_help_panel=CUT, min=1)] = 64
     criterion: Annotated[str, Option(help="l1, l2, random, fpgm, taylor, …", rich_help_panel=CUT)] = "l1"
     scope: Annotated[str, Option(help="Rank filters by layer or all together: layer, global.", rich_help_panel=CUT)] = (
         "layer"
@@ -57,12 +63,17 @@ class CutOptions:
 
     def keywords(self) -> dict[str, Any]:
         """Keyword arguments of `filterfold.prune`."""
-        if sum(bool(budget) for budget in (self.keep, self.macs, self.parameters)) != 1:
-            raise ConfigError("say how much may stay: one of --keep, --macs and --parameters, such as --keep 0.5")
+        from ..selection import LatencyBudget
+
+        if sum(bool(budget) for budget in (self.keep, self.macs, self.parameters, self.latency)) != 1:
+            raise ConfigError(
+                "say how much may stay: one of --keep, --macs, --parameters and --latency, such as --keep 0.5"
+            )
         return {
             "keep": _shares(self.keep) if self.keep else None,
             "macs": self.macs,
             "parameters": self.parameters,
+            "latency": LatencyBudget(self.latency, batch_size=self.latency_batch) if self.latency else None,
             "criterion": self.criterion,
             "scope": self.scope,
             "round_to": self.round_to,
@@ -101,7 +112,10 @@ def prune(
         data = images.load()
         model = with_weights(lambda: chosen.build(data), weights, device)
         before = copy.deepcopy(model)
-        result = _cut(model, data, budget, seed, device)
+        kept = out.with_name(f".{out.name}.widths")
+        result = _cut(model, data, _as_before(kept, budget), seed, device)
+        if budget["latency"] and retrain_epochs:
+            result = _keep_widths(kept, result)
         stages = {"before": _top1(before, data, evaluate), "after the cut": _top1(model, data, evaluate)}
         if retrain_epochs:
             recipe = Recipe(
@@ -115,6 +129,7 @@ def prune(
             stages["after retraining"] = _top1(model, data, evaluate)
         latency = _latency(before, model, data)
         _save(model, result, out, stages)
+        kept.unlink(missing_ok=True)
     _show(result, stages, latency)
     say(f"network: {out}")
 
@@ -127,6 +142,33 @@ def _cut(model: nn.Module, data: ImageData, budget: dict[str, Any], seed: int, d
 
     loader = list(islice(batches(data.train, 128, shuffle=True, seed=seed, device=device), 10))
     return prune(model, _example(data, device), loader=loader, seed=seed, on_failure="freeze", **budget)
+
+
+def _as_before(kept: Path, budget: dict[str, Any]) -> dict[str, Any]:
+    """The budget; or the widths of a run that was stopped in retraining, as a clock never gives the same ones again."""
+    plan = _kept_plan(kept)
+    latency = budget["latency"]
+    if latency is None or plan is None or plan.notes["latency"]["asked"] != latency.share:
+        return budget
+    widths = {name: new / old for name, (old, new) in plan.widths.items()}
+    return {**budget, "latency": None, "round_to": 1, "keep": widths}
+
+
+def _keep_widths(kept: Path, result: PruneResult) -> PruneResult:
+    """Note the plan until retraining is done; taken up from such a note, the result has its figures again."""
+    from ..storage import write_text
+
+    plan = _kept_plan(kept)
+    if "latency" in result.plan.notes or plan is None:
+        write_text(kept, result.plan.to_json())
+        return result
+    return replace(result, plan=plan) if plan.cuts == result.plan.cuts else result
+
+
+def _kept_plan(kept: Path) -> Plan | None:
+    from ..plan import Plan
+
+    return Plan.from_json(kept.read_text(encoding="utf-8")) if kept.exists() else None
 
 
 def _example(data: ImageData, device: str) -> Tensor:
@@ -187,6 +229,10 @@ def _show(result: PruneResult, stages: dict[str, float | None], latency: Compari
         if first is not None and top1 is not None and name != "before":
             rows.append((f"top-1 (test) {name}", f"{first:.2f} %", f"{top1:.2f} %", f"{top1 - first:+.2f}"))
     table("The network", ("", "before", "after", ""), rows)
+    if found := result.plan.notes.get("latency"):
+        shares = ", ".join(f"{name} {found[name]:.1%}" for name in ("asked", "predicted", "measured"))
+        low, high = found["interval"]
+        say(f"time at batch {found['batch_size']}: {shares} (95 %: {low:.1%} to {high:.1%})")
     for name, reason in result.frozen.items():
         say(f"left whole: {name}: {reason}")
     say(f"verified: {result.verified}")
