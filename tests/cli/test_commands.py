@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -150,6 +151,24 @@ def test_prune_to_a_budget(trained: Path, tmp_path: Path) -> None:
     assert inspect(out).metadata["test_top1"] == {"before": None, "after the cut": None}
 
 
+def test_prune_to_onnx(trained: Path, tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    out, onnx = tmp_path / "small.safetensors", tmp_path / "small.onnx"
+    command = ["prune", "-m", "vgg_small", "-d", "digits", "--width", "0.25", "-w", str(trained / "model.safetensors")]
+    command += ["--keep", "0.5", "--out", str(out), "--onnx", str(onnx), "--no-evaluate", "--threads", "1"]
+    run(*command)
+    inputs = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    session = runtime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
+    [found] = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
+    expected = load(out, dense).eval()(inputs).detach()
+    assert torch.allclose(torch.from_numpy(found), expected, atol=1e-4)
+    before = onnx.read_bytes()
+    out.unlink()
+    run(*command, code=2)  # the ONNX file is in the way
+    assert onnx.read_bytes() == before
+    assert not out.exists()
+
+
 def test_demo_twice(tmp_path: Path) -> None:
     command = ["demo", "--trials", "2", "--epochs", "2", "--out", str(tmp_path / "demo")]
     first = run(*command)
@@ -235,6 +254,4 @@ def _gpu_plan(option: str, folder: Path, piece: str) -> int:
 
 
 def _example() -> Any:
-    import torch
-
     return torch.zeros(1, 1, 8, 8)

@@ -88,6 +88,7 @@ def prune(
     cut: CutOptions,
     weights: Annotated[Path, Option("--weights", "-w", help=WEIGHTS_HELP)],
     out: Annotated[Path, Option("--out", "-o", help="The pruned network's file.")] = Path("pruned.safetensors"),
+    onnx: Annotated[Path | None, Option(help="Also write an ONNX file, checked in ONNX Runtime.")] = None,
     overwrite: Overwrite = False,
     retrain_epochs: Annotated[int, Option(help="Train on after the cut.", rich_help_panel="Retraining", min=0)] = 0,
     retrain_lr: Annotated[float, Option(help="At this constant learning rate.", rich_help_panel="Retraining")] = 0.001,
@@ -106,7 +107,8 @@ def prune(
 
     use_threads(threads)
     budget = cut.keywords()
-    refuse_existing(out, overwrite)
+    for path in filter(None, (out, onnx)):
+        refuse_existing(path, overwrite)
     device = resolve(device)
     with live():
         data = images.load()
@@ -129,9 +131,11 @@ def prune(
             stages["after retraining"] = _top1(model, data, evaluate)
         latency = _latency(before, model, data)
         _save(model, result, out, stages)
+        if onnx is not None:
+            _export(model, data, onnx)
         kept.unlink(missing_ok=True)
     _show(result, stages, latency)
-    say(f"network: {out}")
+    say(f"network: {out}" + (f" and {onnx}" if onnx else ""))
 
 
 def _cut(model: nn.Module, data: ImageData, budget: dict[str, Any], seed: int, device: str) -> PruneResult:
@@ -208,6 +212,12 @@ def _save(model: nn.Module, result: PruneResult, out: Path, stages: dict[str, fl
 
     about = {"command": command(), "test_top1": stages, "environment": describe()}
     save(model, out, plan=result.plan, metadata=about)
+
+
+def _export(model: nn.Module, data: ImageData, path: Path) -> None:
+    from ..export import to_onnx
+
+    to_onnx(copy.deepcopy(model).cpu(), _example(data, "cpu"), path)
 
 
 def _show(result: PruneResult, stages: dict[str, float | None], latency: Comparison) -> None:

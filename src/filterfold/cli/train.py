@@ -104,6 +104,8 @@ def _run(
             fresh=overwrite,
         )
     if outcome.failed:
+        if bug := outcome.failed[0]["environment"].get("traceback"):
+            typer.echo(bug, err=True)
         raise TrainingError(f"{trial.label} seed {trial.seed} failed: {outcome.failed[0]['reason']}")
     if not outcome.complete:
         say(f"stopped in time; the same command goes on from here ({folder})")
