@@ -29,7 +29,8 @@ _PREFERENCES: tuple[Callable[[Split], int], ...] = (
     lambda split: max(split.options),
 )
 _CONTAINERS = (dict, list, set, OrderedDict)
-"""What modules keep their tensors, and their own caches, in."""
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
+"""What a module's own caches are kept in, and what PyTorch keeps its tensors in."""
 _RULE_FILES = (rules_layer, rules_math, rules_shape)
 
 
@@ -105,9 +106,11 @@ def _walk(model: nn.Module, example_inputs: Any, choices: Mapping[int, int]) -> 
     walk = Walk(Ledger(), RULES, choices)
     names = _register(model, walk)
     positional, keywords = arguments_of(example_inputs)
-    with left_as_it_was(model, walk):
+    with left_as_it_was(model, walk) as cached:
         model.eval()
         _run(model, walk, positional, keywords)
+        for tensor in cached():
+            walk.freeze(walk.layout(tensor), "kept by the model from one call to the next")
         unmet = [name for key, name in names.items() if key not in walk.met]
         steps = tuple(walk.steps)
         if unmet:
@@ -201,27 +204,38 @@ def _leaves(value: Any, depth: int = 0) -> Iterator[Tensor]:
 
 
 @contextmanager
-def left_as_it_was(model: nn.Module, walk: Walk) -> Iterator[None]:
-    """Restore modes, attributes, buffers and random state when done."""
+def left_as_it_was(model: nn.Module, walk: Walk) -> Iterator[Callable[[], Iterator[Tensor]]]:
+    """Restore modes, attributes, buffers and random state when done.
+
+    Gives a function that lists the tensors that the model has put into its own lists and dictionaries.
+    """
     modules = [(module, dict(vars(module))) for module in model.modules()]
     containers = [
         (value, value.copy())
         for _, attributes in modules
-        for value in attributes.values()
-        if type(value) in _CONTAINERS
+        for name, value in attributes.items()
+        if type(value) in _CONTAINERS and name not in _REGISTRIES
     ]
+    registries = [(attributes[name], attributes[name].copy()) for _, attributes in modules for name in _REGISTRIES]
+
+    def cached() -> Iterator[Tensor]:
+        for container, content in containers:
+            if isinstance(container, dict | list) and not _same_content(container, content):
+                old = {id(tensor) for tensor in _leaves(content)}
+                yield from (tensor for tensor in _leaves(container) if id(tensor) not in old)
+
     states = random.getstate(), np.random.get_state()  # noqa: NPY002  # the global state is the user's
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:
         with torch.random.fork_rng(devices=devices):
-            yield
+            yield cached
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
         for tensor, value in walk.saved.values():
             with torch.no_grad():
                 tensor.copy_(value)
-        for container, content in containers:
+        for container, content in (*containers, *registries):
             if not _same_content(container, content):
                 container.clear()
                 container.extend(content) if isinstance(container, list) else container.update(content)
