@@ -156,8 +156,7 @@ def prune(
             plan = select_greedily(groups, again, keep=keep, cost=before, **options)
             return replace(plan, notes={"criterion": _name(criterion), **plan.notes})
         if latency is not None:
-            lenient = verify and on_failure == "freeze"
-            plan = _timed(inner, example_inputs, traced, groups, scores, latency, before, lenient, options)
+            plan = _timed(inner, example_inputs, traced, groups, scores, latency, before, verify, options)
             return replace(plan, notes={"criterion": _name(criterion), **plan.notes})
         plan = select(groups, scores, keep=keep, macs=macs, parameters=parameters, cost=before, scope=scope, **options)
         return replace(plan, notes={"criterion": _name(criterion), **plan.notes})
@@ -192,10 +191,10 @@ def _timed(
     scores: Mapping[str, Tensor],
     latency: float | LatencyBudget,
     cost: Cost,
-    lenient: bool,
+    verify: bool,
     options: Mapping[str, Any],
 ) -> Plan:
-    """The plan that meets a latency budget; if lenient, the one whose trial cut fails, for verification to judge."""
+    """The plan that meets a latency budget; or one whose trial cut fails, where verification follows to say why."""
     tried: list[Plan] = []
 
     def cut(plan: Plan) -> nn.Module:
@@ -212,7 +211,7 @@ def _timed(
     try:
         return select_for_latency(groups, scores, latency=latency, **where, **options)
     except FilterfoldError as error:
-        if isinstance(error, SelectionError) or not (lenient and tried):
+        if isinstance(error, SelectionError) or not (verify and tried):
             raise
         return tried[-1]
 

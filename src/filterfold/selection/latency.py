@@ -110,11 +110,12 @@ def select_for_latency(
     `select` does.
     """
     budget = latency if isinstance(latency, LatencyBudget) else LatencyBudget(latency)
-    check_options("layer", round_to or 1, min_keep, "mean", NORMS)
+    round_to = 1 if round_to is None else round_to
+    check_options("layer", round_to, min_keep, "mean", NORMS)
     groups = tuple(groups)
     free, ignored = cuttable(groups, ignore)
     ruler = _Ruler(model, example_inputs, budget, cut)
-    rooms = [_room(group, scores, round_to or 1, min_keep, ruler.times) for group in free]
+    rooms = [_room(group, scores, round_to, min_keep, ruler.times) for group in free]
     asked = {"latency": budget.share}
     if all(len(room.allowed) == 1 for room in rooms):
         refuse_nothing(groups, rooms, tuple(room.group.size for room in rooms), asked)
