@@ -77,7 +77,11 @@ class DataOptions:
     normalization: Annotated[str, Option(help="dataset or imagenet.", rich_help_panel="Data")] = "dataset"
     augment: Annotated[
         str | None,
-        Option(help="none, crop or crop-flip.", show_default="what suits the data", rich_help_panel="Data"),
+        Option(
+            help="none, crop, crop-flip; streamed: resized-crop-flip, torchvision.",
+            show_default="what suits the data",
+            rich_help_panel="Data",
+        ),
     ] = None
     cache_dir: Annotated[
         Path | None,

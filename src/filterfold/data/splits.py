@@ -161,7 +161,8 @@ def batches(
     - `shuffle`: whether the order is drawn anew.
     - `augment`: for splits in memory `none`, `crop` (black padding of an eighth of the size, random
       place) or `crop-flip` (and mirrored by chance, He et al. 2016, section 4.2); for streamed ones
-      `none` (resize, centre crop) or `resized-crop-flip` (Szegedy et al. 2015).
+      `none` (resize, centre crop), `resized-crop-flip` (Szegedy et al. 2015), or `torchvision` (the same
+      by torchvision's v2 transforms).
     - `seed`, `epoch`: see above.
     - `device`, `dtype`, `channels_last`: what the images come as. A split in memory is best moved to
       the device once, with `split.to(device)`.

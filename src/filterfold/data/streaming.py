@@ -17,7 +17,9 @@ from .augment import seeded
 from .decode import convert, fit, open_image, to_array, unreadable
 from .splits import Normalization
 
-POLICIES = ("none", "resized-crop-flip")
+POLICIES = ("none", "resized-crop-flip", "torchvision")
+"""`resized-crop-flip` needs Pillow only; `torchvision` is the same with torchvision's v2 transforms, which scale and
+crop to whole pixels and smooth where they shrink: for comparisons with figures that were made so."""
 
 AREA = (0.08, 1.0)
 RATIO = (3 / 4, 4 / 3)
@@ -71,7 +73,7 @@ class StreamedSplit:
             raise ConfigError(f"augment={augment!r} is not one of {', '.join(POLICIES)} (for streamed data)")
         workers = min(16, (os.cpu_count() or 1) - 1) if self.workers is None else self.workers
         loader: DataLoader[Tensor] = DataLoader(
-            _Decoder(self, augment != "none", seed, epoch),
+            _Decoder(self, augment, seed, epoch),
             batch_sampler=[chunk.tolist() for chunk in chunks],
             num_workers=workers,
             pin_memory=torch.cuda.is_available(),
@@ -81,8 +83,9 @@ class StreamedSplit:
 
 
 class _Decoder(Dataset[Tensor]):
-    def __init__(self, split: StreamedSplit, train: bool, seed: int, epoch: int) -> None:
-        self.split, self.train, self.seed, self.epoch = split, train, seed, epoch
+    def __init__(self, split: StreamedSplit, augment: str, seed: int, epoch: int) -> None:
+        self.split, self.augment, self.seed, self.epoch = split, augment, seed, epoch
+        self.transform = _torchvision(split.image_size) if augment == "torchvision" else None
 
     def __len__(self) -> int:
         return len(self.split)
@@ -93,13 +96,27 @@ class _Decoder(Dataset[Tensor]):
         entry = split.rows[row][split.image_column]
         try:
             image = convert(open_image(entry), split.channels)
-            if self.train:
+            if self.transform is not None:
+                with torch.random.fork_rng(devices=[]):  # these transforms draw from the global random state
+                    torch.manual_seed(seeded(self.seed, self.epoch, index, 4).initial_seed())
+                    image = self.transform(image)
+            elif self.augment != "none":
                 image = _resized_crop_flip(image, split.image_size, seeded(self.seed, self.epoch, index, 4))
             else:
                 image = _centre(image, split.image_size)
         except Exception as error:  # Pillow's plugins raise anything
             raise unreadable(split.name, split.role, row, entry, error) from error
         return torch.from_numpy(to_array(image).copy())
+
+
+def _torchvision(size: int) -> Any:
+    """The transforms of torchvision's ImageNet recipe: random resized crop (antialiased), mirrored by chance."""
+    try:
+        from torchvision.transforms import v2
+    except (ImportError, RuntimeError) as error:  # a torchvision that doesn't fit torch raises RuntimeError
+        reason = (str(error).splitlines() or [""])[0]
+        raise ConfigError(f"augment='torchvision': torchvision can't be imported ({reason})") from error
+    return v2.Compose([v2.RandomResizedCrop(size, scale=AREA, ratio=RATIO), v2.RandomHorizontalFlip()])
 
 
 def _resized_crop_flip(image: Any, size: int, generator: torch.Generator) -> Any:
