@@ -1,6 +1,6 @@
 """The sensitivity sweep of ResNet-56: 27 first convolutions x 9 ratios on 2,000 validation images, 2 threads.
 
-    python benchmarks/sensitivity_sweep.py SHARED [--criteria l1,random,largest] [--out results/...json]
+    python benchmarks/sensitivity_sweep.py SHARED [--criteria l1,random,largest] [--out results/...]
 
 SHARED holds `weights/` and `data/cifar10`. Says how long it took, and whether the findings of Li et al. (2017)
 hold: layers 20, 38 and 54 the most sensitive; smallest before random before largest at 50 %.
@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-import filterfold
 from filterfold import data, graph, zoo
+from filterfold.experiment.environment import describe
+from filterfold.report.sensitivity import write
 from filterfold.sensitivity import RATIOS, sweep
 from filterfold.storage import read_safetensors
 
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--split", default="validation", choices=("validation", "test"))
     parser.add_argument("--images", type=int, default=2000)
-    parser.add_argument("--out", type=Path, default=Path("results/sensitivity_resnet56.json"))
+    parser.add_argument("--out", type=Path, default=Path("results/sensitivity_resnet56"), help="folder")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = zoo.build("resnet56")
@@ -45,20 +45,17 @@ def main() -> None:
         ratios=[float(ratio) for ratio in options.ratios.split(",")],
         layers=["layer*.conv1"],
         images=options.images,
-        path=options.out.with_suffix(".part"),
+        path=options.out / "sensitivity.part",
     )
     conditions = {
         "model": "resnet56",
         "weights": "resnet56-cifar10.safetensors",
         "data": f"cifar10, {options.split} split, {found.images} images",
         "normalization": "imagenet",
-        "filterfold": filterfold.__version__,
-        "torch": torch.__version__,
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
+        **{key: value for key, value in describe("cpu").items() if key != "packages"},
         "load_average": os.getloadavg(),
     }
-    replace(found, conditions=conditions).write(options.out)
+    write(replace(found, conditions=conditions), options.out)
     print(f"base {found.base['top1']:.2f} %, {found.seconds:.0f} s on the clock, {found.cpu_seconds:.0f} s of CPU")
     for criterion in found.criteria:
         if 0.5 in found.ratios:
