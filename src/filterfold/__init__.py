@@ -21,9 +21,10 @@ from .criteria import CRITERIA, criterion, score
 from .errors import FilterfoldError
 from .graph import trace
 from .groups import ChannelGroup
+from .latency import measure_latency
 from .plan import Cut, Plan, Slice
 from .prune import PruneResult, prune
-from .selection import from_clusters, select
+from .selection import LatencyBudget, from_clusters, select
 from .surgery import Receipt, apply
 from .verify import Verification, masked, verify
 
@@ -39,6 +40,7 @@ __all__ = [
     "Cost",
     "Cut",
     "FilterfoldError",
+    "LatencyBudget",
     "OnlineFilterClustering",
     "Plan",
     "PruneResult",
@@ -53,6 +55,7 @@ __all__ = [
     "load_weights",
     "masked",
     "measure",
+    "measure_latency",
     "prune",
     "save",
     "score",

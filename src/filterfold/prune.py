@@ -65,6 +65,9 @@ class PruneResult:
             "  ".join([row[0].ljust(wide[0]), *(cell.rjust(w) for cell, w in zip(row[1:], wide[1:], strict=True))])
             for row in rows
         ]
+        if found := self.plan.notes.get("latency"):
+            shares = ", ".join(f"{name} {found[name]:.1%}" for name in ("asked", "predicted", "measured"))
+            lines.append(f"time at batch {found['batch_size']}: {shares}")
         lines.append(str(self.verified) if self.verified is not None else "not verified")
         lines += [f"left whole: {name}: {reason}" for name, reason in self.frozen.items()]
         return "\n".join(line.rstrip() for line in lines)

@@ -58,6 +58,9 @@ def test_the_budget_is_met_by_the_clock_and_nearly_used_up(share, elementwise):
     assert json.loads(result.plan.to_json())["notes"]["latency"]["tries"]
     assert result.verified
     assert result.verified.ok
+    found = notes["latency"]
+    line = f"time at batch 2: asked {share:.1%}, predicted {found['predicted']:.1%}, measured {found['measured']:.1%}"
+    assert line in str(result).splitlines()
 
 
 def test_widths_are_those_that_the_hardware_likes():

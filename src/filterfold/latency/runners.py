@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import ConfigError
-from ..export import to_onnx
 from ..modes import call
 from .clock import place_of
 
@@ -70,6 +69,8 @@ def _session(model: nn.Module, example: Any) -> Runner:
     device, _ = place_of(model)
     if device.type != "cpu":
         raise ConfigError(f"mode='onnxruntime' is timed on the CPU; move the networks from {device} to it")
+    from ..export import to_onnx
+
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "network.onnx"
         to_onnx(model, example, file, check=False)
