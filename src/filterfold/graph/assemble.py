@@ -132,9 +132,11 @@ def _gather(ledger: Ledger, component: Ints, count: int, filters: list[AxisLabel
     axes: list[list[AxisLabels]] = [[] for _ in sizes]
     for entry in ledger.axes:
         touched = group_of[_span(entry)]
-        if touched.size and touched.max() != NOWHERE:
-            for group in np.unique(touched[touched != NOWHERE]).tolist():
-                axes[group].append(entry)
+        if not touched.size or (first := touched[0]) == (last := touched[-1]) == NOWHERE == touched.max():
+            continue
+        whole = first == last and (touched == first).all()
+        for group in [int(first)] if whole else np.unique(touched[touched != NOWHERE]).tolist():
+            axes[group].append(entry)
     return _Members(group_of, unit[component], axes, sizes, makers)
 
 
@@ -185,6 +187,15 @@ def _finer(first: Ints, second: Ints) -> Ints | None:
     return second if pairs == len(np.unique(second)) else None
 
 
+def _kinds(counts: list[Ints]) -> Ints:
+    """Number the columns of `counts` so that equal columns get equal numbers."""
+    kinds = np.zeros_like(counts[0])
+    for row in counts:
+        if row.min() != row.max():
+            kinds = np.unique(kinds * (int(row.max()) + 1) + row, return_inverse=True)[1].reshape(-1)
+    return kinds
+
+
 def _describe(
     ledger: Ledger,
     members: _Members,
@@ -212,7 +223,7 @@ def _describe(
         mine = members.unit_of[piece][members.group_of[piece] == group]
         if mine.size:
             counts.append(np.bincount(mine, minlength=size))
-    classes = np.unique(np.stack(counts), axis=1, return_inverse=True)[1].reshape(-1)
+    classes = _kinds(counts)
     return ChannelGroup(
         name=name,
         size=size,

@@ -11,6 +11,7 @@ per axis says everything, and what would make an axis ragged ties labels instead
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -92,6 +93,14 @@ class Ledger:
             found |= (vector >= start) & (vector < stop)
         return found
 
+    def _owners(self, vector: Vector) -> list[AxisLabels]:
+        """The parameter axes that labels come from; nearly always the whole of one."""
+        entry = self.axes[bisect_right(self._starts, vector[0]) - 1]
+        if vector[0] == entry.start and len(vector) == entry.size and vector[-1] == entry.start + entry.size - 1:
+            return [entry]
+        places = np.searchsorted(self._starts, vector, side="right") - 1
+        return [self.axes[place] for place in np.unique(places)]
+
     def join(self, first: Vector, second: Vector) -> None:
         """The labels at equal places (after broadcasting) go together."""
         if first is not second:
@@ -141,9 +150,7 @@ class Ledger:
         An axis that makes channels and also reads them (a tied weight) counts as making them.
         """
         for vector in axis or ():
-            places = np.searchsorted(self._starts, vector, side="right") - 1
-            for place in np.unique(places):
-                entry = self.axes[place]
+            for entry in self._owners(vector):
                 before = self.roles.get(entry.start)
                 if maybe and before is None:
                     self.maybe.add(entry.start)

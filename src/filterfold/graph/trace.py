@@ -29,7 +29,7 @@ _PREFERENCES: tuple[Callable[[Split], int], ...] = (
     lambda split: max(split.options),
 )
 _CONTAINERS = (dict, list, set, OrderedDict)
-_REGISTRIES = ("_parameters", "_buffers", "_modules")
+_REGISTRIES = ("_parameters", "_buffers")
 """What a module's own caches are kept in, and what PyTorch keeps its tensors in."""
 _RULE_FILES = (rules_layer, rules_math, rules_shape)
 
@@ -214,7 +214,7 @@ def left_as_it_was(model: nn.Module, walk: Walk) -> Iterator[Callable[[], Iterat
         (value, value.copy())
         for _, attributes in modules
         for name, value in attributes.items()
-        if type(value) in _CONTAINERS and name not in _REGISTRIES
+        if type(value) in _CONTAINERS and not name.startswith("_")
     ]
     registries = [(attributes[name], attributes[name].copy()) for _, attributes in modules for name in _REGISTRIES]
 
