@@ -79,20 +79,21 @@ def table(title: str | None, columns: Iterable[str], rows: Iterable[Iterable[str
 
     **Arguments:**
 
-    - `texts`: how many columns hold text, to the left, wrapped from the second on; the others hold figures.
+    - `texts`: how many columns hold text, to the left; the others hold figures.
     """
     if title is not None:
         console.print(title, style="bold", markup=False)
-    columns = list(columns)
-    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=any(columns))
+    columns, cells = list(columns), [list(row) for row in rows]
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_header=any(columns))
     for index, name in enumerate(columns):
+        words = " ".join([name, *(row[index] for row in cells)]).split()
         drawn.add_column(
             name,
             justify="left" if index < texts else "right",
-            no_wrap=index == 0 or index >= texts,
             overflow="fold",
+            min_width=max(map(len, words), default=1),  # a narrow terminal wraps between words, and never cuts a figure
         )
-    for row in rows:
+    for row in cells:
         drawn.add_row(*map(escape, row))
     console.print(drawn)
 
