@@ -9,6 +9,7 @@ from itertools import accumulate
 from math import log, prod
 
 from ..latency import LayerCall, LayerTimes
+from ..progress import track
 from .forecast import axes, per_unit
 from .order import Room
 
@@ -139,7 +140,10 @@ def descend(rooms: Sequence[Room], forecast: Forecast) -> list[Counts]:
     counts = forecast.full
     stations = [counts]
     best: list[tuple[float, int] | None] = [_step(room, kept[i], forecast, counts, i) for i, room in enumerate(rooms)]
-    while any(best):
+    steps = sum(len(room.allowed) - 1 for room in rooms)
+    for _ in track(range(steps), "timing layers at smaller widths", steps):
+        if not any(best):
+            break  # a step may take several widths at once
         index = max((i for i, step in enumerate(best) if step), key=lambda i: (best[i] or (0.0, 0))[0])
         counts = (*counts[:index], (best[index] or (0.0, 0))[1], *counts[index + 1 :])
         stations.append(counts)

@@ -24,6 +24,7 @@ from ..latency import (
     threads_set,
 )
 from ..plan import Plan
+from ..progress import track
 from .checks import check_options
 from .descent import Counts, Forecast, descend, friendly
 from .order import Room, rank
@@ -200,7 +201,7 @@ class _Way:
         best: tuple[int, Comparison] | None = None
         tries: list[dict[str, float]] = []
         margin = CLOSE / 2
-        for left in reversed(range(budget.rounds)):
+        for left in track(reversed(range(budget.rounds)), "cutting copies and timing them", budget.rounds):
             aim = self._station(budget.share * (1 - margin) / factor, slow, fast)
             if left == 0 and best is None:
                 aim = last
