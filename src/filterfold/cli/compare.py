@@ -12,11 +12,13 @@ from typer import Option
 from ..errors import ConfigError
 from . import results
 from .display import live, say
+from .engines import EngineOptions
 from .families import DataOptions, Device, ModelOptions, OnlineOptions, RecipeOptions, Threads, use_threads
 from .report import MARGIN_HELP
 
 if TYPE_CHECKING:
     from ..experiment.config import Comparison, Setting
+    from ..experiment.launch import Engine
 
 T = TypeVar("T")
 
@@ -34,6 +36,8 @@ Examples:
   filterfold compare --data digits --model vgg_small --methods dense,l1,random,online,online-l1 --keep 0.5,0.25
 
   filterfold compare --data cifar10 --model resnet56 --keep 0.5 --out runs/resnet --stop-after 9m
+
+  filterfold compare --data cifar10 --model resnet56 --keep 0.5 --parallel 4
 
   filterfold compare --data cifar10 --model vgg16 --methods dense,l1,random,largest,mean-std --keep 0.9,0.7,0.5,0.3,0.1
 """
@@ -58,6 +62,7 @@ def compare(
     images: DataOptions,
     training: RecipeOptions,
     clustering: OnlineOptions,
+    places: EngineOptions,
     methods: Annotated[str, Option(help=METHODS_HELP, rich_help_panel="Comparison")] = "dense,l1,online",
     clusters: Annotated[
         str | None, Option(help="Filters left in every layer by online methods: 5,10,30.", rich_help_panel="Comparison")
@@ -118,16 +123,22 @@ def compare(
         keep=_list(keep, "--keep", float),
         seeds=range(first_seed, first_seed + trials),
     )
-    run(comparison, out or default_folder(setting), margin, device, stop_after, images.cache_dir)
+    run(comparison, out or default_folder(setting), margin, device, stop_after, images.cache_dir, places.choose())
 
 
 def run(
-    comparison: Comparison, folder: Path, margin: float, device: str, stop_after: str | None, cache_dir: Path | None
+    comparison: Comparison,
+    folder: Path,
+    margin: float,
+    device: str,
+    stop_after: str | None,
+    cache_dir: Path | None,
+    engine: Engine | None = None,
 ) -> None:
     """Run a comparison, show what it came to, and end with the exit code that says how far it came."""
     from ..experiment.deadline import seconds
     from ..experiment.environment import command
-    from ..experiment.launch import compare
+    from ..experiment.launch import compare, local
 
     with live():
         outcome = compare(
@@ -137,6 +148,7 @@ def run(
             stop_after=seconds(stop_after) if stop_after else None,
             command=command(),
             cache_dir=cache_dir,
+            engine=engine or local,
         )
         records = list(map(dict, outcome.records))
         page = results.write(records, folder, margin) if records else None

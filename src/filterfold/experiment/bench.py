@@ -45,6 +45,14 @@ class Bench:
         self.deadline = deadline or Deadline(None)
         self._cache_dir = cache_dir
 
+    def at(self, *, device: str | None = None, folder: Path | None = None) -> Bench:
+        """The same bench on another device, or with another run folder."""
+        return Bench(self.setting, folder or self.folder, device or self.device, self.deadline, self._cache_dir)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the images: another process loads its own."""
+        return {name: value for name, value in self.__dict__.items() if name != "data"}
+
     @cached_property
     def data(self) -> datasets.ImageData:
         """The data set, loaded when it is first asked for."""
@@ -95,6 +103,10 @@ class Bench:
     def base_file(self, trial_id: str, suffix: str) -> Path:
         """Where the dense network that trials begin with lies, and what is known about it."""
         return self.folder / "bases" / f"{trial_id}{suffix}"
+
+    def lock(self, name: str) -> Path:
+        """The lock of whoever works at something: a trial, or the dense network that trials begin with."""
+        return self.folder / ".locks" / name
 
     def work(self, trial_id: str) -> Path:
         """Where a trial keeps what it needs to be taken up again."""

@@ -33,6 +33,10 @@ class Deadline:
         self._clock = clock
         self._end = None if seconds is None else clock() + seconds
 
+    def __reduce__(self) -> tuple[Callable[[float | None], Deadline], tuple[float | None]]:
+        """Another process's clock may count from elsewhere: what is handed over is the end by the calendar."""
+        return _until, (None if self._end is None else time.time() + self.remaining(),)
+
     def remaining(self) -> float:
         """Seconds left; infinite without an end."""
         return float("inf") if self._end is None else self._end - self._clock()
@@ -45,6 +49,10 @@ class Deadline:
     def check_next(self, last: float) -> None:
         """Raise `Stopped` unless another piece of work like the last one, which took so many seconds, fits in."""
         self.check(1.2 * last)
+
+
+def _until(end: float | None) -> Deadline:
+    return Deadline(None if end is None else end - time.time())
 
 
 def seconds(text: str) -> float:

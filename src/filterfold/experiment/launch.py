@@ -9,17 +9,17 @@ A run folder:
     work/<trial>/            training checkpoints of trials that have not ended; removed with them
 
 Nothing here depends on what ran before in the same process, so a comparison that was killed goes on with the same
-numbers. An `Engine` decides where trials run; `local` is one process, one trial after the other.
+numbers. An `Engine` decides where trials run; `local` is one process, one trial after the other; `parallel` has
+several processes on this machine, `cluster` has Ray.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -32,24 +32,67 @@ from .config import FILE as DESCRIPTION
 from .config import Comparison, Trial
 from .deadline import Deadline, Stopped
 from .environment import describe
+from .locks import held
 from .records import Record
 from .timing import measure_together
 from .trial import check, forget, now, run_trial
 
 log = logging.getLogger("filterfold.experiment")
 
-Run = Callable[[Trial], Record]
-"""Runs one trial to its record; raises `Stopped` when the time is up."""
+
+@dataclass(frozen=True, slots=True)
+class Runner:
+    """Runs one trial to its record, in whichever process it finds itself: it can be pickled.
+
+    **Arguments:**
+
+    - `bench`: data, device, run folder and clock.
+    - `command`: what to note in the records as the way to redo this.
+    """
+
+    bench: Bench
+    command: str | None = None
+
+    def __call__(self, trial: Trial) -> Record:
+        """Run a trial and write its record; an exception becomes a record of its failure.
+
+        No other process runs the same trial meanwhile; if one has just finished it, its record is the result.
+
+        **Raises:** `Stopped` when the time is up.
+        """
+        bench = self.bench
+        bench.deadline.check()
+        with held(bench.lock(trial.id), bench.deadline.check):
+            path = bench.folder / records.FOLDER / f"{trial.id}.json"
+            if path.exists() and (found := records.read(path))["status"] == "finished":
+                return found
+            started = now()
+            try:
+                record = run_trial(trial, bench, command=self.command)
+            except Stopped:
+                raise
+            except Exception as error:
+                log.debug("%s failed", trial.id, exc_info=error)
+                return self.failed(trial, error, started)
+            records.write(bench.folder, record)
+            forget(trial, bench)
+            return record
+
+    def failed(self, trial: Trial, error: Exception, started: str) -> Record:
+        """Write down that a trial failed, and why."""
+        record = failure(trial, error, self.bench.device, self.command, started)
+        records.write(self.bench.folder, record)
+        return record
 
 
 class Engine(Protocol):
     """Where and in which order pending trials run; gives each record as soon as it is there."""
 
-    def __call__(self, pending: Sequence[Trial], run: Run) -> Iterator[Record]:
+    def __call__(self, pending: Sequence[Trial], run: Runner) -> Iterator[Record]:
         """Run the trials."""
 
 
-def local(pending: Sequence[Trial], run: Run) -> Iterator[Record]:
+def local(pending: Sequence[Trial], run: Runner) -> Iterator[Record]:
     """In this process, in the order given."""
     yield from map(run, pending)
 
@@ -123,10 +166,10 @@ def compare(
     timed = False
     with _alone_in(folder):
         try:
-            running = engine(missing, lambda trial: _guarded(trial, bench, command))
-            for record in track(running, "trials", len(missing)):
-                ran.append(record["id"])
-                _announce(record, len(ran), len(missing))
+            with _closing(engine(missing, Runner(bench, command))) as running:
+                for record in track(running, "trials", len(missing)):
+                    ran.append(record["id"])
+                    _announce(record, len(ran), len(missing))
             measure_together(list(_done(comparison, folder).values()), bench, timing_rounds)
             timed = True
         except Stopped:
@@ -145,23 +188,6 @@ def clear(folder: Path) -> bool:
     for name in ("model.safetensors", "report.html", DESCRIPTION):
         (folder / name).unlink(missing_ok=True)
     return True
-
-
-def _guarded(trial: Trial, bench: Bench, command: str | None) -> Record:
-    """Run a trial and write its record; an exception becomes a record of its failure. `Stopped` and Ctrl-C pass."""
-    bench.deadline.check()
-    started = now()
-    try:
-        record = run_trial(trial, bench, command=command)
-    except Stopped:
-        raise
-    except Exception as error:
-        log.debug("%s failed", trial.id, exc_info=error)
-        record = failure(trial, error, bench.device, command, started)
-    records.write(bench.folder, record)
-    if record["status"] == "finished":
-        forget(trial, bench)
-    return record
 
 
 def failure(trial: Trial, error: Exception, device: str, command: str | None, started: str) -> Record:
@@ -211,20 +237,23 @@ def _announce(record: Record, place: int, total: int) -> None:
 
 
 @contextmanager
+def _closing(running: Iterator[Record]) -> Iterator[Iterator[Record]]:
+    """Give an engine the chance to end its processes, now rather than when its iterator is forgotten."""
+    try:
+        yield running
+    finally:
+        if isinstance(running, Generator):
+            running.close()
+
+
+@contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
     """Refuse to work in a folder where another process is at work. The lock ends with the process, however it ends."""
-    try:
-        import fcntl
-    except ImportError:  # no such locks on this system: go without
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(held(folder / ".lock"))
+        except BlockingIOError:
+            raise RecordError(
+                f"{folder}: another process is working there; wait for it, or give another folder"
+            ) from None
         yield
-        return
-    handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        raise RecordError(f"{folder}: another process is working there; wait for it, or give another folder") from None
-    try:
-        yield
-    finally:
-        os.close(handle)

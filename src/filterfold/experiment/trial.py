@@ -32,6 +32,7 @@ from .afterwards import cut_and_retrain, scratch
 from .bench import Bench
 from .config import DENSE, SCRATCH, Trial
 from .environment import describe
+from .locks import held
 from .records import ClusterUpdate, Dense, Epoch, Record, Result
 from .timing import measure_alone
 
@@ -129,6 +130,12 @@ def _base(trial: Trial, bench: Bench) -> Trained:
         model = bench.build(trial.seed)
         load_weights(model, trial.setting.weights)
         return Trained(model, [])
+    with held(bench.lock(f"base-{base.id}"), bench.deadline.check):  # trials of one seed may run at the same time
+        return _common(base, bench)
+
+
+def _common(base: Trial, bench: Bench) -> Trained:
+    """The dense network of a seed: read, or trained and kept."""
     about = bench.base_file(base.id, ".json")
     weights = bench.base_file(base.id, ".safetensors")
     if about.exists():
@@ -136,13 +143,13 @@ def _base(trial: Trial, bench: Bench) -> Trained:
             history = json.loads(about.read_text(encoding="utf-8"))["history"]
         except (ValueError, KeyError, OSError) as error:
             raise RecordError(f"{about}: damaged ({error}); delete it, and the network is trained again") from error
-        return Trained(load(weights, lambda: bench.build(trial.seed), device=bench.device), history)
-    model = bench.build(trial.seed)
+        return Trained(load(weights, lambda: bench.build(base.seed), device=bench.device), history)
+    model = bench.build(base.seed)
     history = _rows(
         train(
             model,
             bench.data,
-            bench.recipe(trial.seed),
+            bench.recipe(base.seed),
             checkpoint=bench.work(base.id) / "training.safetensors",
             check=bench.deadline.check_next,
             device=bench.device,
