@@ -8,6 +8,11 @@ from .colours import PAPER, Look
 from .drawing import Plot, add_legend, finish, label_text, new_axes
 from .study import Study
 
+DISTINCT = 6
+"""The first so many groups have hues of their own; a method is drawn in one of these, with a marker of its own."""
+
+MARKERS = "DX^vP*osh<>"
+
 
 def shares(study: Study, looks: Mapping[str, Look]) -> Plot | None:
     """Top-1 of every method against the share pruned from each layer: trials as points, means as a line.
@@ -15,20 +20,19 @@ def shares(study: Study, looks: Mapping[str, Look]) -> Plot | None:
     None unless some method was run with at least two shares.
     """
     lines: dict[str, dict[float, list[float]]] = {}
-    look: dict[str, Look] = {}
     for group in study.groups:
         for trial in group.trials:
             keep = trial.get("options", {}).get("keep")
             result = trial.get("result") or {}
             if isinstance(keep, int | float) and result.get("top1") is not None:
                 lines.setdefault(group.method, {}).setdefault(round(100 * (1 - keep), 6), []).append(result["top1"])
-                look.setdefault(group.method, looks[group.label])
     if not any(len(points) > 1 for points in lines.values()):
         return None
     control = [trial["result"]["top1"] for trial in (study.reference.trials if study.reference else ())]
+    colours = [looks[group.label].colour.light for group in study.others][:DISTINCT]
     with new_axes(3.4) as (figure, axes):
-        for method, points in lines.items():
-            style = {"color": look[method].colour.light, "marker": look[method].marker}
+        for index, (method, points) in enumerate(lines.items()):
+            style = {"color": colours[index % len(colours)], "marker": MARKERS[index % len(MARKERS)]}
             for share, values in points.items():
                 axes.plot([share] * len(values), values, **style, alpha=0.4, markersize=4, linestyle="none")
             places = sorted(points)
