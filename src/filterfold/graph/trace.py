@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import TraceError
 from ..groups import ChannelGroup
-from . import rules_layer, rules_math, rules_shape
+from . import rules_layer, rules_math, rules_pick, rules_shape
 from .assemble import Assembly, assemble
 from .labels import FIXED, OUTPUT, Ledger
 from .rules import RULES
@@ -31,7 +31,7 @@ _PREFERENCES: tuple[Callable[[Split], int], ...] = (
 _CONTAINERS = (dict, list, set, OrderedDict)
 _REGISTRIES = ("_parameters", "_buffers")
 """What a module's own caches are kept in, and what PyTorch keeps its tensors in."""
-_RULE_FILES = (rules_layer, rules_math, rules_shape)
+_RULE_FILES = (rules_layer, rules_math, rules_pick, rules_shape)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
