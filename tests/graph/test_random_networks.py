@@ -10,7 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from .networks import check
+from filterfold import surgery
+from filterfold.graph import trace
+from filterfold.plan import Plan
+
+from .networks import check, cut, flatten, half, masked, randomise
 
 KINDS = (
     "conv", "conv", "grouped", "depthwise", "norm", "prelu", "residual", "projected", "padded", "concat", "dense",
@@ -82,7 +86,7 @@ class Piece(nn.Module):
         return x + self.b(F.relu(self.a(x)))
 
     def run_projected(self, x: Tensor) -> Tensor:
-        return F.relu(self.a(x)).add_(self.b(x))
+        return self.a(x).add_(self.b(x)).relu_()
 
     def run_padded(self, x: Tensor) -> Tensor:
         return self.a(x) + F.pad(x, (0, 0, 0, 0, 1, 1))
@@ -179,3 +183,35 @@ def network(kinds: list[tuple[str, int]], head: int) -> nn.Module:
 def test_cut_equals_masked(kinds: list[tuple[str, int]], head: int, seed: int, share: float) -> None:
     images: Any = torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     check(network(kinds, head), images, seed, share)
+
+
+def trained_one_step(model: nn.Module, images: Tensor) -> None:
+    """One step of SGD in training mode, on a loss that weighs every output differently."""
+    model.train()
+    (output,) = flatten(model(images))
+    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
+    (output * weights).sum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01).step()
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    kinds=st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 11)), min_size=1, max_size=5),
+    head=st.integers(0, 2),
+    seed=st.integers(0, 9),
+)
+def test_a_step_after_the_cut_equals_the_masked_networks_step(
+    kinds: list[tuple[str, int]], head: int, seed: int
+) -> None:
+    images = torch.randn(3, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    model = randomise(network(kinds, head), seed)
+    groups = trace(model, images)
+    _, plan = cut(model, half(groups, seed), groups, images)
+    small, plan = cut(model, Plan(tuple(c for c in plan.cuts if groups.by_name[c.group].exact)), groups, images)
+    twin = masked(model, plan)
+    for network_ in (small, twin):
+        trained_one_step(network_, images)
+    surgery.apply(plan, twin)
+    expected = dict(twin.state_dict())
+    for name, tensor in small.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-9, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
