@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from filterfold import data
 from filterfold.cost import measure
 from filterfold.criteria import score
-from filterfold.data import ImageData
+from filterfold.data import ImageData, Split
 from filterfold.errors import ConfigError, RecordError, SelectionError
 from filterfold.graph import Traced, trace
 from filterfold.selection import select
@@ -214,3 +214,14 @@ def test_json_round_trip(groups: Traced, tmp_path: Path) -> None:
         Sensitivity.read(tmp_path / "sweep.json")
     with pytest.raises(RecordError, match="no such file"):
         Sensitivity.read(tmp_path / "nothing.json")
+
+
+@pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:efficientnet_b0", "torchvision:shufflenet_v2_x1_0"])
+def test_networks_of_other_libraries_take_the_short_cut_in_every_layer(name: str) -> None:
+    torch.manual_seed(0)
+    network = build(name, classes=4)
+    pixels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    split = Split(pixels, torch.arange(4), ((0.5,) * 3, (0.25,) * 3))
+    found = sweep(network, trace(network, torch.zeros(1, 3, 32, 32)), split, ratios=[0.5])
+    assert len(found.layers) > 10
+    assert all(layer.partial for layer in found.layers)
