@@ -89,8 +89,9 @@ def test_time_is_saved_where_it_is_spent():
 
     even = prune(build(), X, latency=budget(0.5, Machine(slow={25: 1 / 25})), verify=False).plan.widths
     uneven = prune(build(), X, latency=budget(0.5, Machine(slow={25: 40.0})), verify=False).plan.widths
-    assert uneven["0"][1] * uneven["2"][1] < even["0"][1] * even["2"][1]
-    assert uneven["4"][1] * uneven["6"][1] >= even["4"][1] * even["6"][1]
+    assert uneven["0"][1] * uneven["2"][1] < 0.55 * 128 * 64  # nearly all of the time is there
+    assert uneven["4"][1] * uneven["6"][1] == 128 * 128
+    assert even["4"][1] * even["6"][1] < 128 * 128
 
 
 def test_a_forecast_that_is_wrong_is_put_right_by_measuring():

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,15 +18,16 @@ from torch import Tensor, nn
 from ..cost import WeightOps
 from ..errors import ConfigError
 from ..modes import call, examples, undisturbed
+from ..progress import track
 from ..storage import write_json
 from .clock import Timer, hardware_name, timer_for
 
 _LOG = logging.getLogger("filterfold.latency")
 
 _FORMAT = 1
-_REPEATS = 3
+_REPEATS = 5
 _BLOCK_SECONDS = 0.004
-"""A layer's time is the smallest of 3 blocks of about 4 ms: other work on the machine only adds."""
+"""A layer's time is the smallest of 5 blocks of about 4 ms: other work on the machine only adds."""
 
 Options = tuple[tuple[str, Any], ...]
 
@@ -181,15 +182,27 @@ class LayerTimes:
         """Seconds of one call with a whole batch."""
         key = self._key(layer)
         if key not in self._seconds:
-            self._seconds[key] = self._measure(layer)
-            self.measured += 1
+            self.measure([layer])
         return self._seconds[key]
+
+    def measure(self, layers: Iterable[LayerCall]) -> None:
+        """Time those calls that the table doesn't have, round by round, so that a busy moment hits each but once."""
+        missing = {self._key(layer): layer for layer in layers if self._key(layer) not in self._seconds}
+        counts: dict[str, int] = {}
+        for turn in range(_REPEATS):
+            description = f"timing layers, round {turn + 1} of {_REPEATS}"
+            for key, layer in track(missing.items(), description, len(missing)):
+                run = self._run(layer)
+                counts[key] = counts.get(key) or self._count(run)
+                taken = self._timer(run, counts[key]) / counts[key]
+                self._seconds[key] = min(taken, self._seconds.get(key, taken))
+        self.measured += len(missing)
 
     def compare(self, a: LayerCall, b: LayerCall) -> tuple[float, float]:
         """Seconds of two calls timed in turn, now, whatever the table says."""
         runs, taken = (self._run(a), self._run(b)), ([], [])  # type: tuple[Any, Any], tuple[list[float], list[float]]
         counts = [self._count(run) for run in runs]
-        for _ in range(2 * _REPEATS):
+        for _ in range(_REPEATS):
             for run, count, own in zip(runs, counts, taken, strict=True):
                 own.append(self._timer(run, count) / count)
         return min(taken[0]), min(taken[1])
@@ -207,15 +220,9 @@ class LayerTimes:
         kind = [layer.op, layer.data, layer.weight, layer.bias, layer.options]
         return json.dumps([self.batch_size, self.channels_last, *kind], default=str)
 
-    def _measure(self, layer: LayerCall) -> float:
-        run = self._run(layer)
-        count = self._count(run)
-        return min(self._timer(run, count) for _ in range(_REPEATS)) / count
-
     def _count(self, run: Callable[[], Any]) -> int:
-        with torch.inference_mode():
-            self._timer(run, 1)
-            return max(1, round(_BLOCK_SECONDS / max(self._timer(run, 1), 1e-9)))
+        self._timer(run, 1)
+        return max(1, round(_BLOCK_SECONDS / max(self._timer(run, 1), 1e-9)))
 
     def _run(self, layer: LayerCall) -> Callable[[], Any]:
         """The bare op on tensors of its own."""
