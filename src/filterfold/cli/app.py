@@ -16,6 +16,7 @@ from . import recipe as recipes
 from . import report as reporting
 from . import sensitivity as sensing
 from . import train as training
+from . import watch as watching
 from .errors import refusing
 from .spread import spread
 
@@ -68,6 +69,7 @@ _add(evaluating.evaluate, evaluating.EXAMPLES, _NOTHING)
 _add(pruning.prune, pruning.EXAMPLES, _RESUME)
 _add(sensing.sensitivity, sensing.EXAMPLES, _RESUME)
 _add(comparing.compare, comparing.EXAMPLES, _RESUME)
+_add(watching.watch, watching.EXAMPLES, "the run itself goes on")
 _add(inspecting.inspect, inspecting.EXAMPLES, _NOTHING)
 _add(timing.latency, timing.EXAMPLES, _NOTHING)
 _add(reporting.report, reporting.EXAMPLES, _RESUME)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -13,7 +13,7 @@ from ..errors import ConfigError
 from . import results
 from .display import live, say
 from .engines import EngineOptions
-from .families import DataOptions, Device, ModelOptions, OnlineOptions, RecipeOptions, Threads, use_threads
+from .families import DataOptions, Device, Log, ModelOptions, OnlineOptions, RecipeOptions, Threads, use_threads
 from .report import MARGIN_HELP
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ def compare(
     margin: Annotated[float, Option(help=MARGIN_HELP, rich_help_panel="Comparison")] = 0.5,
     out: Annotated[Path | None, Option(help="Run folder.", show_default="runs/MODEL-DATA")] = None,
     stop_after: Annotated[str | None, Option(help="Stop in time, to be gone on with: 9m, 90s, 2h.")] = None,
+    log: Log = None,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
@@ -115,15 +116,16 @@ def compare(
         round_to=round_to,
         online=clustering.keywords(),
     )
-    names = _list(methods, "--methods", str)
+    names = listed(methods, "--methods", str)
     comparison = plan(
         setting,
         names,
-        clusters=_list(clusters, "--clusters", int),
-        keep=_list(keep, "--keep", float),
+        clusters=listed(clusters, "--clusters", int),
+        keep=listed(keep, "--keep", float),
         seeds=range(first_seed, first_seed + trials),
     )
-    run(comparison, out or default_folder(setting), margin, device, stop_after, images.cache_dir, places.choose())
+    engine, trackers = places.choose(), listed(log, "--log", str)
+    run(comparison, out or default_folder(setting), margin, device, stop_after, images.cache_dir, engine, trackers)
 
 
 def run(
@@ -134,6 +136,7 @@ def run(
     stop_after: str | None,
     cache_dir: Path | None,
     engine: Engine | None = None,
+    trackers: Sequence[str] = (),
 ) -> None:
     """Run a comparison, show what it came to, and end with the exit code that says how far it came."""
     from ..experiment.deadline import seconds
@@ -149,6 +152,7 @@ def run(
             command=command(),
             cache_dir=cache_dir,
             engine=engine or local,
+            trackers=trackers,
         )
         records = list(map(dict, outcome.records))
         page = results.write(records, folder, margin) if records else None
@@ -203,10 +207,10 @@ def default_folder(setting: Setting, first: str = "") -> Path:
     return Path("runs") / "-".join(readable)
 
 
-def _list(text: str | None, option: str, kind: Callable[[str], T]) -> list[T]:
+def listed(text: str | None, option: str, kind: Callable[[str], T]) -> list[T]:
     """Comma-separated values.
 
-    >>> _list("5,10", "--clusters", int), _list(None, "--keep", float)
+    >>> listed("5,10", "--clusters", int), listed(None, "--keep", float)
     ([5, 10], [])
     """
     try:

@@ -83,19 +83,24 @@ def table(title: str | None, columns: Iterable[str], rows: Iterable[Iterable[str
     """
     if title is not None:
         console.print(title, style="bold", markup=False)
+    console.print(drawn(columns, rows, texts))
+
+
+def drawn(columns: Iterable[str], rows: Iterable[Iterable[str]], texts: int = 1) -> Table:
+    """The table that `table` prints."""
     columns, cells = list(columns), [list(row) for row in rows]
-    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_header=any(columns))
+    picture = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_header=any(columns))
     for index, name in enumerate(columns):
         words = " ".join([name, *(row[index] for row in cells)]).split()
-        drawn.add_column(
+        picture.add_column(
             name,
             justify="left" if index < texts else "right",
             overflow="fold",
             min_width=max(map(len, words), default=1),  # a narrow terminal wraps between words, and never cuts a figure
         )
     for row in cells:
-        drawn.add_row(*map(escape, row))
-    console.print(drawn)
+        picture.add_row(*map(escape, row))
+    return picture
 
 
 def say(message: str) -> None:

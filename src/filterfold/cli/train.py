@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,9 +11,19 @@ import typer
 from typer import Option
 
 from ..errors import RecordError, TrainingError
-from .compare import UNFINISHED, default_folder
+from .compare import UNFINISHED, default_folder, listed
 from .display import change, count, live, say, table
-from .families import DataOptions, Device, ModelOptions, OnlineOptions, Overwrite, RecipeOptions, Threads, use_threads
+from .families import (
+    DataOptions,
+    Device,
+    Log,
+    ModelOptions,
+    OnlineOptions,
+    Overwrite,
+    RecipeOptions,
+    Threads,
+    use_threads,
+)
 
 if TYPE_CHECKING:
     from ..experiment.config import Trial
@@ -26,6 +37,8 @@ Examples:
   filterfold train --model resnet56 --data cifar10 --out runs/resnet56
 
   filterfold train --model vgg16 --data cifar10 --method online --clusters 30
+
+  filterfold train --model vgg_small --data digits --log tensorboard
 
   filterfold train --model my_models.py:small_net --data path/to/images --image-size 64
 """
@@ -46,6 +59,7 @@ def train(
     out: Annotated[Path | None, Option(help="Run folder.", show_default="runs/METHOD-MODEL-DATA")] = None,
     overwrite: Overwrite = False,
     stop_after: Annotated[str | None, Option(help="Stop in time, to be gone on with: 9m, 90s, 2h.")] = None,
+    log: Log = None,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
@@ -68,7 +82,7 @@ def train(
     trial = Trial(method, seed, setting, clusters, keep)
     folder = out or default_folder(setting, method)
     _make_room(folder, overwrite)
-    _run(trial, folder, overwrite, device, stop_after, images.cache_dir)
+    _run(trial, folder, overwrite, device, stop_after, images.cache_dir, listed(log, "--log", str))
 
 
 def _make_room(folder: Path, overwrite: bool) -> None:
@@ -85,7 +99,13 @@ def _make_room(folder: Path, overwrite: bool) -> None:
 
 
 def _run(
-    trial: Trial, folder: Path, overwrite: bool, device: str, stop_after: str | None, cache_dir: Path | None
+    trial: Trial,
+    folder: Path,
+    overwrite: bool,
+    device: str,
+    stop_after: str | None,
+    cache_dir: Path | None,
+    trackers: Sequence[str],
 ) -> None:
     from ..experiment.config import Comparison
     from ..experiment.deadline import seconds
@@ -102,6 +122,7 @@ def _run(
             command=command(),
             cache_dir=cache_dir,
             fresh=overwrite,
+            trackers=trackers,
         )
     if outcome.failed:
         if bug := outcome.failed[0]["environment"].get("traceback"):

@@ -90,29 +90,33 @@ def scratch(trial: Trial, bench: Bench) -> tuple[nn.Module, Afterwards]:
         round_to=trial.setting.round_to,
         seed=trial.seed,
     )
-    rows = train(
-        model,
-        bench.data,
-        bench.recipe(trial.seed, **trial.setting.scratch),
-        checkpoint=bench.work(trial.id) / "training.safetensors",
-        check=bench.deadline.check_next,
-        device=bench.device,
-    )
+    with bench.tracked(trial.id) as trackers:
+        rows = train(
+            model,
+            bench.data,
+            bench.recipe(trial.seed, **trial.setting.scratch),
+            observers=[tracker.row for tracker in trackers],
+            checkpoint=bench.work(trial.id) / "training.safetensors",
+            check=bench.deadline.check_next,
+            device=bench.device,
+        )
     return model, Afterwards([cast(Epoch, dict(row)) for row in rows.rows], [result.plan])
 
 
 def _retrain(trial: Trial, bench: Bench, model: nn.Module, epochs: int, checkpoint: str, before: int) -> list[Epoch]:
     setting = trial.setting
     usual: dict[str, Any] = {"lr": setting.retrain_lr, "schedule": "constant"}
-    history = train(
-        model,
-        bench.data,
-        bench.recipe(trial.seed, **{**usual, **setting.retrain, "epochs": epochs}),
-        checkpoint=bench.work(trial.id) / checkpoint,
-        check=bench.deadline.check_next,
-        device=bench.device,
-        phase="retrain",
-    )
+    with bench.tracked(trial.id) as trackers:
+        history = train(
+            model,
+            bench.data,
+            bench.recipe(trial.seed, **{**usual, **setting.retrain, "epochs": epochs}),
+            observers=[tracker.row for tracker in trackers],
+            checkpoint=bench.work(trial.id) / checkpoint,
+            check=bench.deadline.check_next,
+            device=bench.device,
+            phase="retrain",
+        )
     return [cast(Epoch, {**row, "epoch": row["epoch"] + before}) for row in history.rows]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import data as datasets
 from ..errors import ConfigError
-from ..training import Recipe
+from ..training import Recipe, Tracker, check_trackers, tracking
 from ..training.evaluate import check_fit
 from ..zoo import build
 from .config import Setting
@@ -29,6 +31,7 @@ class Bench:
     - `device`: `cpu`, `cuda[:N]`, or `auto`: the GPU if there is one.
     - `deadline`: when to stop.
     - `cache_dir`: where decoded data sets are kept; None for the usual place.
+    - `trackers`: names of `training.TRACKERS`.
     """
 
     def __init__(
@@ -38,16 +41,24 @@ class Bench:
         device: str = "auto",
         deadline: Deadline | None = None,
         cache_dir: Path | None = None,
+        trackers: Sequence[str] = (),
     ) -> None:
         self.setting = setting
         self.folder = Path(folder)
         self.device = resolve(device)
         self.deadline = deadline or Deadline(None)
         self._cache_dir = cache_dir
+        self._trackers = tuple(trackers)
+        check_trackers(self._trackers)
 
     def at(self, *, device: str | None = None, folder: Path | None = None) -> Bench:
         """The same bench on another device, or with another run folder."""
-        return Bench(self.setting, folder or self.folder, device or self.device, self.deadline, self._cache_dir)
+        place, where = folder or self.folder, device or self.device
+        return Bench(self.setting, place, where, self.deadline, self._cache_dir, self._trackers)
+
+    def tracked(self, trial_id: str) -> AbstractContextManager[list[Tracker]]:
+        """What a trial's figures are handed to while it runs, for the length of a `with` block."""
+        return tracking(self._trackers, self.folder, trial_id)
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the images: another process loads its own."""

@@ -230,7 +230,7 @@ class Comparison:
         path = Path(folder) / FILE
         entries = {trial.id: _budget(trial) for trial in self.trials}
         if path.exists():
-            found = _read(path)
+            found = description(Path(folder))
             difference = _difference(found["setting"], json.loads(json.dumps(asdict(self.setting))))
             if difference:
                 raise RecordError(f"{folder} holds a different comparison ({difference}); give another folder")
@@ -302,7 +302,14 @@ def _budget(trial: Trial) -> dict[str, Any]:
     return {"method": trial.method, "seed": trial.seed, "clusters": trial.clusters, "keep": trial.keep}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def description(folder: Path) -> dict[str, Any]:
+    """What a run folder is for: `setting`, `trials` (id → method, seed, budget), `command`.
+
+    **Raises:** `RecordError` if it holds no comparison, or a damaged one.
+    """
+    path = folder / FILE
+    if not path.exists():
+        raise RecordError(f"{folder}: no comparison there; give the run folder of a compare, demo or train")
     try:
         document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if document["format"] != FORMAT:

@@ -26,6 +26,7 @@ from typing import Protocol
 
 from ..errors import FilterfoldError, RecordError
 from ..progress import track
+from ..training.tracking import LOGS
 from . import records
 from .bench import Bench
 from .config import FILE as DESCRIPTION
@@ -136,6 +137,7 @@ def compare(
     timing_rounds: int = 3,
     cache_dir: Path | None = None,
     fresh: bool = False,
+    trackers: Sequence[str] = (),
 ) -> Outcome:
     """Run the trials that have no finished record, then measure all networks' inference time together.
 
@@ -150,6 +152,7 @@ def compare(
     - `engine`: where trials run.
     - `cache_dir`: where decoded data sets are kept; None for the usual place.
     - `fresh`: remove the run that the folder holds, and start anew.
+    - `trackers`: what figures are handed to while trials run: `tensorboard` (event files in `logs/`), `mlflow`.
     - `timing_rounds`: how often every network passes over the test set in the timing pass.
 
     **Raises:** `RecordError` if the folder holds something else or another process works there; `DataError`,
@@ -158,7 +161,7 @@ def compare(
     folder = Path(folder)
     done = {} if fresh else _done(comparison, folder)
     missing = [trial for trial in comparison.trials if trial.id not in done]
-    bench = Bench(comparison.setting, folder, device, Deadline(stop_after), cache_dir)
+    bench = Bench(comparison.setting, folder, device, Deadline(stop_after), cache_dir, trackers)
     if missing:
         check(missing, bench)  # what would make every trial fail is refused before the folder is touched
     comparison.claim(folder, command, ours=fresh and clear(folder))
@@ -183,7 +186,7 @@ def clear(folder: Path) -> bool:
     """Remove a run from its folder: what this package puts there, and nothing else. Whether there was one."""
     if not (folder / DESCRIPTION).exists():
         return False
-    for name in (records.FOLDER, "models", "bases", "work", "plots", "tables"):
+    for name in (records.FOLDER, "models", "bases", "work", "plots", "tables", LOGS):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in ("model.safetensors", "report.html", DESCRIPTION):
         (folder / name).unlink(missing_ok=True)

@@ -15,6 +15,17 @@ from pathlib import Path
 POLL_SECONDS = 0.2
 
 
+def is_held(path: Path) -> bool:
+    """Whether a process on a machine that this one hears of holds a lock. It is taken for a moment to find out."""
+    if not path.exists():
+        return False
+    try:
+        with held(path):
+            return False
+    except BlockingIOError:
+        return True
+
+
 @contextmanager
 def held(path: Path, waiting: Callable[[], object] | None = None) -> Iterator[None]:
     """Hold a lock for the length of a `with` block.

@@ -72,6 +72,9 @@ def run_trial(trial: Trial, bench: Bench, *, command: str | None = None) -> Reco
     final, dense = measure(trained.model, bench.example), measure(bench.build(trial.seed), bench.example)
     metrics = evaluate(trained.model, bench.data.test, device=bench.device, classes=len(bench.data.classes))
     timing = measure_alone(trained.model, bench)
+    with bench.tracked(trial.id) as trackers:
+        for tracker in trackers:
+            tracker.final({"top1": metrics.top1, "top5": metrics.top5, "macs": final.macs, "weights": final.weights})
     about = {"trial": json.dumps(trial.to_dict(), sort_keys=True)}
     save(trained.model, bench.model_file(trial.id), plan=tuple(trained.plans), metadata=about)
     return Record(
@@ -145,16 +148,17 @@ def _common(base: Trial, bench: Bench) -> Trained:
             raise RecordError(f"{about}: damaged ({error}); delete it, and the network is trained again") from error
         return Trained(load(weights, lambda: bench.build(base.seed), device=bench.device), history)
     model = bench.build(base.seed)
-    history = _rows(
-        train(
+    with bench.tracked(base.id) as trackers:
+        trained = train(
             model,
             bench.data,
             bench.recipe(base.seed),
+            observers=[tracker.row for tracker in trackers],
             checkpoint=bench.work(base.id) / "training.safetensors",
             check=bench.deadline.check_next,
             device=bench.device,
         )
-    )
+    history = _rows(trained)
     save(model, weights)
     write_json(about, {"history": history})
     forget(base, bench)
@@ -173,15 +177,17 @@ def _online(trial: Trial, bench: Bench) -> Trained:
     """Cut while training; the epochs are those of dense training, and nothing follows."""
     callback = _callback(trial, bench.loader(trial.seed) if trial.criterion else None)
     model = bench.build(trial.seed)
-    history = train(
-        model,
-        bench.data,
-        bench.recipe(trial.seed),
-        callbacks=(cast(Callback, callback),),
-        checkpoint=bench.work(trial.id) / "training.safetensors",
-        check=bench.deadline.check_next,
-        device=bench.device,
-    )
+    with bench.tracked(trial.id) as trackers:
+        history = train(
+            model,
+            bench.data,
+            bench.recipe(trial.seed),
+            callbacks=(cast(Callback, callback),),
+            observers=[tracker.row for tracker in trackers],
+            checkpoint=bench.work(trial.id) / "training.safetensors",
+            check=bench.deadline.check_next,
+            device=bench.device,
+        )
     online = callback.online
     assert online is not None
     found = [ClusterUpdate(**row) for row in online.history]

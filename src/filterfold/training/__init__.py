@@ -6,5 +6,18 @@ from .evaluate import Metrics, evaluate
 from .loop import train
 from .recipe import Recipe
 from .run import Callback, History, Run
+from .tracking import TRACKERS, Tracker, check_trackers, tracking
 
-__all__ = ["Callback", "History", "Metrics", "Recipe", "Run", "evaluate", "train"]
+__all__ = [
+    "TRACKERS",
+    "Callback",
+    "History",
+    "Metrics",
+    "Recipe",
+    "Run",
+    "Tracker",
+    "check_trackers",
+    "evaluate",
+    "tracking",
+    "train",
+]

@@ -35,6 +35,7 @@ def train(
     recipe: Recipe | None = None,
     *,
     callbacks: Sequence[Callback] = (),
+    observers: Sequence[Callable[[Row], object]] = (),
     optimizer: torch.optim.Optimizer | None = None,
     checkpoint: Path | str | None = None,
     checkpoint_seconds: float = 0.0,
@@ -56,6 +57,8 @@ def train(
     - `data`: trained on `data.train`, watched on `data.validation`; `data.test` is not touched.
     - `recipe`: see `Recipe`; None: its defaults.
     - `callbacks`: see `Callback`, called in this order.
+    - `observers`: each called with every new row of the history. They only look on: unlike callbacks they may come
+      and go when a run is taken up again.
     - `optimizer`: over the model's parameters, instead of the recipe's SGD. The schedule scales its groups' own
       learning rates, taken as those for `recipe.lr`.
     - `checkpoint`: file to write after each epoch and to go on from if it exists. A finished one is just loaded.
@@ -92,7 +95,7 @@ def train(
         if tree is not None:
             state.resize(model, tree)
         run = Run(model, optimizer or recipe.optimizer(model), data, recipe, fabric, phase)
-        loop = _Loop(run, callbacks, path, checkpoint_seconds, check, validate_every, same)
+        loop = _Loop(run, callbacks, observers, path, checkpoint_seconds, check, validate_every, same)
         if tree is not None and path is not None:
             state.take_up(path, run, tree)
         for callback in callbacks:
@@ -114,13 +117,14 @@ class _Loop:
         self,
         run: Run,
         callbacks: Sequence[Callback],
+        observers: Sequence[Callable[[Row], object]],
         path: Path | None,
         checkpoint_seconds: float,
         check: Callable[[float], None] | None,
         validate_every: int,
         same: dict[str, Any],
     ) -> None:
-        self.run, self.callbacks, self.path = run, callbacks, path
+        self.run, self.callbacks, self.observers, self.path = run, callbacks, observers, path
         self.checkpoint_seconds, self.check, self.validate_every = checkpoint_seconds, check, validate_every
         self.same = same
         self.split = run.data.train.to(run.device)
@@ -142,6 +146,8 @@ class _Loop:
             if self._validates(epoch):
                 row["validation_top1"] = self._validate()
             run.history.rows.append(row)
+            for observer in self.observers:
+                observer(row)
             self._save_or_stop(epoch == epochs, row["seconds"])
 
     def _epoch(self) -> Row:
