@@ -111,6 +111,11 @@ def _notes(recipe: PruningRecipe, found: Sequence[Measured]) -> tuple[str, ...]:
         "Our errors are those of the last epoch on test images that nothing was selected on; the paper's are the best "
         "on test during retraining.",
     ]
+    if options.get("weights"):
+        notes.append(
+            "The dense network's weights came from a file: they may have been trained on the images that are held out "
+            "for validation here, so the validation error says little."
+        )
     if recipe.uncounted:
         notes.append(f"As in the paper, {', '.join(recipe.uncounted)} are not counted.")
     return tuple(notes)
