@@ -194,7 +194,20 @@ def test_demo_twice(tmp_path: Path) -> None:
     assert read_all(tmp_path / "demo") == found
 
 
-COMPARE = ["compare", *SMALL, "--epochs", "8", "--retrain-epochs", "4", "--keep", "0.5", "--trials", "2"]
+COMPARE = [
+    "compare",
+    *SMALL,
+    "--methods",
+    "dense,l1,online",
+    "--epochs",
+    "8",
+    "--retrain-epochs",
+    "4",
+    "--keep",
+    "0.5",
+    "--trials",
+    "2",
+]
 
 
 def test_a_killed_comparison_goes_on_with_the_same_numbers(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from filterfold.checkpoint import load, save
 from filterfold.errors import ConfigError
 from filterfold.experiment import trial as running
 from filterfold.experiment.bench import Bench
-from filterfold.experiment.config import Setting, Trial
+from filterfold.experiment.config import COMPARED, CONTROLS, Setting, Trial, plan
+from filterfold.experiment.launch import compare
 from filterfold.experiment.li2017 import keep_shares
 from filterfold.experiment.records import Record
 
@@ -115,3 +116,26 @@ def test_unknown_strategies_are_refused(method: str) -> None:
 def test_the_papers_widths_come_from_the_recipes() -> None:
     assert keep_shares("resnet110") == recipes.load("resnet110-b").keep
     assert keep_shares("vgg_small") is None
+
+
+def test_dense_for_as_long_as_those_that_are_trained_again(tmp_path: Path) -> None:
+    setting = Setting(
+        "vgg_small", "digits", width=0.25, data_options={"train_limit": 256},
+        recipe={"epochs": 2, "lr": 0.1, "schedule": "onecycle"}, retrain_epochs=1,
+    )  # fmt: skip
+    comparison = plan(setting, [*COMPARED, *CONTROLS], keep=[0.5], seeds=[0])
+    outcome = compare(comparison, tmp_path / "run", timing_rounds=1)
+    assert [record["method"] for record in outcome.records] == [
+        "dense", "dense-long", "l1", "random", "scratch", "online", "online-l1",
+    ]  # fmt: skip
+    assert outcome.complete
+    epochs = {record["method"]: len(record["history"]) for record in outcome.records}
+    assert epochs == {"dense": 2, "dense-long": 3, "l1": 3, "random": 3, "scratch": 2, "online": 2, "online-l1": 2}
+    found = {record["method"]: record for record in outcome.records}
+    assert found["dense-long"]["dense"] is not None
+    assert found["dense-long"]["result"] is not None
+    assert found["dense-long"]["result"]["macs"] == found["dense-long"]["dense"]["macs"]
+    # its own training, not that of `dense` and a bit more: the schedule ends with its last epoch
+    rates = [epoch["learning_rate"] for epoch in found["dense-long"]["history"]]
+    assert rates[1] > found["dense"]["history"][1]["learning_rate"]
+    assert rates[2] < rates[1]

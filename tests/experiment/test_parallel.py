@@ -113,6 +113,24 @@ def test_a_killed_driver_takes_its_workers_along_and_nothing_is_lost_or_done_twi
         assert (after[name]["started"], after[name]["finished"]) == (record["started"], record["finished"])
 
 
+def test_ctrl_c_ends_the_workers_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "filterfold", "compare", "--model", "vgg_small", "--data", "digits"]
+    command += ["--width", "0.25", "--train-limit", "400", "--epochs", "20", "--methods", "dense", "--trials", "2"]
+    command += ["--parallel", "2", "--threads", "2", "--out", str(folder)]
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0)
+    wait_until(lambda: len(list(folder.glob("work/*/*.safetensors"))) == 2)
+    workers = children(driver.pid)
+    os.killpg(driver.pid, signal.SIGINT)  # what a terminal does: to the driver and its workers alike
+    said, _ = driver.communicate(timeout=60)
+    assert driver.returncode == 130
+    assert said == "filterfold: interrupted; the same command goes on from here\n"
+    wait_until(lambda: not any(alive(pid) for pid in workers), 20)
+    assert not list(folder.glob("records/*"))  # stopped is not failed
+    assert subprocess.run(command, capture_output=True, check=False, timeout=200).returncode == 0
+    assert len(records.read_all(folder)) == 2
+
+
 def test_two_processes_with_one_trial_do_it_once(tmp_path: Path) -> None:
     """An orphan of a killed run may still be at it: the second waits, and takes over its record."""
     trial = Trial("dense", 0, SETTING)

@@ -31,6 +31,8 @@ Examples:
 
   filterfold compare --data cifar10 --model vgg16 --clusters 5,10,15,20,25,30 --trials 5 --epochs 100
 
+  filterfold compare --data cifar10 --model vgg16 --methods dense,online --clusters 5,10,15,20,25,30 --stop-after 9m
+
   filterfold compare --data cifar10 --model vgg16 --width 0.25 --epochs 3 --train-limit 5000 --trials 3
 
   filterfold compare --data digits --model vgg_small --methods dense,l1,random,online,online-l1 --keep 0.5,0.25
@@ -51,7 +53,8 @@ Examples:
 """
 
 METHODS_HELP = (
-    "Comma-separated: dense; a criterion such as l1 (the original algorithm: train, cut once, retrain), random, "
+    "Comma-separated: dense; dense-long (as many epochs as training and retraining together); "
+    "a criterion such as l1 (the original algorithm: train, cut once, retrain), random, "
     "largest or mean-std; CRITERION-greedy or -iterative (its variants); scratch (the small network, fresh weights); "
     "online (fold clusters while training); online-CRITERION (the same schedule, dropping by a criterion)."
 )
@@ -63,7 +66,14 @@ def compare(
     training: RecipeOptions,
     clustering: OnlineOptions,
     places: EngineOptions,
-    methods: Annotated[str, Option(help=METHODS_HELP, rich_help_panel="Comparison")] = "dense,l1,online",
+    methods: Annotated[
+        str | None,
+        Option(
+            help=METHODS_HELP,
+            show_default="dense,l1,online and their controls: dense-long,random,scratch,online-l1",
+            rich_help_panel="Comparison",
+        ),
+    ] = None,
     clusters: Annotated[
         str | None, Option(help="Filters left in every layer by online methods: 5,10,30.", rich_help_panel="Comparison")
     ] = None,
@@ -102,7 +112,7 @@ def compare(
     same command goes on, here or on another machine. Exit code 3: stopped in time with work left; 1: all is done
     but some trial failed (the next call tries it again).
     """
-    from ..experiment.config import Setting, plan
+    from ..experiment.config import COMPARED, CONTROLS, Setting, plan
 
     use_threads(threads)
     setting = Setting(
@@ -116,7 +126,7 @@ def compare(
         round_to=round_to,
         online=clustering.keywords(),
     )
-    names = listed(methods, "--methods", str)
+    names = [*COMPARED, *CONTROLS] if methods is None else listed(methods, "--methods", str)
     comparison = plan(
         setting,
         names,

@@ -27,6 +27,12 @@ DENSE = "dense"
 ONLINE = "online"
 ONLINE_PREFIX = "online-"
 SCRATCH = "scratch"
+DENSE_LONG = "dense-long"
+COMPARED = (DENSE, "l1", ONLINE)
+CONTROLS = (DENSE_LONG, "random", SCRATCH, "online-l1")
+"""What is compared unless something else is asked for, and what a gain must be held against: training the dense
+network as long as those that are trained again, dropping filters by chance, the small network from fresh weights, and
+the schedule of the online method with the original criterion."""
 STRATEGIES = ("greedy", "iterative")
 """Ends of a criterion's method name: `l1-greedy`, `l1-iterative`; see `filterfold.experiment.afterwards`."""
 
@@ -96,9 +102,10 @@ class Trial:
 
     **Arguments:**
 
-    - `method`: `dense`; a criterion's name (`l1`, `random`, …): train, cut in one shot, retrain; `l1-greedy`,
-      `l1-iterative`: its variants; `scratch`: the small network from fresh weights; `online`: fold
-      clusters while training; `online-<criterion>`: the same schedule, but drop by that criterion;
+    - `method`: `dense`; `dense-long`: dense for as many epochs as training and retraining together; a criterion's
+      name (`l1`, `random`, …): train, cut in one shot, retrain; `l1-greedy`, `l1-iterative`: its variants;
+      `scratch`: the small network from fresh weights; `online`: fold clusters while training;
+      `online-<criterion>`: the same schedule, but drop by that criterion;
       `online-centroid`: the same, but replace filters by their cluster's mean and remove none.
     - `seed`: of the initial weights, the batches, and the augmentation.
     - `clusters`: filters that stay in every layer (online methods), or None.
@@ -127,8 +134,8 @@ class Trial:
             raise ConfigError(f"method {self.method!r} needs a number of clusters or a share to keep, one of the two")
         if not self.is_online and self.clusters is not None:
             raise ConfigError(f"method {self.method!r} takes no number of clusters; give a share to keep")
-        if self.method == DENSE and self.keep is not None:
-            raise ConfigError("method 'dense' cuts nothing, so it takes no share to keep")
+        if self.method in (DENSE, DENSE_LONG) and self.keep is not None:
+            raise ConfigError(f"method {self.method!r} cuts nothing, so it takes no share to keep")
 
     @property
     def is_online(self) -> bool:
@@ -138,7 +145,7 @@ class Trial:
     @property
     def criterion(self) -> str | None:
         """The criterion that ranks filters, or None where filters are folded or nothing is cut."""
-        if self.method in (DENSE, ONLINE, SCRATCH):
+        if self.method in (DENSE, DENSE_LONG, ONLINE, SCRATCH):
             return None
         if self.strategy:
             return self.method.removesuffix(f"-{self.strategy}")
@@ -273,7 +280,7 @@ def plan(
 
 def _budgets(method: str, clusters: Sequence[int], keep: Sequence[float]) -> list[dict[str, Any]]:
     """What a method is to cut down to, once for each trial of a seed."""
-    if method == DENSE:
+    if method in (DENSE, DENSE_LONG):
         return [{}]
     shares: list[dict[str, Any]] = [{"keep": share} for share in keep]
     if method == ONLINE or method.startswith(ONLINE_PREFIX):
@@ -286,15 +293,15 @@ def _check_method(method: str) -> None:
 
     plain = next((method.removesuffix(f"-{name}") for name in STRATEGIES if method.endswith(f"-{name}")), method)
     if (
-        method in (DENSE, ONLINE, SCRATCH)
+        method in (DENSE, DENSE_LONG, ONLINE, SCRATCH)
         or method.removeprefix(ONLINE_PREFIX) in CRITERIA
         or plain in CRITERIA
         or method == f"{ONLINE_PREFIX}centroid"
     ):
         return
-    known = [DENSE, ONLINE, SCRATCH, *CRITERIA, *(f"{ONLINE_PREFIX}{name}" for name in CRITERIA)]
+    known = [DENSE, ONLINE, SCRATCH, DENSE_LONG, *CRITERIA, *(f"{ONLINE_PREFIX}{name}" for name in CRITERIA)]
     close = difflib.get_close_matches(method, known, n=2)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(known[: 3 + len(CRITERIA)])}"
+    hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(known[: 4 + len(CRITERIA)])}"
     raise ConfigError(f"no method {method!r}; {hint}")
 
 

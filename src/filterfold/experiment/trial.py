@@ -1,8 +1,8 @@
 """One trial: from fresh weights to a record.
 
-Three ways lead there. `dense` trains. A criterion's name (`l1`: the original algorithm, Li et al. 2017, §3) begins
-with the dense network of the same seed, cuts it in one shot, and trains on at a constant learning rate. `online…`
-cuts while it trains and is done when training is.
+Three ways lead there. `dense` trains (`dense-long`: longer). A criterion's name (`l1`: the original algorithm, Li et
+al. 2017, §3) begins with the dense network of the same seed, cuts it in one shot, and trains on at a constant learning
+rate. `online…` cuts while it trains and is done when training is.
 
 Initial weights and every random choice come from the trial's seed, so trials of one seed are paired: they start from
 the same weights and see the same batches. The dense network that several trials begin with is trained once and kept;
@@ -30,7 +30,7 @@ from ..training import Callback, History, evaluate, train
 from . import records
 from .afterwards import cut_and_retrain, scratch
 from .bench import Bench
-from .config import DENSE, SCRATCH, Trial
+from .config import DENSE, DENSE_LONG, SCRATCH, Trial
 from .environment import describe
 from .locks import held
 from .records import ClusterUpdate, Dense, Epoch, Record, Result
@@ -62,6 +62,8 @@ def run_trial(trial: Trial, bench: Bench, *, command: str | None = None) -> Reco
     started = now()
     if trial.method == DENSE:
         trained = _base(trial, bench)
+    elif trial.method == DENSE_LONG:
+        trained = _long(trial, bench)
     elif trial.is_online:
         trained = _online(trial, bench)
     elif trial.method == SCRATCH:
@@ -163,6 +165,22 @@ def _common(base: Trial, bench: Bench) -> Trained:
     write_json(about, {"history": history})
     forget(base, bench)
     return Trained(model, history)
+
+
+def _long(trial: Trial, bench: Bench) -> Trained:
+    """The dense network, trained as long as one that is trained, cut and trained again; the schedule is stretched."""
+    setting, model = trial.setting, bench.build(trial.seed)
+    with bench.tracked(trial.id) as trackers:
+        history = train(
+            model,
+            bench.data,
+            bench.recipe(trial.seed, epochs=bench.recipe(trial.seed).epochs + setting.retrain_epochs),
+            observers=[tracker.row for tracker in trackers],
+            checkpoint=bench.work(trial.id) / "training.safetensors",
+            check=bench.deadline.check_next,
+            device=bench.device,
+        )
+    return Trained(model, _rows(history))
 
 
 def _one_shot(trial: Trial, bench: Bench) -> Trained:
