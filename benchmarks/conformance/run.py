@@ -4,7 +4,7 @@ Each job is a process of its own, forked from one in which both libraries are lo
 thread; a crash, a lack of memory or a time-out ends that job alone. Results are written after every network, and
 those there already are skipped, so a run that was stopped goes on.
 
-    python benchmarks/conformance/run.py [--limit 60] [--jobs 1] [--again NAME ...] [--output results/conformance.json]
+    python benchmarks/conformance/run.py [--limit 60] [--peer-limit 60] [--jobs 1] [--only NAME ...] [--again NAME ...]
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main() -> None:
     while todo or active:
         while todo and len(active) < options.jobs:
             entry = todo.pop(0)
-            active[_started(lambda entry=entry: both(entry, options.limit))[0]] = entry
+            active[_started(lambda entry=entry: both(entry, options.limit, options.peer_limit))[0]] = entry
         for pipe in connection.wait(list(active)):
             entry = active.pop(pipe)
             report["models"][entry.name] = {"shape": list(entry.shape), **_received(pipe)}
@@ -64,12 +64,12 @@ def main() -> None:
     _write(options.output, report)
 
 
-def both(entry: Entry, limit: float) -> dict[str, Any]:
+def both(entry: Entry, limit: float, peer_limit: float) -> dict[str, Any]:
     """Ours, then the peer on a fresh network; each in a process of its own."""
     from conformance.jobs import ours, peer
 
     mine = limited(lambda: ours(entry), limit)
-    theirs = limited(lambda: peer(entry, mine.get("output_layers", ()), mine.get("inexact", 1) == 0), limit)
+    theirs = limited(lambda: peer(entry, mine.get("output_layers", ()), mine.get("inexact", 1) == 0), peer_limit)
     return {"ours": mine, "peer": theirs}
 
 
@@ -155,6 +155,7 @@ def conditions(options: argparse.Namespace) -> dict[str, Any]:
         "load_average": [round(x, 1) for x in os.getloadavg()],
         "jobs_at_a_time": options.jobs,
         "limit_seconds": options.limit,
+        "peer_limit_seconds": options.peer_limit,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
     }
 
@@ -190,7 +191,8 @@ def _write(path: Path, report: dict[str, Any]) -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--limit", type=float, default=60, help="seconds of processor time per network and tool")
+    parser.add_argument("--limit", type=float, default=60, help="seconds of processor time per network")
+    parser.add_argument("--peer-limit", type=float, default=60, help="the same for the peer")
     parser.add_argument("--jobs", type=int, default=1, help="networks at a time")
     parser.add_argument("--only", nargs="*", default=(), help="these networks only")
     parser.add_argument("--again", nargs="*", default=(), help="networks to run again though they have a result")

@@ -40,8 +40,9 @@ def _conditions(report: dict[str, Any], count: int) -> str:
         f"{' with uncommitted source' if told.get('uncommitted_source') else ''}; {versions}; {told.get('processor')}, "
         f"{told.get('cores')} cores, one thread a job, {told.get('jobs_at_a_time')} networks at a time, load average "
         f"{told.get('load_average')}; {told.get('date')}. Seconds are processor time of one run each; Filterfold's "
-        f"include tracing and verification, Torch-Pruning's its graph. Limit: {told.get('limit_seconds')} s per "
-        "network and tool, counted as such in the sums. Made by `benchmarks/conformance/run.py`."
+        f"include tracing and verification, Torch-Pruning's its graph. Limits: {told.get('limit_seconds')} s and "
+        f"{told.get('peer_limit_seconds')} s for the peer, counted as such in the sums. Made by "
+        "`benchmarks/conformance/run.py`."
     )
 
 
