@@ -87,12 +87,15 @@ class RayCluster:
         quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
         try:
             if self.address is None:
-                ray.init(num_cpus=self.parallel, include_dashboard=False, **quiet)
+                ray.init(address="local", num_cpus=self.parallel, include_dashboard=False, **quiet)
             else:
                 ray.init(address=self.address, **quiet)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ConfigError(f"--address {self.address}: no Ray cluster there ({reason})") from error
+            raise ConfigError(
+                f"--address {self.address or 'local'}: no Ray cluster there ({reason}); "
+                "one that asks for a token needs RAY_AUTH_MODE=token in the environment"
+            ) from error
 
 
 class _Driver:
