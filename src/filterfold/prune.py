@@ -138,38 +138,29 @@ def prune(
 
     ```
     """
-    if on_failure not in ("raise", "freeze"):
-        raise ConfigError(f"on_failure={on_failure!r}: must be 'raise' or 'freeze'")
+    _check(on_failure, scoring, scope, keep=keep, macs=macs, parameters=parameters, latency=latency)
     inner = unwrap(model)
     before = measure(inner, example_inputs)
     traced = trace(inner, example_inputs)
-    if scoring not in ("independent", "greedy") or (scoring == "greedy" and (keep is None or scope != "layer")):
-        raise ConfigError(f"scoring={scoring!r}: must be 'independent', or 'greedy' together with keep= per layer")
     scores = score(cuttable(traced, ignore)[0], inner, criterion, loader=loader, seed=seed, follow=follow)
-    frozen: dict[str, str] = {}
-    if latency is not None and any(budget is not None for budget in (keep, macs, parameters)):
-        raise SelectionError("latency= can't be combined with keep=, macs= or parameters=: give one or the other")
+    options: dict[str, Any] = {"round_to": round_to, "min_keep": min_keep, "ignore": ignore, "cost": before}
 
     def again(group: ChannelGroup, plan: Plan) -> Tensor:
         return score([group], inner, criterion, seed=seed, follow=follow, without=plan)[group.name]
 
     def choose(groups: Traced) -> Plan:
-        options: dict[str, Any] = {"round_to": round_to, "min_keep": min_keep, "ignore": ignore}
-        if scoring == "greedy" and keep is not None:
-            plan = select_greedily(groups, again, keep=keep, cost=before, **options)
-            return replace(plan, notes={"criterion": _name(criterion), **plan.notes})
         if latency is not None:
-            plan = _timed(inner, example_inputs, traced, groups, scores, latency, before, verify, options)
-            return replace(plan, notes={"criterion": _name(criterion), **plan.notes})
-        plan = select(groups, scores, keep=keep, macs=macs, parameters=parameters, cost=before, scope=scope, **options)
+            plan = _timed(inner, example_inputs, traced, groups, scores, latency, verify, options)
+        elif scoring == "greedy" and keep is not None:
+            plan = select_greedily(groups, again, keep=keep, **options)
+        else:
+            plan = select(groups, scores, keep=keep, macs=macs, parameters=parameters, scope=scope, **options)
         return replace(plan, notes={"criterion": _name(criterion), **plan.notes})
 
     def judge(plan: Plan) -> Verification:
-        return rehearse(
-            inner, plan, example_inputs, groups=traced, repair=lambda m, p, inputs: repair(m, p, traced, inputs)
-        )
+        return rehearse(inner, plan, example_inputs, groups=traced, repair=lambda m, p, i: repair(m, p, traced, i))
 
-    groups, verified = traced, None
+    groups, verified, frozen = traced, None, dict[str, str]()
     if verify:
         groups, plan, verified = _verified(traced, choose, judge, frozen, on_failure)
         plan = replace(plan, attributes=verified.attributes)
@@ -186,6 +177,17 @@ def prune(
     return PruneResult(plan, before, after, verified, groups, frozen)
 
 
+def _check(on_failure: str, scoring: str, scope: str, *, latency: Any, **budgets: Any) -> None:
+    """Refuse options that don't exist or don't go together."""
+    if on_failure not in ("raise", "freeze"):
+        raise ConfigError(f"on_failure={on_failure!r}: must be 'raise' or 'freeze'")
+    greedy = scoring == "greedy"
+    if scoring not in ("independent", "greedy") or (greedy and (budgets["keep"] is None or scope != "layer")):
+        raise ConfigError(f"scoring={scoring!r}: must be 'independent', or 'greedy' together with keep= per layer")
+    if latency is not None and any(budget is not None for budget in budgets.values()):
+        raise SelectionError("latency= can't be combined with keep=, macs= or parameters=: give one or the other")
+
+
 def _timed(
     model: nn.Module,
     example_inputs: Any,
@@ -193,7 +195,6 @@ def _timed(
     groups: Traced,
     scores: Mapping[str, Tensor],
     latency: float | LatencyBudget,
-    cost: Cost,
     verify: bool,
     options: Mapping[str, Any],
 ) -> Plan:
@@ -210,7 +211,7 @@ def _timed(
             _repaired(plan, trial, traced, example_inputs, receipt, None, ())
         return trial
 
-    where = {"model": model, "example_inputs": example_inputs, "cut": cut, "cost": cost}
+    where = {"model": model, "example_inputs": example_inputs, "cut": cut}
     try:
         return select_for_latency(groups, scores, latency=latency, **where, **options)
     except FilterfoldError as error:
