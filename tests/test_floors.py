@@ -15,7 +15,7 @@ FLOORS: list[set[str]] = [
     {"errors", "plan", "groups", "storage", "progress", "modes"},
     {"cost", "clustering", "stats", "structure", "zoo", "data", "replay", "recipes", "axes", "borrowing", "export"},
     {"latency"},
-    {"graph", "criteria", "selection", "surgery", "verify", "oracles", "folding"},
+    {"graph", "criteria", "selection", "surgery", "verify", "oracles", "folding", "reconstruction"},
     {"prune", "online", "sensitivity", "training", "checkpoint"},
     {"experiment"},
     {"report"},
