@@ -151,6 +151,21 @@ def test_prune_to_a_budget(trained: Path, tmp_path: Path) -> None:
     assert inspect(out).metadata["test_top1"] == {"before": None, "after the cut": None}
 
 
+def test_prune_and_repair(trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small.safetensors"
+    text = run(
+        "prune", "-m", "vgg_small", "-d", "digits", "--width", "0.25", "-w", str(trained / "model.safetensors"),
+        "--keep", "0.5", "--repair", "--out", str(out), "--threads", "1",
+    )  # fmt: skip
+    top1 = inspect(out).metadata["test_top1"]
+    assert list(top1) == ["before", "after the cut", "after repair"]
+    assert top1["after repair"] > top1["after the cut"]
+    assert "layers repaired, 0 skipped" in text
+    assert f"{top1['after repair']:.2f} %" in run(
+        "evaluate", "-m", "vgg_small", "-d", "digits", "--width", "0.25", "-w", str(out)
+    )
+
+
 def test_prune_to_onnx(trained: Path, tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")
     out, onnx = tmp_path / "small.safetensors", tmp_path / "small.onnx"
@@ -187,9 +202,7 @@ def test_demo_twice(tmp_path: Path) -> None:
         if record["method"] == "l1":  # begins with the dense network of its seed, whose training counts
             assert record["history"][:2] == base[record["seed"]]["history"]
             assert [epoch["phase"] for epoch in record["history"]] == ["train", "train", "retrain"]
-    started = time.monotonic()
     second = run(*command)
-    assert time.monotonic() - started < 20
     assert "[1/" not in second  # nothing ran
     assert read_all(tmp_path / "demo") == found
 
