@@ -160,7 +160,7 @@ def test_prune_and_repair(trained: Path, tmp_path: Path) -> None:
     top1 = inspect(out).metadata["test_top1"]
     assert list(top1) == ["before", "after the cut", "after repair"]
     assert top1["after repair"] > top1["after the cut"]
-    assert "layers repaired, 0 skipped" in text
+    assert "(test) after repair" in text
     assert f"{top1['after repair']:.2f} %" in run(
         "evaluate", "-m", "vgg_small", "-d", "digits", "--width", "0.25", "-w", str(out)
     )

@@ -90,6 +90,9 @@ def prune(
     out: Annotated[Path, Option("--out", "-o", help="The pruned network's file.")] = Path("pruned.safetensors"),
     onnx: Annotated[Path | None, Option(help="Also write an ONNX file, checked in ONNX Runtime.")] = None,
     overwrite: Overwrite = False,
+    repair: Annotated[
+        bool, Option("--repair", help="Solve the layers behind cut ones anew on 1,280 training images.")
+    ] = False,
     retrain_epochs: Annotated[int, Option(help="Train on after the cut.", rich_help_panel="Retraining", min=0)] = 0,
     retrain_lr: Annotated[float, Option(help="At this constant learning rate.", rich_help_panel="Retraining")] = 0.001,
     precision: Precision = "32-true",
@@ -119,6 +122,9 @@ def prune(
         if budget["latency"] and retrain_epochs:
             result = _keep_widths(kept, result)
         stages = {"before": _top1(before, data, evaluate), "after the cut": _top1(model, data, evaluate)}
+        if repair:
+            _repair(model, before, result.plan, data, seed, device)
+            stages["after repair"] = _top1(model, data, evaluate)
         if retrain_epochs:
             recipe = Recipe(
                 epochs=retrain_epochs,
@@ -139,13 +145,26 @@ def prune(
 
 
 def _cut(model: nn.Module, data: ImageData, budget: dict[str, Any], seed: int, device: str) -> PruneResult:
+    from ..prune import prune
+
+    loader = _some_batches(data, seed, device)
+    return prune(model, _example(data, device), loader=loader, seed=seed, on_failure="freeze", **budget)
+
+
+def _repair(model: nn.Module, before: nn.Module, plan: Plan, data: ImageData, seed: int, device: str) -> None:
+    from ..reconstruction import repair
+
+    loader = _some_batches(data, seed, device)
+    repair(model, before, plan, loader, batches=len(loader))  # says in the log what it did
+
+
+def _some_batches(data: ImageData, seed: int, device: str) -> list[Any]:
+    """Up to 1,280 training images, to score filters and to repair on."""
     from itertools import islice
 
     from ..data import batches
-    from ..prune import prune
 
-    loader = list(islice(batches(data.train, 128, shuffle=True, seed=seed, device=device), 10))
-    return prune(model, _example(data, device), loader=loader, seed=seed, on_failure="freeze", **budget)
+    return list(islice(batches(data.train, 128, shuffle=True, seed=seed, device=device), 10))
 
 
 def _as_before(kept: Path, budget: dict[str, Any]) -> dict[str, Any]:
