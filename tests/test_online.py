@@ -340,7 +340,7 @@ def test_wrapped_models_are_looked_into() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({}, ConfigError, "exactly one of clusters, keep and threshold, not none"),
+        ({}, ConfigError, "exactly one of clusters, keep, threshold and macs, not none"),
         ({"keep": 0.5, "clusters": 3}, ConfigError, "not clusters and keep"),
         ({"keep": 1.5}, ConfigError, r"keep=1.5: the share that is kept lies in \(0, 1\]"),
         ({"clusters": 0}, ConfigError, "clusters=0: at least one unit must stay"),

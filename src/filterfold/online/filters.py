@@ -21,6 +21,7 @@ from ..plan import Plan
 from ..structure import named_tensors, unwrap
 from ..surgery import apply, revert
 from ..verify import Verification, rehearse
+from .budget import widths_for
 from .controls import drop, write_back
 from .grouping import ROWS, ClusterRow, along, read_row, regroup
 from .pull import averager, pull
@@ -59,8 +60,9 @@ class OnlineFilterClustering:
     - `model`: any traceable network, changed in place at milestones; wrapped models are looked into.
     - `example_inputs`: a tensor, tuple or dictionary on the model's device.
     - `optimizer`: one or several; their state is cut alike. `averaged`: EMA copies, likewise.
-    - `clusters` | `keep` | `threshold`: filters that stay in every group (a number, or glob pattern → number), their
-      share, or the cosine similarity above which filters fold. Exactly one.
+    - `clusters` | `keep` | `threshold` | `macs`: filters that stay in every group (a number, or glob pattern → number),
+      their share, the cosine similarity above which filters fold, or the share of the multiply-accumulates that may
+      remain (groups that cluster well then give more units; milestones take steps of the budget). Exactly one.
     - `schedule`: what `step` does when.
     - `strength`: λ of the clustering term (see `pull`).
     - `round_to`: widths are multiples of this. `ignore`: glob patterns of groups left alone.
@@ -98,6 +100,7 @@ class OnlineFilterClustering:
         clusters: int | Mapping[str, int] | None = None,
         keep: float | None = None,
         threshold: float | None = None,
+        macs: float | None = None,
         schedule: Schedule | None = None,
         strength: float = 1e-3,
         averaged: nn.Module | Sequence[nn.Module] = (),
@@ -116,7 +119,7 @@ class OnlineFilterClustering:
         if strength < 0:
             raise ConfigError(f"strength={strength}: a pull can't be negative")
         self.model, self.example_inputs, self.optimizer, self.averaged = model, example_inputs, optimizer, averaged
-        self.target = Target(clusters, keep, threshold, round_to)
+        self.target = Target(clusters, keep, threshold, round_to, macs)
         self.schedule = schedule or Schedule()
         self.strength, self.ignore, self.method, self.features = float(strength), tuple(ignore), method, features
         self.loader, self.seed, self.verify = loader, seed, verify
@@ -126,8 +129,10 @@ class OnlineFilterClustering:
         self.plans: list[Plan] = []
         self.epoch = 0
         self._passed = 0
+        self._widths: dict[str, int] = {}
         self._look()
         self._full = {group.name: group.size for group in self._active}
+        self._full_macs = measure(self._bare, example_inputs).macs if macs is not None else 0
         if not self._full:
             raise SelectionError("no channel group can be cut: all are frozen or ignored; see filterfold inspect")
 
@@ -225,6 +230,7 @@ class OnlineFilterClustering:
             "method": self.method,
             "full": dict(self._full),
             "sizes": dict(self._sizes),
+            "macs": self._full_macs,
             "labels": {name: labels.clone() for name, labels in self.labels.items()},
             "history": [dict(row) for row in self.history],
             "plans": [plan.to_json() for plan in self.plans],
@@ -251,6 +257,7 @@ class OnlineFilterClustering:
         self.labels = {name: labels.clone() for name, labels in state["labels"].items()}
         self.history = [read_row(row) for row in state["history"]]
         self.plans = [Plan.from_json(text) for text in state["plans"]]
+        self._full_macs = int(state.get("macs", 0))
         self.epoch, self._passed = int(state["epoch"]), int(state["passed"])
         self._prepare_pull()
 
@@ -280,15 +287,30 @@ class OnlineFilterClustering:
 
     def _counts(self, group: ChannelGroup, share: float) -> tuple[int, ...] | None:
         """Units to keep in each part of a group, or None if nothing is to be removed."""
-        width = self.target.width(group.name, self._full[group.name], share)
+        width = self._widths.get(group.name) or self.target.width(group.name, self._full[group.name], share)
         if width >= group.size:
             return None
         counts = share_out(group, width)
         return None if sum(counts) >= group.size else counts
 
+    def _budget(self, share: float) -> None:
+        """Choose the widths for a share of the way to the budget, if there is one."""
+        if self.target.macs is None:
+            return
+        self._widths = widths_for(
+            self._active,
+            dict(named_tensors(self._bare)),
+            measure(self._bare, self.example_inputs),
+            self._full_macs * (1 - share * (1 - self.target.macs)),
+            kind=self.features,
+            round_to=self.target.round_to,
+            seed=self.seed,
+        )
+
     def _cluster(self, share: float, *, fresh: bool = False) -> list[ClusterRow]:
         """Put every group that is to shrink into clusters; returns and notes what they are like."""
         tensors = dict(named_tensors(self._bare))
+        self._budget(share)
         rows = []
         for group in self._active:
             threshold = self.target.threshold
@@ -327,6 +349,7 @@ class OnlineFilterClustering:
     def _plan(self, share: float) -> Plan:
         """The cut of this milestone."""
         if not self._clusters:
+            self._budget(share)
             wanted = {group.name: self._counts(group, share) for group in self._active}
             counts = {name: count for name, count in wanted.items() if count is not None}
             scores = score(

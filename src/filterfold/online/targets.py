@@ -12,7 +12,7 @@ from ..groups import ChannelGroup
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What was asked for; exactly one of the first three.
+    """What was asked for; exactly one of clusters, keep, threshold and macs.
 
     **Arguments:**
 
@@ -20,24 +20,28 @@ class Target:
     - `keep`: share of the units kept in every group.
     - `threshold`: cosine similarity above which filters fold together.
     - `round_to`: widths are multiples of this (the nearest, at least one of them), where that removes something.
+    - `macs`: share of the multiply-accumulates that may remain; widths are then chosen by `widths_for`.
     """
 
     clusters: int | Mapping[str, int] | None = None
     keep: float | None = None
     threshold: float | None = None
     round_to: int = 1
+    macs: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse contradictions."""
-        given = [name for name in ("clusters", "keep", "threshold") if getattr(self, name) is not None]
+        given = [name for name in ("clusters", "keep", "threshold", "macs") if getattr(self, name) is not None]
         if len(given) != 1:
             what = " and ".join(given) or "none"
-            raise ConfigError(f"give exactly one of clusters, keep and threshold, not {what}")
+            raise ConfigError(f"give exactly one of clusters, keep, threshold and macs, not {what}")
         counts = self.clusters.values() if isinstance(self.clusters, Mapping) else [self.clusters]
         if any(count is not None and count < 1 for count in counts):
             raise ConfigError(f"clusters={self.clusters}: at least one unit must stay")
         if self.keep is not None and not 0 < self.keep <= 1:
             raise ConfigError(f"keep={self.keep}: the share that is kept lies in (0, 1]")
+        if self.macs is not None and not 0 < self.macs <= 1:
+            raise ConfigError(f"macs={self.macs}: the share of multiply-accumulates that may remain lies in (0, 1]")
         if self.threshold is not None and not -1 <= self.threshold <= 1:
             raise ConfigError(f"threshold={self.threshold}: a cosine similarity lies in [-1, 1]")
         if self.round_to < 1:
