@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import log
 
 from torch import Tensor
 
@@ -41,7 +42,8 @@ def widths_for(
 ) -> dict[str, int]:
     """Narrow, step by step, the group that pays least in clustering loss for each multiply-accumulate saved.
 
-    The loss of a group at a width is Σ ‖direction - cluster mean‖² of its units in so many clusters.
+    The loss of a group at a width is -log of the share of its units' directions that so many clusters explain,
+    1 - Σ ‖direction - cluster mean‖² / units: shares multiply along the network, so that none becomes a bottleneck.
 
     **Arguments:**
 
@@ -98,6 +100,7 @@ def _curve(group: ChannelGroup, tensors: Mapping[str, Tensor], kind: Features, r
         if sum(counts) >= widths[-1]:
             continue
         widths.append(sum(counts))
-        losses.append(regroup(group, tensors, counts, None, kind=kind, seed=seed)[1]["inertia"])
+        lost = regroup(group, tensors, counts, None, kind=kind, seed=seed)[1]["inertia"] / group.size
+        losses.append(-log(max(1 - lost, 1e-6)))
     positions = {key: max(per_unit(units, group.size)) for key, units in axes(group.producers, group.consumers).items()}
     return _Curve(group.size, tuple(widths), tuple(losses), positions)
