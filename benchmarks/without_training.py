@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import filterfold as ff
 from filterfold import data, zoo
 from filterfold.experiment.environment import command, describe
+from filterfold.online import OnlineFilterClustering
 from filterfold.plan import Plan
 from filterfold.reconstruction import reestimate, repair
 from filterfold.storage import read_safetensors, write_json
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/without_training.json"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    environment = describe()  # now: the checkout may move on while this runs
     model = zoo.build("resnet56")
     model.load_state_dict(read_safetensors(options.shared / "weights" / "resnet56-cifar10.safetensors")[1])
     images = data.load(str(options.shared / "data" / "cifar10"), normalization="imagenet")
@@ -57,7 +59,7 @@ def main() -> None:
         "ridge": options.ridge,
         "seed": options.seed,
         "rows": rows,
-        "environment": describe(),
+        "environment": environment,
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(options.out, report)
@@ -136,7 +138,7 @@ def drop(network: nn.Module, example: Tensor, share: float, seed: int) -> Plan:
 
 def fold(network: nn.Module, example: Tensor, share: float, seed: int) -> Plan:
     """Fold clusters of filters in every group."""
-    online = ff.OnlineFilterClustering(network, example, keep=share, verify=False, seed=seed)
+    online = OnlineFilterClustering(network, example, keep=share, verify=False, seed=seed)
     return online.cluster_and_prune().plan
 
 
