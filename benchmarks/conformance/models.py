@@ -137,7 +137,7 @@ timm:levit_128s 224
 timm:coatnet_nano_rw_224 224
 torchvision:maxvit_t 224
 timm:botnet26t_256 256
-timm:halonet26t 128
+timm:halonet26t 256
 # Other tasks: segmentation, video
 torchvision:fcn_resnet50 64
 torchvision:deeplabv3_mobilenet_v3_large 64

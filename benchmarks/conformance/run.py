@@ -48,9 +48,10 @@ def main() -> None:
     declare_missing_operators()
     warm_up()
     report = _read(options.output)
-    report["conditions"] = conditions(options)
     todo = [e for e in entries() if not options.only or e.name in options.only]
     todo = [e for e in todo if e.name in options.again or e.name not in report["models"]]
+    if todo:
+        report.setdefault("runs", []).append(conditions(options))
     active: dict[Any, Entry] = {}
     while todo or active:
         while todo and len(active) < options.jobs:

@@ -33,17 +33,23 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def _conditions(report: dict[str, Any], count: int) -> str:
-    told = report.get("conditions", {})
-    versions = ", ".join(f"{name} {number}" for name, number in told.get("versions", {}).items())
-    return (
-        f"{count} networks with random weights (seed 0). Commit {told.get('commit')}"
-        f"{' with uncommitted source' if told.get('uncommitted_source') else ''}; {versions}; {told.get('processor')}, "
-        f"{told.get('cores')} cores, one thread a job, {told.get('jobs_at_a_time')} networks at a time, load average "
-        f"{told.get('load_average')}; {told.get('date')}. Seconds are processor time of one run each; Filterfold's "
-        f"include tracing and verification, Torch-Pruning's its graph. Limits: {told.get('limit_seconds')} s and "
-        f"{told.get('peer_limit_seconds')} s for the peer, counted as such in the sums. Made by "
-        "`benchmarks/conformance/run.py`."
-    )
+    runs = report.get("runs", [])
+    last = runs[-1] if runs else {}
+    versions = ", ".join(f"{name} {number}" for name, number in last.get("versions", {}).items())
+    lines = [
+        f"{count} networks with random weights (seed 0); {versions}; {last.get('processor')}, {last.get('cores')} "
+        "cores, one thread a job. Seconds are processor time of one run each on a shared machine; Filterfold's include "
+        "tracing and verification, Torch-Pruning's its graph. What takes longer counts as the limit. "
+        f"Made by `benchmarks/conformance/run.py` in {len(runs)} piece{'s' * (len(runs) != 1)}:",
+        "",
+    ]
+    lines += [
+        f"- {run['date']}, commit {run['commit']}{' and uncommitted source' if run['uncommitted_source'] else ''}, "
+        f"{run['jobs_at_a_time']} at a time, load average {run['load_average'][0]}, limit {run['limit_seconds']:g} s, "
+        f"for the peer {run['peer_limit_seconds']:g} s"
+        for run in runs
+    ]
+    return "\n".join(lines)
 
 
 def _totals(rows: dict[str, Any]) -> str:
@@ -55,6 +61,10 @@ def _totals(rows: dict[str, Any]) -> str:
     for name, fold in (("seconds in all", sum), ("median", statistics.median), ("longest", max)):
         if times["ours"] and times["peer"]:
             lines.append(f"| {name} | {fold(times['ours']):.2f} | {fold(times['peer']):.2f} |")
+    both = [row for row in rows.values() if row["peer"]["status"] == "runs"]
+    if both:
+        sums = [sum(row[who]["seconds"] for row in both) for who in ("ours", "peer")]
+        lines.append(f"| seconds in all, the {len(both)} networks that the peer cuts | {sums[0]:.2f} | {sums[1]:.2f} |")
     if sum(times["peer"]):
         lines.append(f"| share of the peer's time | {sum(times['ours']) / sum(times['peer']):.2f} | 1 |")
     return "\n".join(lines)

@@ -17,8 +17,14 @@ from torch import nn
 
 from filterfold.plan import Cut, Plan, Slice
 
-PARTLY: dict[str, int] = {
+PARTLY = {
     "zoo:resnet20": 1,
+    "timm:resnetv2_50d_gn": 2,
+    "torchvision:shufflenet_v2_x0_5": 2,
+    "torchvision:shufflenet_v2_x1_0": 2,
+    "timm:mobilenetv4_hybrid_medium": 8,
+    "timm:efficientvit_b0": 8,
+    "timm:edgenext_xx_small": 2,
 }
 """Network -> how many of its groups stay whole; every other network is cut wholly."""
 
@@ -27,7 +33,7 @@ zoo:resnet20 zoo:vgg16 torchvision:squeezenet1_1 torchvision:resnet18 timm:resne
 timm:seresnet18 timm:res2next50 timm:dla46_c timm:dpn48b timm:hrnet_w18_small timm:ese_vovnet19b_slim timm:cs3darknet_s
 torchvision:mobilenet_v2 torchvision:mobilenet_v3_large timm:mixnet_s timm:ghostnet_050 timm:fasternet_t0
 torchvision:efficientnet_b0 torchvision:regnet_y_400mf timm:repvgg_a0 timm:nf_regnet_b0 timm:convnextv2_atto
-timm:mobilevit_xxs torchvision:lraspp_mobilenet_v3_large
+timm:mobilevit_xxs torchvision:shufflenet_v2_x0_5 torchvision:lraspp_mobilenet_v3_large
 """.split()  # noqa: SIM905
 
 
