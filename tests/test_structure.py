@@ -45,6 +45,7 @@ def resize(module: nn.Module, **shapes: tuple[int, ...]) -> None:
         (nn.SyncBatchNorm(6), {"weight": (4,)}, {"num_features": 4}),
         (nn.InstanceNorm2d(6, affine=True), {"weight": (4,)}, {"num_features": 4}),
         (nn.GroupNorm(2, 6), {"weight": (4,)}, {"num_channels": 4, "num_groups": 2}),
+        (nn.GroupNorm(6, 6), {"weight": (4,)}, {"num_channels": 4, "num_groups": 4}),
         (nn.LayerNorm(6), {"weight": (4,)}, {"normalized_shape": (4,)}),
         (nn.RMSNorm(6), {"weight": (4,)}, {"normalized_shape": (4,)}),
         (nn.PReLU(6), {"weight": (4,)}, {"num_parameters": 4}),

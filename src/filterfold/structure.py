@@ -111,6 +111,8 @@ def _group_norm(module: nn.GroupNorm) -> None:
     shape = shape_of(module, "weight")
     if shape is None:
         return
+    if module.num_groups == module.num_channels:  # an instance norm by another name
+        module.num_groups = shape[0]
     if shape[0] % module.num_groups:
         raise SurgeryError(
             f"{type(module).__name__}: {shape[0]} channels don't divide into its {module.num_groups} groups; "

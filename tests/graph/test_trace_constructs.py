@@ -228,6 +228,16 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, int]]] = {
         {"a": 6},
     ),
     "group norm": (lambda: nn.Sequential(conv(3, 12), nn.GroupNorm(3, 12), conv(12, 2)), image(), {"0": 12}),
+    "group norm by channel": (
+        lambda: nn.Sequential(conv(3, 12), nn.GroupNorm(12, 12), conv(12, 2)),
+        image(),
+        {"0": 12},
+    ),
+    "group norm by channel, called": (
+        lambda: Net(lambda n, x: n.b(F.group_norm(n.a(x), n.parts)), a=conv(3, 12), b=conv(12, 2), parts=12),
+        image(),
+        {"a": 12},
+    ),
     "instance norm": (
         lambda: nn.Sequential(conv(3, 6), nn.InstanceNorm2d(6, affine=True, track_running_stats=True), conv(6, 2)),
         image(),

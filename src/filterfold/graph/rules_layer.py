@@ -163,7 +163,7 @@ def layer_norm(walk: Walk, call: Call) -> Layout:
 
 @rule("group_norm")
 def group_norm(walk: Walk, call: Call) -> Layout:
-    """Normalisation within groups of channels: every group keeps equally many."""
+    """Normalisation within groups of channels: every group keeps equally many; groups of one channel go with it."""
     x, groups = call["input"], int(call["num_groups"])
     layout = walk.layout(x)
     for name in ("weight", "bias"):
@@ -173,8 +173,6 @@ def group_norm(walk: Walk, call: Call) -> Layout:
         walk.ledger.soften(layout[1], f"normalised over in {site(call)}")
         if groups > 1:
             walk.ledger.balance(vector, groups)
-    elif vector is not None:
-        walk.ledger.freeze(layout[1], f"as many normalisation groups as channels in {site(call)}")
     for axis in layout[2:]:
         walk.ledger.soften(axis, f"normalised over in {site(call)}")
     return layout
