@@ -30,6 +30,7 @@ timm:resnetv2_50x1_bit 64
 timm:resnetv2_50d_gn 64
 timm:resnet50_gn 64
 zoo:resnet20 32
+zoo:resnet56 32
 zoo:vgg16 32
 # Attention over channels or space inside the blocks
 timm:seresnet18 64

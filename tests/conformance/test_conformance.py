@@ -19,7 +19,7 @@ from filterfold.plan import Cut, Plan, Slice
 
 PARTLY = {
     "zoo:resnet20": 1,
-    "timm:resnetv2_50d_gn": 2,
+    "zoo:resnet56": 1,
     "torchvision:shufflenet_v2_x0_5": 2,
     "torchvision:shufflenet_v2_x1_0": 2,
     "timm:mobilenetv4_hybrid_medium": 8,
