@@ -117,11 +117,12 @@ def test_a_killed_driver_takes_its_workers_along_and_nothing_is_lost_or_done_twi
 def test_ctrl_c_ends_the_workers_and_the_same_command_goes_on(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "filterfold", "compare", "--model", "vgg_small", "--data", "digits"]
-    command += ["--width", "0.25", "--train-limit", "400", "--epochs", "60", "--methods", "dense", "--trials", "2"]
+    command += ["--width", "0.25", "--train-limit", "400", "--epochs", "40", "--methods", "dense", "--trials", "6"]
     command += ["--parallel", "2", "--threads", "2", "--out", str(folder)]
     driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0)
     try:
-        wait_until(lambda: len(list(folder.glob("work/*/*.safetensors"))) == 2, 300)
+        # one of six trials has a checkpoint: the end of the run is far off, however fast the machine
+        wait_until(lambda: len(list(folder.glob("work/*/*.safetensors"))) > 0, 300)
         workers = children(driver.pid)
         os.killpg(driver.pid, signal.SIGINT)  # what a terminal does: to the driver and its workers alike
         said, _ = driver.communicate(timeout=300)
@@ -136,7 +137,7 @@ def test_ctrl_c_ends_the_workers_and_the_same_command_goes_on(tmp_path: Path) ->
     left = [json.loads(path.read_text()) for path in folder.glob("records/*.json")]
     assert all(record["status"] == "finished" for record in left)  # stopped is not failed
     assert subprocess.run(command, capture_output=True, check=False, timeout=400).returncode == 0
-    assert len(records.read_all(folder)) == 2
+    assert len(records.read_all(folder)) == 6
 
 
 def test_two_processes_with_one_trial_do_it_once(tmp_path: Path) -> None:
