@@ -119,7 +119,9 @@ def test_ctrl_c_ends_the_workers_and_the_same_command_goes_on(tmp_path: Path) ->
     command = [sys.executable, "-m", "filterfold", "compare", "--model", "vgg_small", "--data", "digits"]
     command += ["--width", "0.25", "--train-limit", "400", "--epochs", "40", "--methods", "dense", "--trials", "6"]
     command += ["--parallel", "2", "--threads", "2", "--out", str(folder)]
-    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0)
+    driver = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0, preexec_fn=heed_ctrl_c
+    )
     try:
         # one of six trials has a checkpoint: the end of the run is far off, however fast the machine
         wait_until(lambda: len(list(folder.glob("work/*/*.safetensors"))) > 0, 300)
@@ -192,6 +194,11 @@ def alive(pid: int) -> bool:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def heed_ctrl_c() -> None:
+    """A shell starts background jobs, and so perhaps this very test, with SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_until(true: Callable[[], bool], seconds: float = 150) -> None:
