@@ -10,7 +10,7 @@ import pytest
 import torch
 from sklearn.cluster import KMeans
 
-from filterfold.clustering import Clustering, cluster, directions, moved, spherical_kmeans
+from filterfold.clustering import Clustering, cluster, directions, merging_inertias, moved, spherical_kmeans
 from filterfold.errors import ConfigError, ModelError
 from filterfold.storage import read_safetensors
 
@@ -212,3 +212,21 @@ def test_start_competes_with_new_starts_if_asked() -> None:
     alone, both = cluster(x, clusters=12, start=poor), cluster(x, clusters=12, start=poor, restarts=8)
     assert both.inertia <= alone.inertia
     assert both.inertia <= 1.001 * cluster(x, clusters=12, restarts=8).inertia
+
+
+@pytest.mark.parametrize("n", [1, 2, 30])
+def test_merging_inertias_against_scikit_learn(n: int) -> None:
+    from sklearn.cluster import AgglomerativeClustering
+
+    x = torch.randn(n, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+    found = merging_inertias(x)
+    unit = x / x.norm(dim=1, keepdim=True)
+    for k in range(1, n + 1):
+        labels = torch.zeros(1, dtype=torch.int64)
+        if n > 1:
+            labels = torch.as_tensor(AgglomerativeClustering(k, linkage="ward").fit_predict(unit.numpy()))
+        groups = [unit[labels == label] for label in range(k)]
+        inertia = sum(float((rows - rows.mean(dim=0)).square().sum()) for rows in groups)
+        assert found[k - 1].item() == pytest.approx(inertia, abs=1e-9)
+        assert found[k - 1] <= 1.2 * spherical_kmeans(x, k).inertia + 1e-9
+    assert bool((found.diff() <= 1e-12).all())

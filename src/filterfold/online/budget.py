@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import log
+from math import log, prod
 
 from torch import Tensor
 
+from ..clustering import merging_inertias
 from ..cost import Cost
 from ..errors import SelectionError
-from ..folding import Features, share_out
+from ..folding import Features, features, parts, share_out
 from ..groups import ChannelGroup
-from ..selection.forecast import axes, per_unit, shrunk
-from .grouping import regroup
+from ..selection.forecast import axes, per_unit
 
-_STEPS = 12
-"""Widths tried for each group between its full one and the least."""
+_LEAST = 12
+"""No group gets narrower than this part of its width: where all else is dear, one layer would pay for all."""
+_STEPS = 48
+"""Widths tried for each group from its full one down to none, as far as multiples of `round_to` allow."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Curve:
-    """One group: its widths from full to least, the clustering loss at each, and positions per unit on its axes."""
+    """One group from full width to least: units kept in each of its parts, and what clustering loses."""
 
-    size: int
-    widths: tuple[int, ...]
+    counts: tuple[tuple[int, ...], ...]
     losses: tuple[float, ...]
-    positions: Mapping[tuple[str, int], int]
 
 
 def widths_for(
@@ -38,69 +39,111 @@ def widths_for(
     *,
     kind: Features = "units",
     round_to: int = 1,
-    seed: int = 0,
 ) -> dict[str, int]:
     """Narrow, step by step, the group that pays least in clustering loss for each multiply-accumulate saved.
 
     The loss of a group at a width is -log of the share of its units' directions that so many clusters explain,
     1 - Σ ‖direction - cluster mean‖² / units: shares multiply along the network, so that none becomes a bottleneck.
+    They are estimated at all widths in one pass, by `merging_inertias`.
 
     **Arguments:**
 
     - `groups`: those that may be folded; `tensors`: of the network as it is; `cost`: what `measure` says of it.
     - `macs`: multiply-accumulates of one example that may remain.
-    - `kind`, `seed`: as in `regroup`. `round_to`: new widths are multiples of this.
+    - `kind`: what units are compared by, as in `features`. `round_to`: new widths are multiples of this.
 
     **Returns:** group name → units that stay.
 
     **Raises:** `SelectionError` if the narrowest network tried is still over the budget.
     """
-    curves = {group.name: _curve(group, tensors, kind, round_to, seed) for group in groups}
+    curves = {group.name: _curve(group, tensors, kind, round_to) for group in groups}
+    ledger = _Ledger(groups, cost)
     at = dict.fromkeys(curves, 0)
 
     def price(name: str) -> float:
         curve, index = curves[name], at[name]
-        saved = now - _macs(cost, curves, at | {name: index + 1})
+        saved = ledger.saved(name, _less(curve, index))
         return max(curve.losses[index + 1] - curve.losses[index], 0.0) / max(saved, 1)
 
-    now = _macs(cost, curves, at)
-    queue = [(price(name), name) for name, curve in curves.items() if len(curve.widths) > 1]
+    queue = [(price(name), name) for name, curve in curves.items() if len(curve.counts) > 1]
     heapq.heapify(queue)
-    while now > macs:
+    while ledger.macs > macs:
         if not queue:
             raise SelectionError(
-                f"macs: {now:,} remain in the narrowest network, {macs:,.0f} are asked for: ask for more"
+                f"macs: {ledger.macs:,} remain in the narrowest network, {macs:,.0f} are asked for: ask for more"
             )
         _, name = heapq.heappop(queue)
         fresh = (price(name), name)  # as others narrow, a step saves less: prices only rise
         if queue and fresh > queue[0]:
             heapq.heappush(queue, fresh)
             continue
+        ledger.remove(name, _less(curves[name], at[name]))
         at[name] += 1
-        now = _macs(cost, curves, at)
-        if at[name] + 1 < len(curves[name].widths):
+        if at[name] + 1 < len(curves[name].counts):
             heapq.heappush(queue, (price(name), name))
-    return {name: curve.widths[at[name]] for name, curve in curves.items()}
+    return {name: sum(curve.counts[at[name]]) for name, curve in curves.items()}
 
 
-def _macs(cost: Cost, curves: Mapping[str, _Curve], at: Mapping[str, int]) -> int:
-    removed: dict[tuple[str, int], int] = {}
-    for name, curve in curves.items():
-        gone = curve.size - curve.widths[at[name]]
-        for key, count in curve.positions.items():
-            removed[key] = removed.get(key, 0) + gone * count
-    return shrunk(cost, removed).macs
-
-
-def _curve(group: ChannelGroup, tensors: Mapping[str, Tensor], kind: Features, round_to: int, seed: int) -> _Curve:
-    steps = {max(int(group.size * step / _STEPS / round_to), 1) * round_to for step in range(1, _STEPS)}
-    widths, losses = [group.size], [0.0]
-    for width in sorted((step for step in steps if step < group.size), reverse=True):
-        counts = share_out(group, width)
-        if sum(counts) >= widths[-1]:
+def _curve(group: ChannelGroup, tensors: Mapping[str, Tensor], kind: Features, round_to: int) -> _Curve:
+    pieces = parts(group)
+    inertias = [merging_inertias(features(group, part, tensors, kind)) for part in pieces]
+    step = max(-(-group.size // _STEPS // round_to), 1) * round_to
+    least = max(group.size // _LEAST // round_to, 1) * round_to
+    counts, losses = [tuple(len(part.units) for part in pieces)], [0.0]
+    for width in range((group.size - 1) // step * step, least - 1, -step):
+        kept = share_out(group, width)
+        if sum(kept) >= sum(counts[-1]):
             continue
-        widths.append(sum(counts))
-        lost = regroup(group, tensors, counts, None, kind=kind, seed=seed)[1]["inertia"] / group.size
+        lost = sum(float(curve[count - 1]) for curve, count in zip(inertias, kept, strict=True)) / group.size
+        counts.append(kept)
         losses.append(-log(max(1 - lost, 1e-6)))
-    positions = {key: max(per_unit(units, group.size)) for key, units in axes(group.producers, group.consumers).items()}
-    return _Curve(group.size, tuple(widths), tuple(losses), positions)
+    return _Curve(tuple(counts), tuple(losses))
+
+
+def _less(curve: _Curve, index: int) -> tuple[int, ...]:
+    """Units that go from each part with the next step."""
+    return tuple(now - then for now, then in zip(curve.counts[index], curve.counts[index + 1], strict=True))
+
+
+class _Ledger:
+    """The network's multiply-accumulates while its groups narrow: only layers that a step touches are counted anew.
+
+    `macs` is what `selection.forecast.predict` says of a plan that removes as much.
+    """
+
+    def __init__(self, groups: Sequence[ChannelGroup], cost: Cost) -> None:
+        self.macs = cost.macs
+        self.uses: Counter[str] = Counter()
+        self.shape: dict[str, list[int]] = {}
+        for layer in cost.layers:
+            if layer.shape == cost.shapes.get(layer.tensor, layer.shape):  # else used in parts: which are cut?
+                self.uses[layer.tensor] += layer.uses
+                self.shape[layer.tensor] = list(layer.shape)
+        self.positions = {group.name: list(self._positions(group)) for group in groups}
+
+    def _positions(self, group: ChannelGroup) -> Sequence[tuple[str, int, tuple[int, ...]]]:
+        """(tensor, axis, positions along it of a unit of each part) for the weights that the group's units lie on."""
+        found = []
+        for (tensor, axis), units in axes(group.producers, group.consumers).items():
+            if tensor in self.shape:
+                own = per_unit(units, group.size)
+                found.append((tensor, axis, tuple(own[part.units[0]] for part in parts(group))))
+        return found
+
+    def saved(self, name: str, less: Sequence[int]) -> int:
+        """Multiply-accumulates saved if so many units of each part of a group go."""
+        return self._shrink(name, less, keep=False)
+
+    def remove(self, name: str, less: Sequence[int]) -> None:
+        """Take them out."""
+        self.macs -= self._shrink(name, less, keep=True)
+
+    def _shrink(self, name: str, less: Sequence[int], *, keep: bool) -> int:
+        shapes: dict[str, list[int]] = {}
+        for tensor, axis, positions in self.positions[name]:
+            shape = shapes.setdefault(tensor, list(self.shape[tensor]))
+            shape[axis] -= sum(count * own for count, own in zip(less, positions, strict=True))
+        saved = sum(self.uses[tensor] * (prod(self.shape[tensor]) - prod(shape)) for tensor, shape in shapes.items())
+        if keep:
+            self.shape.update(shapes)
+        return saved

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,40 +12,23 @@ from torch import Tensor, nn
 from ..borrowing import borrowed, outputs, telling
 from ..cost import measure
 from ..criteria import CRITERIA, score
-from ..errors import CheckpointError, ConfigError, SelectionError, VerificationError
-from ..folding import Features, fold, share_out, signs
-from ..graph import Traced, repair, trace
+from ..errors import CheckpointError, ConfigError, SelectionError
+from ..folding import Features, fold, share_out
+from ..graph import Traced, trace
 from ..groups import ChannelGroup
 from ..plan import Plan
 from ..structure import named_tensors, unwrap
-from ..surgery import apply, revert
-from ..verify import Verification, rehearse
+from ..verify import Verification
 from .budget import widths_for
 from .controls import drop, write_back
-from .grouping import ROWS, ClusterRow, along, read_row, regroup
-from .pull import averager, pull
+from .cutting import cut_through
+from .grouping import ClusterRow, read_row, regroup
+from .pulled import Pulled, pulled
 from .result import CENTROID, EXACT, FOLD, CutResult, relative_change
 from .schedule import Schedule
 from .targets import Target, active
 
 _LOG = logging.getLogger("filterfold.online")
-
-
-@dataclass(frozen=True, slots=True)
-class _Pulled:
-    """One parameter whose filters are pulled together; `positions` along `axis` of it, all where None."""
-
-    parameter: Tensor
-    axis: int
-    positions: Tensor | None
-    labels: Tensor
-    mean: Tensor
-    sign: Tensor | None
-
-    def value(self) -> Tensor:
-        rows = self.parameter.movedim(self.axis, 0) if self.axis else self.parameter
-        rows = rows if self.positions is None else rows[self.positions]
-        return pull(rows, self.labels, self.mean, self.sign)
 
 
 class OnlineFilterClustering:
@@ -62,7 +44,8 @@ class OnlineFilterClustering:
     - `optimizer`: one or several; their state is cut alike. `averaged`: EMA copies, likewise.
     - `clusters` | `keep` | `threshold` | `macs`: filters that stay in every group (a number, or glob pattern → number),
       their share, the cosine similarity above which filters fold, or the share of the multiply-accumulates that may
-      remain (groups that cluster well then give more units; milestones take steps of the budget). Exactly one.
+      remain (groups that cluster well then give more units; milestones take steps of the budget, and choose the
+      widths anew). Exactly one.
     - `schedule`: what `step` does when.
     - `strength`: λ of the clustering term (see `pull`).
     - `round_to`: widths are multiples of this. `ignore`: glob patterns of groups left alone.
@@ -231,6 +214,7 @@ class OnlineFilterClustering:
             "full": dict(self._full),
             "sizes": dict(self._sizes),
             "macs": self._full_macs,
+            "widths": dict(self._widths),
             "labels": {name: labels.clone() for name, labels in self.labels.items()},
             "history": [dict(row) for row in self.history],
             "plans": [plan.to_json() for plan in self.plans],
@@ -258,6 +242,7 @@ class OnlineFilterClustering:
         self.history = [read_row(row) for row in state["history"]]
         self.plans = [Plan.from_json(text) for text in state["plans"]]
         self._full_macs = int(state.get("macs", 0))
+        self._widths = {name: int(width) for name, width in state.get("widths", {}).items()}
         self.epoch, self._passed = int(state["epoch"]), int(state["passed"])
         self._prepare_pull()
 
@@ -280,10 +265,10 @@ class OnlineFilterClustering:
         found = active(self.groups, self.target, self.ignore)
         self._active = tuple(group for group in found if group.name in getattr(self, "_full", {group.name: 0}))
         self._sizes = {group.name: group.size for group in self._active}
-        self._pulls: list[_Pulled] = []
+        self._pulls: list[Pulled] = []
 
     def _forget(self) -> None:
-        self.labels, self._pulls = {}, []
+        self.labels, self._pulls, self._widths = {}, [], {}
 
     def _counts(self, group: ChannelGroup, share: float) -> tuple[int, ...] | None:
         """Units to keep in each part of a group, or None if nothing is to be removed."""
@@ -293,7 +278,7 @@ class OnlineFilterClustering:
         counts = share_out(group, width)
         return None if sum(counts) >= group.size else counts
 
-    def _budget(self, share: float) -> None:
+    def _choose_widths(self, share: float) -> None:
         """Choose the widths for a share of the way to the budget, if there is one."""
         if self.target.macs is None:
             return
@@ -304,13 +289,13 @@ class OnlineFilterClustering:
             self._full_macs * (1 - share * (1 - self.target.macs)),
             kind=self.features,
             round_to=self.target.round_to,
-            seed=self.seed,
         )
 
     def _cluster(self, share: float, *, fresh: bool = False) -> list[ClusterRow]:
         """Put every group that is to shrink into clusters; returns and notes what they are like."""
         tensors = dict(named_tensors(self._bare))
-        self._budget(share)
+        if fresh or not self._widths:  # between milestones clusters move, their number stays
+            self._choose_widths(share)
         rows = []
         for group in self._active:
             threshold = self.target.threshold
@@ -327,29 +312,13 @@ class OnlineFilterClustering:
 
     def _prepare_pull(self) -> None:
         """What `loss` needs, laid out once for all batches until the next update."""
-        tensors = dict(named_tensors(self._bare))
-        self._pulls = []
-        for group in self._active if self.method == FOLD and self.strength else ():
-            if group.name not in self.labels:
-                continue
-            sign = signs(group, tensors)
-            for piece in (piece for piece in group.producers if piece.role in ROWS):
-                parameter = tensors[piece.tensor]
-                if not parameter.requires_grad:
-                    continue
-                device = parameter.device
-                positions, labels = along(piece, self.labels[group.name])
-                units = torch.tensor(piece.units) if positions is None else torch.tensor(piece.units)[positions]
-                own_sign = None if sign is None else sign[units][:, None].to(device)
-                place = None if positions is None else positions.to(device)
-                self._pulls.append(
-                    _Pulled(parameter, piece.axis, place, labels.to(device), averager(labels).to(device), own_sign)
-                )
+        groups = self._active if self.method == FOLD and self.strength else ()
+        self._pulls = pulled(groups, self.labels, dict(named_tensors(self._bare)))
 
     def _plan(self, share: float) -> Plan:
         """The cut of this milestone."""
         if not self._clusters:
-            self._budget(share)
+            self._choose_widths(share)
             wanted = {group.name: self._counts(group, share) for group in self._active}
             counts = {name: count for name, count in wanted.items() if count is not None}
             scores = score(
@@ -360,32 +329,9 @@ class OnlineFilterClustering:
         return fold(self._active, self.labels, self._bare, gain="regression") if self.method == FOLD else Plan(())
 
     def _cut(self, plan: Plan) -> tuple[Plan, Verification | None]:
-        """Rehearse the plan and apply it; gives it back with the sizes in user code that had to change."""
-        bare, verified = self._bare, None
-        if self.verify:
-            verified = rehearse(
-                bare,
-                plan,
-                self.example_inputs,
-                groups=self.groups,
-                repair=lambda model, part, inputs: repair(model, part, self.groups, inputs),
-            )
-            if not verified.ok:
-                raise VerificationError(f"the cut was not made: {verified.message}")
-            plan = replace(plan, attributes=verified.attributes)
-        receipt = apply(plan, self.model, optimizer=self.optimizer, averaged=self.averaged)
-        if not self.verify:
-            try:
-                changes = repair(bare, plan, self.groups, self.example_inputs)
-            except BaseException:
-                receipt.rollback()
-                raise
-            if changes:  # once more as one transaction, so that averaged copies change too
-                revert(changes, bare)
-                receipt.rollback()
-                plan = replace(plan, attributes=changes)
-                apply(plan, self.model, optimizer=self.optimizer, averaged=self.averaged)
-        return plan, verified
+        return cut_through(
+            plan, self.model, self.groups, self.example_inputs, self.optimizer, self.averaged, verify=self.verify
+        )
 
     def _outputs(self) -> list[Tensor]:
         """Floating-point outputs on the example inputs (noise where those are constant), in eval mode."""
