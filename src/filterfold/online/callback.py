@@ -35,8 +35,7 @@ class OnlineCallback:
     """
 
     def __init__(self, *, schedule: str | Schedule | Mapping[str, Any] = "gradual", **options: Any) -> None:
-        if isinstance(schedule, str) and schedule not in ("gradual", "document"):
-            raise ConfigError(f"schedule={schedule!r}: 'gradual', 'document', or a Schedule")
+        Schedule.of(schedule, 1)  # refuses unknown names now
         unknown = sorted(set(options) - _OPTIONS)
         if unknown:
             raise ConfigError(f"online clustering has no option {unknown[0]!r}")
@@ -45,11 +44,7 @@ class OnlineCallback:
 
     def on_start(self, run: Any) -> None:
         """Trace the run's model."""
-        schedule = self.schedule
-        if isinstance(schedule, str):
-            schedule = getattr(Schedule, schedule)(run.recipe.epochs)
-        elif isinstance(schedule, Mapping):
-            schedule = Schedule.from_dict(schedule)
+        schedule = Schedule.of(self.schedule, run.recipe.epochs)
         self.online = OnlineFilterClustering(run.model, run.example, run.optimizer, schedule=schedule, **self.options)
 
     def on_batch_loss(self, run: Any) -> Tensor | None:  # noqa: ARG002  # the protocol passes it
@@ -57,8 +52,10 @@ class OnlineCallback:
         online = self.online
         return online.loss() if online is not None and online.pulls else None
 
-    def after_backward(self, run: Any) -> None:
-        """Nothing to do."""
+    def after_backward(self, run: Any) -> None:  # noqa: ARG002  # the protocol passes it
+        """Merge the gradients of clusters, with the centripetal pull."""
+        if self.online is not None:
+            self.online.merge_gradients()
 
     def on_epoch_end(self, run: Any) -> None:
         """Do what the schedule says and tell the run."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from ..plan import Plan
 from ..structure import named_tensors, unwrap
 from ..verify import Verification
 from .budget import widths_for
+from .centripetal import Centripetal
 from .controls import drop, write_back
 from .cutting import cut_through
 from .grouping import ClusterRow, read_row, regroup
@@ -28,6 +29,7 @@ from .result import CENTROID, EXACT, FOLD, CutResult, relative_change
 from .schedule import Schedule
 from .targets import Target, active
 
+_STRENGTH = {"cosine": 1e-3, "centripetal": 0.05}
 _LOG = logging.getLogger("filterfold.online")
 
 
@@ -47,7 +49,11 @@ class OnlineFilterClustering:
       remain (groups that cluster well then give more units; milestones take steps of the budget, and choose the
       widths anew). Exactly one.
     - `schedule`: what `step` does when.
-    - `strength`: λ of the clustering term (see `pull`).
+    - `pull`: what brings the filters of a cluster together: "cosine", a term in the loss that turns them (see `pull`),
+      or "centripetal", the stronger one: call `merge_gradients()` between backward and the optimizer's step, and they
+      become identical, so that the fold is lossless (see `centripetal.py`).
+    - `strength`: λ of the term (default .001), or ε of the centripetal rule (default .05, the authors' for ImageNet):
+      learning rate × ε × steps, over 1 - momentum, should come to 10 or more.
     - `round_to`: widths are multiples of this. `ignore`: glob patterns of groups left alone.
     - `method`: "fold"; as controls a criterion's name (drops the lowest scores at the same milestones to the same
       widths; no pull), or "centroid" (filters are replaced by their cluster's mean, nothing is removed).
@@ -85,7 +91,7 @@ class OnlineFilterClustering:
         threshold: float | None = None,
         macs: float | None = None,
         schedule: Schedule | None = None,
-        strength: float = 1e-3,
+        strength: float | None = None,
         averaged: nn.Module | Sequence[nn.Module] = (),
         round_to: int = 1,
         ignore: Sequence[str] = (),
@@ -94,17 +100,21 @@ class OnlineFilterClustering:
         loader: Iterable[Any] | None = None,
         seed: int = 0,
         verify: bool = True,
+        pull: Literal["cosine", "centripetal"] = "cosine",
     ) -> None:
         if method not in (FOLD, CENTROID) and method not in CRITERIA:
             raise ConfigError(f"unknown method {method!r}: fold, centroid or one of {', '.join(sorted(CRITERIA))}")
         if method not in (FOLD, CENTROID) and threshold is not None:
             raise ConfigError(f"a similarity threshold says nothing about how many units {method!r} keeps: give keep")
-        if strength < 0:
+        if pull not in _STRENGTH:
+            raise ConfigError(f"unknown pull {pull!r}: {' or '.join(_STRENGTH)}")
+        if strength is not None and strength < 0:
             raise ConfigError(f"strength={strength}: a pull can't be negative")
         self.model, self.example_inputs, self.optimizer, self.averaged = model, example_inputs, optimizer, averaged
         self.target = Target(clusters, keep, threshold, round_to, macs)
         self.schedule = schedule or Schedule()
-        self.strength, self.ignore, self.method, self.features = float(strength), tuple(ignore), method, features
+        self.pull, self.strength = pull, float(_STRENGTH[pull] if strength is None else strength)
+        self.ignore, self.method, self.features = tuple(ignore), method, features
         self.loader, self.seed, self.verify = loader, seed, verify
         self.labels: dict[str, Tensor] = {}
         self.history: list[ClusterRow] = []
@@ -154,6 +164,15 @@ class OnlineFilterClustering:
         if total is None:
             return torch.zeros((), device=self._device)
         return self.strength * total
+
+    def merge_gradients(self) -> None:
+        """With `pull="centripetal"`: let the filters of a cluster follow one common gradient, and drift together.
+
+        Call it with gradients in place, unscaled, before the optimizer's step. Nothing happens before the first
+        `update_clusters()`, after the last milestone, or with another pull.
+        """
+        if self._centripetal is not None:
+            self._centripetal.merge()
 
     def cluster_and_prune(self, share: float = 1.0) -> CutResult:
         """Fold every cluster into one unit, physically; model, optimizer state and averaged copies alike.
@@ -266,9 +285,11 @@ class OnlineFilterClustering:
         self._active = tuple(group for group in found if group.name in getattr(self, "_full", {group.name: 0}))
         self._sizes = {group.name: group.size for group in self._active}
         self._pulls: list[Pulled] = []
+        self._centripetal: Centripetal | None = None
 
     def _forget(self) -> None:
-        self.labels, self._pulls, self._widths = {}, [], {}
+        self.labels, self._widths = {}, {}
+        self._prepare_pull()
 
     def _counts(self, group: ChannelGroup, share: float) -> tuple[int, ...] | None:
         """Units to keep in each part of a group, or None if nothing is to be removed."""
@@ -311,9 +332,15 @@ class OnlineFilterClustering:
         return rows
 
     def _prepare_pull(self) -> None:
-        """What `loss` needs, laid out once for all batches until the next update."""
-        groups = self._active if self.method == FOLD and self.strength else ()
-        self._pulls = pulled(groups, self.labels, dict(named_tensors(self._bare)))
+        """What `loss` or `merge_gradients` needs, laid out once for all batches until the next update."""
+        self._pulls, self._centripetal = [], None
+        if self.method != FOLD or not self.strength or not self.labels:
+            return
+        tensors = dict(named_tensors(self._bare))
+        if self.pull == "cosine":
+            self._pulls = pulled(self._active, self.labels, tensors)
+        else:
+            self._centripetal = Centripetal(self._active, self.labels, tensors, self.strength)
 
     def _plan(self, share: float) -> Plan:
         """The cut of this milestone."""

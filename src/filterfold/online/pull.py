@@ -32,7 +32,7 @@ class Pull(torch.autograd.Function):
             inverse = length.clamp(min=torch.finfo(rows.dtype).tiny).reciprocal_()
             inverse = inverse if sign is None else inverse * sign
             unit = rows * inverse
-            own = _means(unit, labels, mean.to(rows))[labels]
+            own = means(unit, labels, mean.to(rows))[labels]
             cosine = (unit * own).sum(dim=1, keepdim=True)
             value: Tensor = ((length > 0).to(rows) - cosine).sum() / 2  # rows of length 0 have no direction
             grad = unit.mul_(cosine).sub_(own).mul_(inverse)
@@ -47,8 +47,8 @@ class Pull(torch.autograd.Function):
         return grad * outputs[0], None, None, None
 
 
-def _means(unit: Tensor, labels: Tensor, mean: Tensor) -> Tensor:
-    """Means of the clusters, shape `(k, d)`.
+def means(unit: Tensor, labels: Tensor, mean: Tensor) -> Tensor:
+    """Means of the rows `(n, d)` of each cluster, shape `(k, d)`; `mean` is what `averager` gives.
 
     On a CPU rows are added one by one, which is cheaper than a product; on a GPU that would not be deterministic.
     """

@@ -70,6 +70,21 @@ class Schedule:
         return cls._at(epochs, ((0.2, 0.4), (0.35, 0.8), (0.5, 1.0)))
 
     @classmethod
+    def of(cls, schedule: str | Schedule | Mapping[str, Any], epochs: int) -> Schedule:
+        """A schedule by name ("gradual", "document") for so many epochs, as it is, or from its `to_dict()`.
+
+        >>> Schedule.of("document", 10) == Schedule.document(10)
+        True
+        """
+        if isinstance(schedule, Schedule):
+            return schedule
+        if isinstance(schedule, Mapping):
+            return cls.from_dict(schedule)
+        if schedule not in ("gradual", "document"):
+            raise ConfigError(f"schedule={schedule!r}: 'gradual', 'document', or a Schedule")
+        return cls.document(epochs) if schedule == "document" else cls.gradual(epochs)
+
+    @classmethod
     def _at(cls, epochs: int, steps: tuple[tuple[float, float], ...]) -> Schedule:
         """Fractions of training as epochs; steps that fall on one epoch are taken together."""
         if epochs < 1:
