@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "filterfold"
 
 FLOORS: list[set[str]] = [
-    {"errors", "plan", "groups", "storage", "progress", "modes"},
+    {"errors", "plan", "groups", "storage", "progress", "modes", "ranks"},
     {"cost", "clustering", "stats", "structure", "zoo", "data", "replay", "recipes", "axes", "borrowing", "export"},
     {"latency"},
     {"graph", "criteria", "selection", "surgery", "verify", "oracles", "folding", "reconstruction"},
@@ -27,6 +27,7 @@ SIBLINGS = {
     ("storage", "errors"),
     ("plan", "errors"),
     ("groups", "plan"),
+    ("ranks", "errors"),
     ("__main__", "cli"),
     ("axes", "structure"),
     ("borrowing", "structure"),
