@@ -39,7 +39,7 @@ class Lab:
         }  # fmt: skip
         return {**empty, "status": "finished", "reason": None, "result": result}
 
-    def measure_together(self, finished: list[records.Record], bench: Bench, rounds: int) -> None:
+    def measure_together(self, finished: list[records.Record], bench: Bench, *_: Any) -> None:
         self.timed.append([record["id"] for record in finished])
 
 

@@ -23,11 +23,14 @@ class Clock:
 
     def __init__(self) -> None:
         self.order: list[float] = []
+        self.calls: list[tuple[float, int, int]] = []
         self.now = 0.0
 
     def __call__(self, model: nn.Module, images: Any, *, repeats: int) -> float:
-        assert len(images) == 3  # 359 images in batches of 128
         seconds = round(float(next(model.parameters()).detach().flatten()[0]), 3)
+        if len(images) != 3:  # 359 images in batches of 128; anything else are calls at a batch size
+            self.calls.append((seconds, len(images), len(images[0])))
+            return seconds * len(images)
         self.order.append(seconds)
         self.now += seconds
         return seconds
@@ -108,6 +111,68 @@ def test_what_another_machine_measured_is_not_mixed_in(
     assert clock.order == [0.5, 0.25, 0.5]
 
 
+def test_every_round_also_takes_each_batch_size(bench: Bench, clock: Clock) -> None:
+    timed = timing.measure_together([finish(bench, 0, 0.5), finish(bench, 1, 0.25)], bench, 2, [1, 8, 512])
+    there, back = [0.5, 0.25, 0.5], [0.5, 0.25, 0.5]
+    assert [(calls, size) for _, calls, size in clock.calls[::3]] == [(64, 1), (8, 8), (1, 512)] * 2
+    assert [seconds for seconds, _, _ in clock.calls] == (there * 3 + back * 3)
+    own = timed[1]["timing"]
+    assert own is not None
+    assert own["batches"] == {"1": [0.25] * 2, "8": [0.25] * 2, "512": [0.25] * 2}  # seconds a call
+    assert own["controls"] == {"1": 1.0, "8": 1.0, "512": 1.0}
+    assert timing.measure_together(timed, bench, 2, [1, 8, 512]) == []
+    assert timing.measure_together(timed, bench, 2, [1]) != []
+
+
+def test_records_of_older_versions_are_not_timed_again(bench: Bench, clock: Clock) -> None:
+    [timed] = timing.measure_together([finish(bench, 0, 0.5)], bench, 1)
+    assert timed["timing"] is not None
+    old: Any = {key: value for key, value in timed["timing"].items() if key not in ("asked", "batches", "controls")}
+    assert timing.measure_together([{**timed, "timing": old}], bench, 1) == []
+
+
+def test_batches_of_large_images_are_left_out(
+    bench: Bench, clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(timing, "BATCH_BYTES", 64 * 8 * 8 * 4)
+    with caplog.at_level("INFO", "filterfold"):
+        [timed] = timing.measure_together([finish(bench, 0, 0.5)], bench, 1)
+    assert timed["timing"] is not None
+    assert list(timed["timing"]["batches"]) == ["1", "8", "64"]
+    assert "timing: batch 512 is left out" in caplog.text
+
+
+def test_short_timing_goes_round_more_often(bench: Bench, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "SHORT_SECONDS", 5.0)  # a round takes 1 s: the network, and once more as the control
+    timing.measure_together([finish(bench, 0, 0.5)], bench, batch_sizes=[])
+    assert len(clock.order) == 2 * 5
+    clock.order.clear()
+    timing.measure_together([finish(bench, 1, 0.01)], bench, batch_sizes=[])
+    assert len(clock.order) == 2 * timing.MOST_ROUNDS
+    clock.order.clear()
+    timing.measure_together([finish(bench, 2, 4.0)], bench, batch_sizes=[])
+    assert len(clock.order) == 2 * timing.ROUNDS
+
+
+def test_widths_that_save_nothing_are_looked_for_once_a_label(
+    bench: Bench, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+
+    def wasted(model: nn.Module, example: Any) -> tuple[str, ...]:
+        seen.append(round(float(next(model.parameters()).detach().flatten()[0]), 3))
+        return ("features.0: 3 -> 17 channels take 2 ms, 3 -> 32 would take 2 ms",)
+
+    monkeypatch.setattr(timing, "wasted_widths", wasted)
+    whole, cut, same = finish(bench, 0, 0.5), finish(bench, 1, 0.25), finish(bench, 2, 0.125)
+    for record in (cut, same):
+        record["label"] = "cut"
+        record["result"]["widths"] = {"features.0": [32, 17]}  # type: ignore[index]
+    timed = timing.measure_together([whole, cut, same], bench, 1)
+    assert seen == [0.25]
+    assert ["wasted" in (record["timing"] or {}) for record in timed] == [False, True, True]
+
+
 def test_a_part_of_a_large_test_set_stands_for_the_whole(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "IMAGE_BYTES", 1)
     seen: list[int] = []
@@ -124,3 +189,5 @@ def test_real_times_are_positive(bench: Bench) -> None:
     assert record["timing"] is not None
     assert len(record["timing"]["rounds"]) == 2
     assert min(record["timing"]["rounds"]) > 0
+    assert list(record["timing"]["batches"]) == ["1", "8", "64", "512"]  # more images than the test set has
+    assert all(len(own) == 2 and min(own) > 0 for own in record["timing"]["batches"].values())

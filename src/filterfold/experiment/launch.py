@@ -35,7 +35,7 @@ from .deadline import Deadline, Stopped
 from .environment import describe
 from .locks import held
 from .records import Record
-from .timing import measure_together
+from .timing import BATCH_SIZES, measure_together
 from .trial import check, forget, now, run_trial
 
 log = logging.getLogger("filterfold.experiment")
@@ -134,7 +134,8 @@ def compare(
     stop_after: float | None = None,
     command: str | None = None,
     engine: Engine = local,
-    timing_rounds: int = 3,
+    timing_rounds: int | None = None,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
     cache_dir: Path | None = None,
     fresh: bool = False,
     trackers: Sequence[str] = (),
@@ -153,7 +154,8 @@ def compare(
     - `cache_dir`: where decoded data sets are kept; None for the usual place.
     - `fresh`: remove the run that the folder holds, and start anew.
     - `trackers`: what figures are handed to while trials run: `tensorboard` (event files in `logs/`), `mlflow`.
-    - `timing_rounds`: how often every network passes over the test set in the timing pass.
+    - `timing_rounds`: how often every network passes over the test set in the timing pass; None: as often as it takes.
+    - `batch_sizes`: images a call at which the timing pass times every network as well.
 
     **Raises:** `RecordError` if the folder holds something else or another process works there; `DataError`,
     `ModelError` for a setting that no trial could run with.
@@ -173,7 +175,7 @@ def compare(
                 for record in track(running, "trials", len(missing)):
                     ran.append(record["id"])
                     _announce(record, len(ran), len(missing))
-            measure_together(list(_done(comparison, folder).values()), bench, timing_rounds)
+            measure_together(list(_done(comparison, folder).values()), bench, timing_rounds, batch_sizes)
             timed = True
         except Stopped:
             log.info("the time is up; the same command goes on from here")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypedDict, cast
+from typing import Any, Literal, NotRequired, TypedDict, cast
 
 from ..errors import RecordError
 from ..storage import write_json
@@ -31,6 +31,8 @@ class Result(TypedDict):
     - `macs`, `weights`, `parameters`: multiply-accumulates an image; convolution and linear weights; all parameters.
     - `train_seconds`: training from the first to the last epoch, validation left out. For a trial that begins with
       a trained network (`l1` and other criteria) it includes that network's training.
+    - `train_images`, `train_macs`: images that training saw in all those epochs, and multiply-accumulates of its steps
+      (see `costs`). The first records did not have them yet.
     - `best_top1`: best validation top-1 over the epochs, or None without a validation split.
     - `widths`: channel group → [units before, units after].
     """
@@ -42,6 +44,8 @@ class Result(TypedDict):
     parameters: int
     weights: int
     train_seconds: float
+    train_images: NotRequired[int]
+    train_macs: NotRequired[int]
     best_top1: float | None
     widths: dict[str, list[int]]
 
@@ -85,6 +89,10 @@ class Timing(TypedDict):
     interleaved round by round in one process: the one to compare). `rounds` are the seconds of each round;
     `together_with` fingerprints the set of trials that were measured together; `control` is the ratio of one network's
     times to its own, taken in the same rounds under another name: 1.00 but for noise.
+
+    What the first records did not have yet: `batches`: images a call → seconds a
+    call in each round; `controls`: the same → the control's ratio; `asked`: the batch sizes that were asked for;
+    `wasted`: layers whose widths save nothing, a sentence each, found in one network of each label.
     """
 
     mode: Literal["alone", "together"]
@@ -95,6 +103,10 @@ class Timing(TypedDict):
     threads: int
     together_with: str | None
     control: float | None
+    batches: NotRequired[dict[str, list[float]]]
+    controls: NotRequired[dict[str, float]]
+    asked: NotRequired[list[int]]
+    wasted: NotRequired[list[str]]
 
 
 class Record(Described):

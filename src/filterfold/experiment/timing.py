@@ -1,29 +1,32 @@
-"""Inference time: seconds for the whole test set, batch by batch, nothing but the network.
+"""Inference time: seconds for the whole test set, and seconds a call at several batch sizes, nothing but the network.
 
 Each trial times its own network once. That figure says little beside another one, taken at another time on a machine
 that was busy with something else; so when all trials have ended, one *timing pass* times all networks in one process,
-interleaved: every round takes each network once over the test set, and the median over the rounds is what counts.
-One network is timed a second time under another name, as an A/A control: its ratio tells how far figures may differ
-for no reason. Images are normalised and on the device beforehand; `eval()` and inference mode; the same batches and
-precision for all.
+interleaved: every round takes each network once over the test set and once at each batch size, and the median over the
+rounds is what counts. One network is timed a second time under another name, as an A/A control: its ratio tells how
+far figures may differ for no reason. Images are normalised and on the device beforehand; `eval()` and inference mode;
+the same batches and precision for all. Last, the widths of one network of each kind are looked at: which of them save
+nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..checkpoint import load
 from ..data import batches
-from ..latency import inference_seconds
+from ..latency import inference_seconds, wasted_widths
 from ..progress import track
 from ..storage import write_json
 from . import records
@@ -34,87 +37,184 @@ from .records import Record, Timing
 BATCH_SIZE = 128
 """As in the document's experiment."""
 
+BATCH_SIZES = (1, 8, 64, 512)
+"""What networks are called with in use, from one image at a time to as many as fit."""
+
+CALL_IMAGES = 64
+"""Images that a network sees in a round at a batch size, at least: 64 calls with one image, 8 with eight."""
+
 IMAGE_BYTES = 512 << 20
 """Images held ready at most; of a larger test set a part is timed and the time scaled up."""
 
+BATCH_BYTES = 64 << 20
+"""A batch with more bytes of images than this is left out: what the layers make of it may not fit in memory."""
+
+ROUNDS, MOST_ROUNDS, SHORT_SECONDS = 3, 9, 5.0
+"""Rounds, and how many there may be as long as all of them together take under so many seconds."""
+
+WHOLE = "whole"
+"""The column of the test set among those of batch sizes."""
+
+log = logging.getLogger("filterfold.experiment")
+
+Sheet = dict[str, list[list[float]]]
+"""Column (`whole`, or a batch size) → one list a network: seconds of each round."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Feed:
+    """Batches that a network is called with, and what makes the figure of the seconds that they take."""
+
+    images: list[Tensor]
+    factor: float
+
+    def seconds(self, model: nn.Module) -> float:
+        return self.factor * inference_seconds(model, self.images, repeats=1)
+
 
 def measure_alone(model: nn.Module, bench: Bench) -> Timing:
-    """Time one network once."""
-    images, scale = _images(bench)
-    return _timing("alone", [scale * inference_seconds(model, images, repeats=1)], bench, None, None)
+    """Time one network once over the test set."""
+    return _timing("alone", [_whole(bench).seconds(model)], bench, None, None)
 
 
-def measure_together(finished: Sequence[Record], bench: Bench, rounds: int) -> list[Record]:
+def measure_together(
+    finished: Sequence[Record], bench: Bench, rounds: int | None = None, batch_sizes: Sequence[int] = BATCH_SIZES
+) -> list[Record]:
     """Time the networks of all finished trials, interleaved, unless these very trials have been timed together.
 
     **Arguments:**
 
     - `finished`: records of finished trials; their networks lie in the bench's run folder.
-    - `rounds`: passes of each network over the test set.
+    - `rounds`: passes of each network over the test set; None: `ROUNDS`, more where that is a matter of seconds.
+    - `batch_sizes`: images a call, besides the whole test set. Those whose images take over `BATCH_BYTES` are left out.
 
     **Returns:** the records with the new times, written to the run folder; empty if there was nothing to do.
 
     **Raises:** `Stopped` when the time is up; the passes made so far are kept for the next call.
     """
     key = hashlib.sha256(" ".join(sorted(record["id"] for record in finished)).encode()).hexdigest()[:16]
-    if all(record["timing"] and record["timing"]["together_with"] == key for record in finished):
+    if not finished or all(_is_timed(record, key, batch_sizes) for record in finished):
         return []
+    feeds = _feeds(bench, batch_sizes)
     kept = bench.work("timing.json")
-    seconds = _take_up(kept, key, bench, len(finished) + 1)  # the last: the first network again, as a control
+    sheet, wasted = _take_up(kept, key, bench, feeds, len(finished) + 1)  # the last: the first again, as a control
+    models = [
+        load(bench.model_file(record["id"]), partial(bench.build, record["seed"]), device=bench.device)
+        for record in finished
+    ]
     try:
-        _go_round(finished, seconds, bench, rounds)
+        _go_round([*models, models[0]], feeds, sheet, bench, rounds)
+        _look_at_widths(finished, models, wasted, bench)
     finally:
-        write_json(kept, {"where": _where(key, bench), "seconds": seconds})
-    *own, control = seconds
-    ratio = statistics.median(control) / statistics.median(own[0])
-    timed = [_timed(record, times, bench, key, ratio) for record, times in zip(finished, own, strict=True)]
+        write_json(kept, {"where": _where(key, bench), "seconds": sheet, "wasted": wasted})
+    controls, timed = _controls(sheet), []
+    for place, record in enumerate(finished):
+        own = {name: column[place] for name, column in sheet.items()}
+        timed.append(_timed(record, own, controls, bench, key, list(batch_sizes)))
+        if record["label"] in wasted:
+            cast(Timing, timed[-1]["timing"])["wasted"] = wasted[record["label"]]
     for record in timed:
         records.write(bench.folder, record)
     kept.unlink()
     return timed
 
 
-def _go_round(finished: Sequence[Record], seconds: list[list[float]], bench: Bench, rounds: int) -> None:
-    """Time the networks one after the other, round after round, until each has been timed `rounds` times."""
-    images, scale = _images(bench)
-    models = [
-        load(bench.model_file(record["id"]), partial(bench.build, record["seed"]), device=bench.device)
-        for record in finished
-    ]
-    models.append(models[0])
-    there, back = range(len(models)), range(len(models))[::-1]
-    left = [index for turn in range(rounds) for index in (back if turn % 2 else there) if len(seconds[index]) <= turn]
-    last = 0.0
-    for index in track(left, "timing all networks, interleaved", len(left)):
-        bench.deadline.check_next(max(seconds[index], default=last))
-        last = scale * inference_seconds(models[index], images, repeats=1)
-        seconds[index].append(last)
+def _is_timed(record: Record, key: str, batch_sizes: Sequence[int]) -> bool:
+    """Whether a record was timed with the others, at these batch sizes; records of older versions know of none."""
+    timing = record["timing"]
+    if timing is None or timing["together_with"] != key:
+        return False
+    return timing.get("asked", list(batch_sizes)) == list(batch_sizes)
 
 
-def _take_up(kept: Path, key: str, bench: Bench, count: int) -> list[list[float]]:
-    """The seconds measured before an interruption, if it was with these networks on this machine."""
+def _go_round(
+    models: Sequence[nn.Module], feeds: dict[str, _Feed], sheet: Sheet, bench: Bench, rounds: int | None
+) -> None:
+    """Time the networks one after the other, round after round."""
+    turn = 0
+    while turn < (rounds or ROUNDS) or (rounds is None and turn < MOST_ROUNDS and _spent(sheet, feeds) < SHORT_SECONDS):
+        there = range(len(models))
+        order = there[::-1] if turn % 2 else there
+        left = [(name, place) for name in feeds for place in order if len(sheet[name][place]) <= turn]
+        last = 0.0
+        for name, place in track(left, f"timing all networks, round {turn + 1}", len(left)):
+            column, feed = sheet[name], feeds[name]
+            bench.deadline.check_next(max(column[place], default=last) / feed.factor)
+            column[place].append(feed.seconds(models[place]))
+            last = column[place][-1]
+        turn += 1
+
+
+def _spent(sheet: Sheet, feeds: dict[str, _Feed]) -> float:
+    """Seconds that have gone into the figures."""
+    return sum(sum(map(sum, column)) / feeds[name].factor for name, column in sheet.items())
+
+
+def _look_at_widths(
+    finished: Sequence[Record], models: Sequence[nn.Module], wasted: dict[str, list[str]], bench: Bench
+) -> None:
+    """Time the layers of the first cut network of each label at rounded-up widths; its remarks stand for the label."""
+    for record, model in zip(finished, models, strict=True):
+        result = record["result"]
+        cut = result is not None and any(before != after for before, after in result.get("widths", {}).values())
+        if cut and record["label"] not in wasted:
+            bench.deadline.check()
+            wasted[record["label"]] = list(wasted_widths(model, bench.example))
+
+
+def _take_up(
+    kept: Path, key: str, bench: Bench, feeds: dict[str, _Feed], count: int
+) -> tuple[Sheet, dict[str, list[str]]]:
+    """What was measured before an interruption, if it was with these networks on this machine."""
+    empty: Sheet = {name: [[] for _ in range(count)] for name in feeds}
     try:
         document = json.loads(kept.read_text(encoding="utf-8"))
-        if document["where"] == _where(key, bench) and len(document["seconds"]) == count:
-            return [list(map(float, own)) for own in document["seconds"]]
-    except (OSError, ValueError, KeyError, TypeError):
+        sheet = {name: [list(map(float, own)) for own in column] for name, column in document["seconds"].items()}
+        fits = sheet.keys() == empty.keys() and all(len(column) == count for column in sheet.values())
+        if document["where"] == _where(key, bench) and fits:
+            return sheet, {label: list(map(str, found)) for label, found in document["wasted"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass  # a hint only: without it everything is timed from the start
-    return [[] for _ in range(count)]
+    return empty, {}
 
 
 def _where(key: str, bench: Bench) -> list[str]:
     return [key, device_name(bench.device), processor(), str(torch.get_num_threads())]
 
 
-def _images(bench: Bench) -> tuple[list[Tensor], float]:
-    """The test images as batches on the device, and what to multiply seconds with if they are only a part."""
+def _feeds(bench: Bench, batch_sizes: Sequence[int]) -> dict[str, _Feed]:
+    """Column → what networks are called with."""
+    whole = _whole(bench)
+    found = {WHOLE: whole}
+    for size in dict.fromkeys(batch_sizes):
+        if size * whole.images[0][0].nbytes > BATCH_BYTES:
+            log.info("timing: batch %d is left out, as its images alone take over %d MiB", size, BATCH_BYTES >> 20)
+        else:
+            found[str(size)] = _called(whole.images, size)
+    return found
+
+
+def _whole(bench: Bench) -> _Feed:
+    """The test images as batches on the device; where they are only a part, the seconds are scaled up."""
     test, held, ready = bench.data.test.to(bench.device), 0, []
     for images, _ in batches(test, BATCH_SIZE, device=bench.device):
         ready.append(images)
         held += len(images)
         if held * images[0].nbytes > IMAGE_BYTES:
             break
-    return ready, len(test) / held
+    return _Feed(ready, len(test) / held)
+
+
+def _called(images: Sequence[Tensor], size: int) -> _Feed:
+    """Calls with so many of these images each; where there are fewer, some come again."""
+    calls, enough = max(1, CALL_IMAGES // size), images[: -(-size // BATCH_SIZE)]
+    some = torch.cat(list(enough))
+    return _Feed([some.repeat(-(-size // len(some)), 1, 1, 1)[:size]] * calls, 1 / calls)
+
+
+def _controls(sheet: Sheet) -> dict[str, float]:
+    """Column → time of the control over that of the very same network under its own name."""
+    return {name: statistics.median(own[-1]) / statistics.median(own[0]) for name, own in sheet.items()}
 
 
 def _timing(
@@ -132,12 +232,13 @@ def _timing(
     )
 
 
-def _timed(record: Record, rounds: list[float], bench: Bench, key: str, control: float) -> Record:
+def _timed(
+    record: Record, own: dict[str, list[float]], controls: dict[str, float], bench: Bench, key: str, asked: list[int]
+) -> Record:
+    """The record with its network's times."""
     result = record["result"]
     assert result is not None
-    inference = statistics.median(rounds)
-    return {
-        **record,
-        "result": {**result, "inference_seconds": inference},
-        "timing": _timing("together", rounds, bench, key, control),
-    }
+    rounds = {name: seconds for name, seconds in own.items() if name != WHOLE}
+    timing = _timing("together", own[WHOLE], bench, key, controls[WHOLE])
+    timing |= {"asked": asked, "batches": rounds, "controls": {name: controls[name] for name in rounds}}
+    return {**record, "result": {**result, "inference_seconds": statistics.median(own[WHOLE])}, "timing": timing}
