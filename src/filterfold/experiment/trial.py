@@ -31,6 +31,7 @@ from . import records
 from .afterwards import cut_and_retrain, scratch
 from .bench import Bench
 from .config import DENSE, DENSE_LONG, SCRATCH, Trial
+from .costs import train_images, train_macs
 from .environment import describe
 from .locks import held
 from .records import ClusterUpdate, Dense, Epoch, Record, Result
@@ -93,6 +94,8 @@ def run_trial(trial: Trial, bench: Bench, *, command: str | None = None) -> Reco
             parameters=final.parameters,
             weights=final.weights,
             train_seconds=sum(epoch["seconds"] for epoch in trained.history),
+            train_images=train_images(trial, bench, trained.history),
+            train_macs=train_macs(trial, bench, trained.history, dense.macs),
             best_top1=_best(trained.history, final),
             widths=_widths(trained.plans),
         ),
