@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from filterfold.data import Split, batches
+from filterfold.data import Split, batches, splits
 from filterfold.data.augment import Draws, crop_and_flip, draw, seeded
 from filterfold.errors import ConfigError, DataError
 
@@ -101,3 +101,32 @@ def test_refusals() -> None:
         Split(split.images, split.labels[:2], NEUTRAL)
     with pytest.raises(DataError, match="one for each channel"):
         Split(split.images, split.labels, ((0.0,), (1.0,)))
+
+
+@pytest.mark.parametrize("augment", ["none", "crop-flip"])
+def test_the_parts_of_a_batch_are_the_batch(augment: str) -> None:
+    images = some_split(100)
+    options = {"shuffle": True, "augment": augment, "seed": 3, "epoch": 2}
+    whole = list(batches(images, 32, **options))  # type: ignore[arg-type]
+    parts = [
+        list(batches(images, 32, part=lambda n, i=i: slice(i * n // 3, (i + 1) * n // 3), **options))  # type: ignore[misc, arg-type]
+        for i in range(3)
+    ]
+    assert [len(labels) for _, labels in whole] == [32, 32, 32, 4]
+    assert [len(labels) for _, labels in parts[1]] == [11, 11, 11, 1]
+    for number, (pixels, labels) in enumerate(whole):
+        assert torch.equal(torch.cat([part[number][0] for part in parts]), pixels)
+        assert torch.equal(torch.cat([part[number][1] for part in parts]), labels)
+
+
+@pytest.mark.parametrize("augment", ["none", "crop-flip"])
+def test_augmenting_many_batches_at_once_changes_nothing(augment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    split = some_split(100)
+    singly = list(batches(split, 16, shuffle=True, augment=augment, channels_last=True))
+    monkeypatch.setattr(splits, "BLOCKS", {"cpu": 50})
+    together = list(batches(split, 16, shuffle=True, augment=augment, channels_last=True))
+    assert [len(labels) for _, labels in together] == [16] * 6 + [4]
+    for one, two in zip(singly, together, strict=True):
+        assert torch.equal(one[0], two[0])
+        assert torch.equal(one[1], two[1])
+        assert two[0].is_contiguous(memory_format=torch.channels_last)

@@ -52,6 +52,10 @@ class Draws:
         """The choices for the images from `start` to `stop`."""
         return Draws(self.rows[start:stop], self.columns[start:stop], self.flips[start:stop], self.pad)
 
+    def take(self, indices: Tensor) -> Draws:
+        """The choices for the images at these places, in this order."""
+        return Draws(self.rows[indices], self.columns[indices], self.flips[indices], self.pad)
+
 
 def draw(policy: str, count: int, size: int, generator: torch.Generator, device: torch.device) -> Draws | None:
     """Choices for `count` images under a policy, drawn on the CPU so that every device sees the same."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -14,6 +14,22 @@ from .augment import crop_and_flip, draw, seeded
 
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation of each channel, of pixel values scaled to 0 … 1."""
+
+Part = Callable[[int], slice]
+"""Which images of a batch are wanted, by their number: a slice with both ends."""
+
+BLOCKS = {"cuda": 2048}
+"""Images that are augmented together, by device: on a GPU many small kernels cost more than the memory (6 MB of
+CIFAR-10); on a CPU one batch at a time stays in the cache."""
+
+
+def whole(length: int) -> slice:
+    """All images of a batch.
+
+    >>> whole(3)
+    slice(0, 3, None)
+    """
+    return slice(0, length)
 
 
 @runtime_checkable
@@ -37,8 +53,8 @@ class AnySplit(Protocol):
     def take(self, indices: Tensor) -> AnySplit:
         """The images at these places, in this order."""
 
-    def pixels(self, chunks: list[Tensor], augment: str, seed: int, epoch: int) -> Iterator[Tensor]:
-        """For every chunk of indices its images: uint8, shape (chunk, channels, height, width)."""
+    def pixels(self, chunks: list[Tensor], augment: str, seed: int, epoch: int, part: Part = whole) -> Iterator[Tensor]:
+        """For every chunk of indices the wanted part of its images: uint8, shape (n, channels, height, width)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,16 +103,23 @@ class Split:
         """The images at these places, in this order."""
         return replace(self, images=self.images[indices], labels=self.labels[indices])
 
-    def pixels(self, chunks: list[Tensor], augment: str, seed: int, epoch: int) -> Iterator[Tensor]:
-        """For every chunk of indices its augmented images, uint8, on the split's device."""
+    def pixels(self, chunks: list[Tensor], augment: str, seed: int, epoch: int, part: Part = whole) -> Iterator[Tensor]:
+        """For every chunk of indices the wanted part of its images, augmented, uint8, on the split's device."""
         device = self.images.device
-        count = sum(map(len, chunks))
-        draws = draw(augment, count, min(self.images.shape[2:]), seeded(seed, epoch, 2), device)
+        order, sizes = torch.cat(chunks), [len(chunk) for chunk in chunks]
+        draws = draw(augment, len(order), min(self.images.shape[2:]), seeded(seed, epoch, 2), device)
+        places = [own[part(len(own))] for own in torch.split(torch.arange(len(order)), sizes)]
+        if part is not whole:
+            chosen = torch.cat(places)
+            order, draws = order[chosen], None if draws is None else draws.take(chosen.to(device))
+        order, sizes = order.to(device), [len(own) for own in places]
+        together = max(1, BLOCKS.get(device.type, 1) // max(1, sizes[0]))
         start = 0
-        for chunk in chunks:
-            images = self.images[chunk.to(device)]
-            stop = start + len(chunk)
-            yield images if draws is None else crop_and_flip(images, draws.part(start, stop))
+        for first in range(0, len(sizes), together):
+            block = sizes[first : first + together]
+            stop = start + sum(block)
+            images = self.images[order[start:stop]]
+            yield from torch.split(images if draws is None else crop_and_flip(images, draws.part(start, stop)), block)
             start = stop
 
 
@@ -148,6 +171,7 @@ def batches(
     dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
     drop_last: bool = False,
+    part: Part = whole,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Run over a split once, in normalised batches on a device.
 
@@ -167,6 +191,8 @@ def batches(
     - `device`, `dtype`, `channels_last`: what the images come as. A split in memory is best moved to
       the device once, with `split.to(device)`.
     - `drop_last`: leave an incomplete last batch out.
+    - `part`: from the number of images in a batch to the slice of them that is wanted, such as `ranks.part`:
+      processes that train together then see, batch for batch, what one process would see.
 
     **Returns:** an iterator over (images (b, channels, height, width), labels (b,)).
 
@@ -189,7 +215,7 @@ def batches(
     chunks = [order[start : start + batch_size] for start in range(0, count, batch_size)]
     if drop_last and len(chunks[-1]) < batch_size:
         chunks.pop()
-    return _normalised(split, chunks, augment, seed, epoch, torch.device(device), dtype, channels_last)
+    return _normalised(split, chunks, augment, seed, epoch, torch.device(device), dtype, channels_last, part)
 
 
 def _normalised(
@@ -201,12 +227,16 @@ def _normalised(
     device: torch.device,
     dtype: torch.dtype,
     channels_last: bool,
+    part: Part,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     mean, deviation = (torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1) for values in split.normalization)
     factor = (1 / (255 * deviation)).to(device, torch.float32)
     shift = (-mean / deviation).to(device, torch.float32)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    labels = split.labels
-    for chunk, pixels in zip(chunks, split.pixels(chunks, augment, seed, epoch), strict=True):
+    wanted = [chunk[part(len(chunk))] for chunk in chunks]
+    # All labels at once: one copy to the device for an epoch, not one for each batch.
+    labels = split.labels[torch.cat(wanted).to(split.labels.device)].to(device)
+    answered = torch.split(labels, [len(chunk) for chunk in wanted])
+    for answers, pixels in zip(answered, split.pixels(chunks, augment, seed, epoch, part), strict=True):
         images = pixels.to(device, torch.float32, non_blocking=True).mul_(factor).add_(shift)
-        yield images.to(dtype=dtype, memory_format=layout), labels[chunk.to(labels.device)].to(device)
+        yield images.to(dtype=dtype, memory_format=layout), answers

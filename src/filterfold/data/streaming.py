@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..errors import ConfigError, DataError
 from .augment import seeded
 from .decode import convert, fit, open_image, to_array, unreadable
-from .splits import Normalization
+from .splits import Normalization, Part, whole
 
 POLICIES = ("none", "resized-crop-flip", "torchvision")
 """`resized-crop-flip` needs Pillow only; `torchvision` is the same with torchvision's v2 transforms, which scale and
@@ -67,14 +67,14 @@ class StreamedSplit:
         """The images at these places, in this order."""
         return replace(self, places=self.places[indices], labels=self.labels[indices])
 
-    def pixels(self, chunks: list[Tensor], augment: str, seed: int, epoch: int) -> Iterator[Tensor]:
-        """For every chunk of indices its images, uint8, decoded and augmented by the workers."""
+    def pixels(self, chunks: list[Tensor], augment: str, seed: int, epoch: int, part: Part = whole) -> Iterator[Tensor]:
+        """For every chunk of indices the wanted part of its images, uint8, decoded and augmented by the workers."""
         if augment not in POLICIES:
             raise ConfigError(f"augment={augment!r} is not one of {', '.join(POLICIES)} (for streamed data)")
         workers = min(16, (os.cpu_count() or 1) - 1) if self.workers is None else self.workers
         loader: DataLoader[Tensor] = DataLoader(
             _Decoder(self, augment, seed, epoch),
-            batch_sampler=[chunk.tolist() for chunk in chunks],
+            batch_sampler=[chunk[part(len(chunk))].tolist() for chunk in chunks],
             num_workers=workers,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else the loader would draw from the global random state
