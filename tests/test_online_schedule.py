@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import math
+
 import pytest
+import torch
+from torch import nn
 
 from filterfold.errors import ConfigError
-from filterfold.online import Schedule, Target
+from filterfold.online import OnlineFilterClustering, Schedule, Target
+from filterfold.online.plateau import Plateau
+from filterfold.structure import restore, snapshot
 
 
 @pytest.mark.parametrize(
@@ -81,3 +88,76 @@ def test_no_epochs(make) -> None:
 )
 def test_widths(target: Target, full: int, share: float, width: int) -> None:
     assert target.width("conv1", full, share) == width
+
+
+def test_a_plateau_is_so_many_epochs_without_a_lower_loss() -> None:
+    plateau = Plateau(3, 0.1)
+    assert [plateau.reached(loss) for loss in (1.0, 0.95, 0.91, 0.89, 0.85, 0.81, 0.805)] == [False] * 6 + [True]
+    plateau.reset()
+    assert [plateau.reached(loss) for loss in (5.0, math.nan, 4.9, math.nan)] == [False] * 3 + [True]
+    again = Plateau(3, 0.1)
+    again.reached(2.0)
+    again.reached(2.0)
+    other = Plateau(3, 0.1)
+    other.load_state_dict(again.state_dict())
+    assert [other.reached(2.0), other.reached(2.0)] == [False, True]
+
+
+def levelling(schedule: Schedule, losses: list[float], restart: int | None = None) -> list[tuple[int, int]]:
+    """(epoch, width after it) of every cut."""
+
+    def fresh() -> tuple[nn.Sequential, OnlineFilterClustering]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(1, 12, 3), nn.ReLU(), nn.Conv2d(12, 2, 1))
+        return net, OnlineFilterClustering(net, torch.zeros(1, 1, 4, 4), keep=0.5, schedule=schedule)
+
+    net, online = fresh()
+    cuts = []
+    for epoch, loss in enumerate(losses, 1):
+        before = net[0].out_channels
+        online.step(epoch, loss)
+        if net[0].out_channels < before:
+            cuts.append((epoch, net[0].out_channels))
+        if epoch == restart:
+            kept, structure, weights = online.state_dict(), snapshot(net), net.state_dict()
+            net, online = fresh()
+            restore(net, structure)
+            net.load_state_dict(weights)
+            online.load_state_dict(kept)
+    return cuts
+
+
+@pytest.mark.parametrize("restart", [None, 1, 3, 4, 6])
+def test_milestones_are_taken_once_the_loss_levels_off(restart: int | None) -> None:
+    schedule = Schedule(updates=(1, 2, 5), milestones=((20, 0.5), (30, 1.0)), patience=2)
+    losses = [1.0, 0.5, 0.5, 0.5, 2.0, 1.5, 1.5, 1.5, 1.5]  # the cut after epoch 4 makes it rise
+    assert levelling(schedule, losses, restart) == [(4, 9), (8, 6)]
+
+
+def test_the_milestone_is_the_latest() -> None:
+    schedule = Schedule(milestones=((3, 0.5), (5, 1.0)), patience=2)
+    assert levelling(schedule, [1.0, 0.8, 0.6, 0.5, 0.4, 0.3]) == [(3, 9), (5, 6)]
+    assert levelling(schedule, [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]) == [(3, 9), (5, 6)]
+
+
+def test_a_plateau_needs_a_metric() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 12, 3), nn.ReLU(), nn.Conv2d(12, 2, 1))
+    schedule = Schedule.plateau(10)
+    online = OnlineFilterClustering(net, torch.zeros(1, 1, 4, 4), keep=0.5, schedule=schedule)
+    with pytest.raises(ConfigError, match=r"call step\(epoch, metric=loss\)"):
+        online.step(1)
+    assert schedule.milestones == Schedule.document(10).milestones
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"patience": 0}, "patience of 0 epochs"), ({"change": 1.0}, r"in \[0, 1\)")]
+)
+def test_bad_plateaus(options, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Schedule(milestones=((2, 1.0),), **options)
+
+
+def test_plateau_schedules_are_written_down() -> None:
+    schedule = Schedule.plateau(10, patience=4, change=0.1)
+    assert Schedule.from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
+    assert Schedule.of("plateau", 10) == Schedule.plateau(10)

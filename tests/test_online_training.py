@@ -49,7 +49,14 @@ def test_the_network_shrinks_while_it_trains(digits) -> None:
     assert {row["epoch"] for row in online.history} == {1, 2}  # at 20, 35 and 50 % of 5 epochs
 
 
-@pytest.mark.parametrize("schedule", ["document", {"updates": [1], "milestones": [[2, 0.5], [3, 1.0]]}])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        "document",
+        Schedule((1,), ((4, 1.0),), patience=1, change=0.5),
+        {"updates": [1], "milestones": [[2, 0.5], [3, 1.0]]},
+    ],
+)
 def test_an_interrupted_run_ends_the_same(digits, tmp_path, schedule) -> None:
     whole = small()
     first = OnlineCallback(keep=0.5, schedule=schedule, strength=0.1)
@@ -125,3 +132,13 @@ def test_schedule_objects_are_taken_as_they_are(digits) -> None:
     assert callback.online is not None
     assert callback.online.schedule is schedule
     assert callback.online.groups[0].size == 4
+
+
+def test_the_run_tells_when_it_levels_off(digits) -> None:
+    schedule = Schedule((), ((3, 0.5), (4, 1.0)), patience=1, change=0.99)  # a loss that falls by less has levelled off
+    callback = OnlineCallback(keep=0.5, schedule=schedule)
+    history = run(small(), digits, callback)
+    assert [len(row["events"]) for row in history.rows] == [0, 1, 0, 1, 0]
+    schedule = Schedule((), ((3, 0.5), (4, 1.0)), patience=1, change=0.0)
+    history = run(small(), digits, OnlineCallback(keep=0.5, schedule=schedule))
+    assert [len(row["events"]) for row in history.rows][:3] == [0, 0, 1]  # it still falls: at the latest

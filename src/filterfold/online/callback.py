@@ -23,7 +23,8 @@ class OnlineCallback:
 
     **Arguments:**
 
-    - `schedule`: "gradual" or "document" (see `Schedule`; epochs are the run's), a `Schedule`, or its `to_dict()`.
+    - `schedule`: "gradual", "document" or "plateau" (see `Schedule`; epochs are the run's, the loss is that of
+      training), a `Schedule`, or its `to_dict()`.
     - `options`: everything else that `OnlineFilterClustering` takes besides model, inputs and optimizer.
 
     ```python
@@ -61,7 +62,7 @@ class OnlineCallback:
         """Do what the schedule says and tell the run."""
         online = self._started()
         cuts = len(online.cuts)
-        for event in online.step(run.epoch):
+        for event in online.step(run.epoch, run.loss):
             run.event(event)
         if len(online.cuts) > cuts:
             run.structure_changed()

@@ -17,6 +17,7 @@ from ..folding import Features, fold, share_out
 from ..graph import Traced, trace
 from ..groups import ChannelGroup
 from ..plan import Plan
+from ..ranks import agreed
 from ..structure import named_tensors, unwrap
 from ..verify import Verification
 from .budget import widths_for
@@ -24,6 +25,7 @@ from .centripetal import Centripetal
 from .controls import drop, write_back
 from .cutting import cut_through
 from .grouping import ClusterRow, read_row, regroup
+from .plateau import Plateau
 from .pulled import Pulled, pulled
 from .result import CENTROID, EXACT, FOLD, CutResult, relative_change
 from .schedule import Schedule
@@ -123,6 +125,8 @@ class OnlineFilterClustering:
         self.epoch = 0
         self._passed = 0
         self._widths: dict[str, int] = {}
+        patience = self.schedule.patience
+        self._plateau = None if patience is None else Plateau(patience, self.schedule.change)
         self._look()
         self._full = {group.name: group.size for group in self._active}
         self._full_macs = measure(self._bare, example_inputs).macs if macs is not None else 0
@@ -201,17 +205,22 @@ class OnlineFilterClustering:
         _LOG.info("%s", result)
         return result
 
-    def step(self, epoch: int) -> list[str]:
+    def step(self, epoch: int, metric: float | None = None) -> list[str]:
         """Do what the schedule says after `epoch` (counted from 1) epochs.
 
+        **Arguments:**
+
+        - `metric`: a loss of this epoch, in training or validation; lower is better. Only a schedule with patience
+          needs it.
+
         **Returns:** what was done, in words, for a record's history; empty if nothing.
+
+        **Raises:** `ConfigError` if the schedule needs a metric and there is none.
         """
         self.epoch = epoch
         events = []
-        share = self.schedule.due(epoch, self._passed)
+        share = self._due(epoch, metric)
         if share is not None:
-            while self.schedule.due(epoch, self._passed) is not None:
-                self._passed += 1
             events.append(str(self.cluster_and_prune(share)))
         if epoch in self.schedule.updates and not self.finished and self._clusters:
             rows = self.update_clusters()
@@ -234,6 +243,7 @@ class OnlineFilterClustering:
             "sizes": dict(self._sizes),
             "macs": self._full_macs,
             "widths": dict(self._widths),
+            "plateau": None if self._plateau is None else self._plateau.state_dict(),
             "labels": {name: labels.clone() for name, labels in self.labels.items()},
             "history": [dict(row) for row in self.history],
             "plans": [plan.to_json() for plan in self.plans],
@@ -263,7 +273,26 @@ class OnlineFilterClustering:
         self._full_macs = int(state.get("macs", 0))
         self._widths = {name: int(width) for name, width in state.get("widths", {}).items()}
         self.epoch, self._passed = int(state["epoch"]), int(state["passed"])
+        if self._plateau is not None and state.get("plateau") is not None:
+            self._plateau.load_state_dict(state["plateau"])
         self._prepare_pull()
+
+    def _due(self, epoch: int, metric: float | None) -> float | None:
+        """The share of the milestone that is to be taken now, which then is behind, or None."""
+        levelled = False
+        if self._plateau is not None and not self.finished:
+            if metric is None:
+                raise ConfigError("the schedule waits until training levels off: call step(epoch, metric=loss)")
+            levelled = self._plateau.reached(agreed(float(metric)))  # every rank has a loss of its own
+        share = self.schedule.due(epoch, self._passed)
+        if share is None and levelled and self.schedule.milestones:
+            share = self.schedule.next_share(self._passed)
+            self._passed += 1
+        while self.schedule.due(epoch, self._passed) is not None:
+            self._passed += 1
+        if share is not None and self._plateau is not None:
+            self._plateau.reset()
+        return share
 
     @property
     def _bare(self) -> nn.Module:

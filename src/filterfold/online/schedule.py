@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import ConfigError
@@ -18,6 +18,10 @@ class Schedule:
     - `updates`: epochs after which `update_clusters()` runs.
     - `milestones`: pairs (epoch, share): after this epoch `cluster_and_prune()` runs, with widths that share of the
       way from full to target; shares rise and end at 1.
+    - `patience`: take each milestone as soon as training levels off, when the loss that `step` is told has not become
+      better for so many epochs, counted anew from each cut; the milestone's epoch is then the latest. None: on the
+      epoch.
+    - `change`: share by which a loss must be lower than the best so far to be better.
 
     ```python
     >>> Schedule.gradual(100).milestones
@@ -30,6 +34,8 @@ class Schedule:
 
     updates: tuple[int, ...] = ()
     milestones: tuple[tuple[int, float], ...] = ()
+    patience: int | None = None
+    change: float = 0.01
 
     def __post_init__(self) -> None:
         """Refuse milestones out of order."""
@@ -40,6 +46,10 @@ class Schedule:
             raise ConfigError(f"schedule: epochs and shares of the milestones must rise, not {self.milestones}")
         if shares and (shares[0] <= 0 or shares[-1] != 1):
             raise ConfigError(f"schedule: shares lie in (0, 1] and the last is 1, not {shares}")
+        if self.patience is not None and self.patience < 1:
+            raise ConfigError(f"schedule: patience of {self.patience} epochs: at least 1, or None")
+        if not 0 <= self.change < 1:
+            raise ConfigError(f"schedule: change={self.change}: a share of the loss, in [0, 1)")
 
     @classmethod
     def every(cls, n: int, start: int, stop: int, *, milestones: tuple[int, ...]) -> Schedule:
@@ -70,8 +80,17 @@ class Schedule:
         return cls._at(epochs, ((0.2, 0.4), (0.35, 0.8), (0.5, 1.0)))
 
     @classmethod
+    def plateau(cls, epochs: int, *, patience: int = 3, change: float = 0.01) -> Schedule:
+        """`document`, but each milestone is taken as soon as training levels off.
+
+        >>> Schedule.plateau(100).patience
+        3
+        """
+        return replace(cls.document(epochs), patience=patience, change=change)
+
+    @classmethod
     def of(cls, schedule: str | Schedule | Mapping[str, Any], epochs: int) -> Schedule:
-        """A schedule by name ("gradual", "document") for so many epochs, as it is, or from its `to_dict()`.
+        """A schedule by name ("gradual", "document", "plateau"), as it is, or from its `to_dict()`.
 
         >>> Schedule.of("document", 10) == Schedule.document(10)
         True
@@ -80,9 +99,10 @@ class Schedule:
             return schedule
         if isinstance(schedule, Mapping):
             return cls.from_dict(schedule)
-        if schedule not in ("gradual", "document"):
-            raise ConfigError(f"schedule={schedule!r}: 'gradual', 'document', or a Schedule")
-        return cls.document(epochs) if schedule == "document" else cls.gradual(epochs)
+        if schedule not in ("gradual", "document", "plateau"):
+            raise ConfigError(f"schedule={schedule!r}: 'gradual', 'document', 'plateau', or a Schedule")
+        made: Schedule = getattr(cls, schedule)(epochs)
+        return made
 
     @classmethod
     def _at(cls, epochs: int, steps: tuple[tuple[float, float], ...]) -> Schedule:
@@ -107,9 +127,12 @@ class Schedule:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain lists, for JSON."""
-        return {"updates": list(self.updates), "milestones": [list(step) for step in self.milestones]}
+        document = {"updates": list(self.updates), "milestones": [list(step) for step in self.milestones]}
+        return document if self.patience is None else document | {"patience": self.patience, "change": self.change}
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Schedule:
         """What `to_dict` wrote."""
-        return cls(tuple(document["updates"]), tuple((int(at), float(share)) for at, share in document["milestones"]))
+        milestones = tuple((int(at), float(share)) for at, share in document["milestones"])
+        patience = {name: document[name] for name in ("patience", "change") if name in document}
+        return cls(tuple(document["updates"]), milestones, **patience)

@@ -174,6 +174,7 @@ class _Loop:
         loss = float(total) / self.steps
         if not math.isfinite(loss):
             raise TrainingError(f"the loss of epoch {run.epoch} is {loss}; lower the learning rate (it was {rate:g})")
+        run.loss = loss
         for callback in self.callbacks:
             callback.on_epoch_end(run)
         return {

@@ -104,6 +104,7 @@ class Run:
     - `epoch`: the present epoch, counted from 1; 0 before the first.
     - `step`: batches done in the whole run.
     - `history`: rows of the epochs that are over.
+    - `loss`: mean training loss of the epoch that is over, in `Callback.on_epoch_end`; None before the first.
     - `macs`: multiply-accumulates an image of the present network.
     """
 
@@ -120,6 +121,7 @@ class Run:
         self.fabric, self.phase = fabric, phase
         self.epoch = 0
         self.step = 0
+        self.loss: float | None = None
         self.history = History()
         self.macs = 0
         self._events: list[str] = []
