@@ -107,6 +107,33 @@ def test_names_of_trials_that_use_none_of_this_stay_as_they_were() -> None:
     assert Trial.from_dict(Trial("l1", 0, SETTING).to_dict()) == Trial("l1", 0, SETTING)
 
 
+def test_the_twin_may_train_for_what_the_online_method_costs(tmp_path: Path) -> None:
+    setting = replace(SETTING, recipe={"epochs": 4, "lr": 0.05}, shares={}, online={"schedule": "document"})
+    online = run(Trial("online", 0, setting, keep=0.5), tmp_path)
+    twin = run(Trial("scratch-long", 0, setting, keep=0.5), tmp_path)
+    assert online["result"] is not None
+    assert twin["result"] is not None
+    assert twin["result"]["macs"] == online["result"]["macs"]
+    spent, now = 0, online["dense"]["macs"]
+    for row in online["history"]:  # cuts happen at the end of an epoch
+        spent, now = spent + now, row["macs"]
+    assert len(twin["history"]) == round(spent / now) > 4
+
+
+@pytest.mark.parametrize(("method", "most"), [("l1", 0.4), ("scratch", 0.4), ("online", 0.4), ("online-random", 0.4)])
+def test_a_share_of_the_macs_is_met_by_every_method(tmp_path: Path, method: str, most: float) -> None:
+    setting = replace(SETTING, recipe={"epochs": 2, "lr": 0.05}, shares={}, retrain_epochs=0)
+    record = run(Trial(method, 0, setting, macs=most), tmp_path)
+    assert record["result"] is not None
+    assert 0.6 * most < record["result"]["macs"] / record["dense"]["macs"] <= most
+    assert record["label"] == f"{method} macs=0.4"
+
+
+def test_layer_after_layer_needs_shares_of_the_filters(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not of the MACs"):
+        run(Trial("l1-iterative", 0, replace(SETTING, shares={}), macs=0.5), tmp_path)
+
+
 @pytest.mark.parametrize("method", ["l1-hasty", "scratch-greedy", "online-l1-greedy"])
 def test_unknown_strategies_are_refused(method: str) -> None:
     with pytest.raises(ConfigError, match="no method"):

@@ -70,6 +70,23 @@ def test_shares_multiply_the_methods_that_cut() -> None:
     ]  # fmt: skip
 
 
+def test_shares_of_the_macs_are_another_kind_of_budget() -> None:
+    methods = ["dense", "l1", "scratch-long", "online", "online-l1+repair+distill"]
+    comparison = plan(SETTING, methods, keep=[0.5], macs=[0.25], seeds=[0])
+    assert [trial.label for trial in comparison.trials] == [
+        "dense", "l1 keep=0.5", "l1 macs=0.25", "scratch-long keep=0.5", "scratch-long macs=0.25", "online keep=0.5",
+        "online macs=0.25", "online-l1+repair+distill keep=0.5", "online-l1+repair+distill macs=0.25",
+    ]  # fmt: skip
+    for trial in comparison.trials:
+        assert Trial.from_dict(json.loads(json.dumps(trial.to_dict()))) == trial
+        assert trial.base.label == "dense"
+    last = comparison.trials[-1]
+    assert (last.plain, last.criterion, last.additions, last.is_online) == (
+        "online-l1", "l1", ("repair", "distill"), True
+    )  # fmt: skip
+    assert len({trial.id for trial in comparison.trials}) == 9
+
+
 def test_without_budgets_the_methods_have_their_own() -> None:
     comparison = plan(SETTING, ["dense", "l1", "online", "online-l1"], seeds=[0])
     assert [trial.label for trial in comparison.trials] == ["dense", "l1", "online keep=0.5", "online-l1 keep=0.5"]
@@ -78,10 +95,17 @@ def test_without_budgets_the_methods_have_their_own() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Trial("l1", 0, SETTING, keep=1.5), "keep = 1.5: the share of filters"),
+        (lambda: Trial("l1", 0, SETTING, keep=1.5), "keep = 1.5: the share that stays"),
         (lambda: Trial("l1", 0, SETTING, keep=0.0), "keep = 0"),
-        (lambda: Trial("online", 0, SETTING), "needs a number of clusters or a share"),
-        (lambda: Trial("online", 0, SETTING, clusters=5, keep=0.5), "one of the two"),
+        (lambda: Trial("online", 0, SETTING), "needs one of clusters, keep and macs"),
+        (lambda: Trial("online", 0, SETTING, clusters=5, keep=0.5), "needs one of clusters, keep and macs"),
+        (lambda: Trial("online", 0, SETTING, macs=0.5, keep=0.5), "needs one of clusters, keep and macs"),
+        (lambda: Trial("l1", 0, SETTING, macs=0.5, keep=0.5), "of the filters or of the MACs"),
+        (lambda: Trial("l1", 0, SETTING, macs=1.5), "macs = 1.5"),
+        (lambda: Trial("dense", 0, SETTING, macs=0.5), "'dense' cuts nothing"),
+        (lambda: Trial("l1+repair", 0, SETTING, keep=0.5), "only online methods take additions"),
+        (lambda: Trial("online+repare", 0, SETTING, keep=0.5), r"\+repare is not one of"),
+        (lambda: Trial("online+repair+repair", 0, SETTING, keep=0.5), "each at most once"),
         (lambda: Trial("online", 0, SETTING, clusters=0), "clusters = 0"),
         (lambda: Trial("l1", 0, SETTING, clusters=5), "takes no number of clusters"),
         (lambda: Trial("dense", 0, SETTING, keep=0.5), "'dense' cuts nothing"),

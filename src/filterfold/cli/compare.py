@@ -56,7 +56,9 @@ METHODS_HELP = (
     "Comma-separated: dense; dense-long (as many epochs as training and retraining together); "
     "a criterion such as l1 (the original algorithm: train, cut once, retrain), random, "
     "largest or mean-std; CRITERION-greedy or -iterative (its variants); scratch (the small network, fresh weights); "
-    "online (fold clusters while training); online-CRITERION (the same schedule, dropping by a criterion)."
+    "scratch-long (for as many epochs as cost what online costs); online (fold clusters while training); "
+    "online-CRITERION (the same schedule, dropping by a criterion); online-centroid (nothing removed); "
+    "online…+repair, online…+distill (with that after every cut)."
 )
 
 
@@ -82,6 +84,13 @@ def compare(
         Option(
             help="Shares of the filters that stay, for every method that cuts: 0.5,0.25.",
             show_default="half; criteria: the widths of Li et al. for their networks",
+            rich_help_panel="Comparison",
+        ),
+    ] = None,
+    macs: Annotated[
+        str | None,
+        Option(
+            help="Shares of the multiply-accumulates that stay, likewise; online chooses each layer's width.",
             rich_help_panel="Comparison",
         ),
     ] = None,
@@ -132,6 +141,7 @@ def compare(
         names,
         clusters=listed(clusters, "--clusters", int),
         keep=listed(keep, "--keep", float),
+        macs=listed(macs, "--macs", float),
         seeds=range(first_seed, first_seed + trials),
     )
     engine, trackers = places.choose(), listed(log, "--log", str)

@@ -6,24 +6,27 @@ The original algorithm (Li et al. 2017) in its variants, as parts of a method's 
     l1-greedy       the same, but the kernels of channels dropped further up don't count (section 3.2)
     l1-iterative    cut some layers, retrain, cut the next ones, … ("prune and retrain iteratively")
     scratch         the small network from fresh weights ("scratch-train")
+    scratch-long    the same for more epochs: as many as the online method's multiply-accumulates pay for
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, cast
 
 from torch import nn
 
+from ..cost import measure
 from ..errors import ConfigError
 from ..graph import trace
+from ..online import Schedule
 from ..plan import Plan
-from ..prune import prune
+from ..prune import PruneResult, prune
 from ..training import train
 from .bench import Bench
-from .config import SCRATCH, Trial
+from .config import SCRATCH, SCRATCH_LONG, Trial
 from .li2017 import keep_shares
 from .records import Epoch
 
@@ -45,22 +48,30 @@ def shares(trial: Trial) -> Shares:
     return dict(trial.setting.shares) or keep_shares(trial.setting.model) or 0.5
 
 
+def budget(trial: Trial) -> dict[str, Any]:
+    """What `prune` is to be asked for: a share of the multiply-accumulates where the trial has one, else of filters."""
+    return {"keep": shares(trial)} if trial.macs is None else {"macs": trial.macs}
+
+
 def cut_and_retrain(trial: Trial, bench: Bench, model: nn.Module) -> Afterwards:
     """Prune a trained network, in place, by the trial's method, and train it again.
 
     **Raises:** `Stopped` when the time is up; the same call goes on from the last epoch.
     """
-    setting, keep = trial.setting, shares(trial)
-    rounds: Sequence[Shares] = [keep]
+    setting = trial.setting
+    rounds: Sequence[dict[str, Any]] = [budget(trial)]
     if trial.strategy == "iterative":
-        rounds = _rounds(model, bench, keep, max(1, setting.retrain_epochs))
+        if trial.macs is not None:
+            raise ConfigError(f"{trial.method}: cutting layer after layer needs shares of the filters, not of the MACs")
+        parts = _rounds(model, bench, shares(trial), max(1, setting.retrain_epochs))
+        rounds = [{"keep": part} for part in parts]
     done = Afterwards([], [])
     for number, part in enumerate(rounds):
         result = prune(
             model,
             bench.example,
             criterion=cast(str, trial.criterion),
-            keep=part,
+            **part,
             round_to=setting.round_to,
             loader=bench.loader(trial.seed),
             seed=trial.seed,
@@ -80,27 +91,51 @@ def scratch(trial: Trial, bench: Bench) -> tuple[nn.Module, Afterwards]:
 
     The units that stay are drawn at random from the freshly drawn ones, so no weight is better than chance.
     """
-    assert trial.method == SCRATCH
+    assert trial.plain in (SCRATCH, SCRATCH_LONG)
     model = bench.build(trial.seed)
-    result = prune(
-        model,
-        bench.example,
-        criterion="random",
-        keep=shares(trial),
-        round_to=trial.setting.round_to,
-        seed=trial.seed,
-    )
+    result = _drawn(trial, bench, model, budget(trial))
+    recipe = bench.recipe(trial.seed, **trial.setting.scratch)
+    if trial.plain == SCRATCH_LONG:
+        recipe = replace(recipe, epochs=equal_epochs(trial, bench))
     with bench.tracked(trial.id) as trackers:
         rows = train(
             model,
             bench.data,
-            bench.recipe(trial.seed, **trial.setting.scratch),
+            recipe,
             observers=[tracker.row for tracker in trackers],
             checkpoint=bench.work(trial.id) / "training.safetensors",
             check=bench.deadline.check_next,
             device=bench.device,
         )
     return model, Afterwards([cast(Epoch, dict(row)) for row in rows.rows], [result.plan])
+
+
+def equal_epochs(trial: Trial, bench: Bench) -> int:
+    """Epochs of the small network that cost the multiply-accumulates of the online schedule with the same budget.
+
+    **Raises:** `ConfigError` for a schedule whose milestones are not known beforehand.
+    """
+    epochs = bench.recipe(trial.seed).epochs
+    schedule = Schedule.of(trial.setting.online.get("schedule", "gradual"), epochs)
+    full = measure(bench.build(trial.seed), bench.example).macs
+    spent, since, now = 0, 0, full
+    for at, share in schedule.milestones:
+        spent += now * (at - since)
+        if trial.macs is not None:
+            now, since = int(full * (1 - share * (1 - trial.macs))), at
+            continue
+        keep = shares(trial)
+        if isinstance(keep, Mapping):
+            part: Shares = {pattern: 1 - share * (1 - kept) for pattern, kept in keep.items()}
+        else:
+            part = 1 - share * (1 - keep)
+        now, since = _drawn(trial, bench, bench.build(trial.seed), {"keep": part}).after.macs, at
+    return max(1, round((spent + now * (epochs - since)) / now))
+
+
+def _drawn(trial: Trial, bench: Bench, model: nn.Module, asked: Mapping[str, Any]) -> PruneResult:
+    """Shrink a network with fresh weights; any filters are as good as others."""
+    return prune(model, bench.example, criterion="random", round_to=trial.setting.round_to, seed=trial.seed, **asked)
 
 
 def _retrain(trial: Trial, bench: Bench, model: nn.Module, epochs: int, checkpoint: str, before: int) -> list[Epoch]:

@@ -27,6 +27,7 @@ DENSE = "dense"
 ONLINE = "online"
 ONLINE_PREFIX = "online-"
 SCRATCH = "scratch"
+SCRATCH_LONG = "scratch-long"
 DENSE_LONG = "dense-long"
 COMPARED = (DENSE, "l1", ONLINE)
 CONTROLS = (DENSE_LONG, "random", SCRATCH, "online-l1")
@@ -35,6 +36,8 @@ network as long as those that are trained again, dropping filters by chance, the
 the schedule of the online method with the original criterion."""
 STRATEGIES = ("greedy", "iterative")
 """Ends of a criterion's method name: `l1-greedy`, `l1-iterative`; see `filterfold.experiment.afterwards`."""
+ADDITIONS = ("repair", "distill")
+"""What an online method may have added, in any combination: `online+repair`, `online-l1+repair+distill`."""
 
 
 class Described(TypedDict):
@@ -104,13 +107,17 @@ class Trial:
 
     - `method`: `dense`; `dense-long`: dense for as many epochs as training and retraining together; a criterion's
       name (`l1`, `random`, …): train, cut in one shot, retrain; `l1-greedy`, `l1-iterative`: its variants;
-      `scratch`: the small network from fresh weights; `online`: fold clusters while training;
+      `scratch`: the small network from fresh weights, for as many epochs as the dense one; `scratch-long`: for as
+      many as cost what the online method costs; `online`: fold clusters while training;
       `online-<criterion>`: the same schedule, but drop by that criterion;
-      `online-centroid`: the same, but replace filters by their cluster's mean and remove none.
+      `online-centroid`: the same, but replace filters by their cluster's mean and remove none;
+      `online…+repair`, `online…+distill`: with an addition (`ADDITIONS`) after every cut.
     - `seed`: of the initial weights, the batches, and the augmentation.
     - `clusters`: filters that stay in every layer (online methods), or None.
     - `keep`: share of the filters that stays, or None (criteria: the paper's own widths where it gives some, else
       half).
+    - `macs`: share of the multiply-accumulates that stays, or None. `online` then chooses each layer's width; the
+      others keep the same share of every layer.
 
     >>> trial = Trial("online", 0, Setting("vgg_small", "digits"), clusters=10)
     >>> trial.label, trial.id
@@ -122,34 +129,49 @@ class Trial:
     setting: Setting
     clusters: int | None = None
     keep: float | None = None
+    macs: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse unknown methods, and budgets that make no sense."""
         _check_method(self.method)
-        if self.keep is not None and not 0 < self.keep <= 1:
-            raise ConfigError(f"keep = {self.keep:g}: the share of filters that stays must be over 0 and at most 1")
+        for name, share in (("keep", self.keep), ("macs", self.macs)):
+            if share is not None and not 0 < share <= 1:
+                raise ConfigError(f"{name} = {share:g}: the share that stays must be over 0 and at most 1")
         if self.clusters is not None and self.clusters < 1:
             raise ConfigError(f"clusters = {self.clusters}: at least one filter must stay in every layer")
-        if self.is_online and (self.clusters is None) == (self.keep is None):
-            raise ConfigError(f"method {self.method!r} needs a number of clusters or a share to keep, one of the two")
+        given = [budget for budget in (self.clusters, self.keep, self.macs) if budget is not None]
+        if self.is_online and len(given) != 1:
+            raise ConfigError(f"method {self.method!r} needs one of clusters, keep and macs")
         if not self.is_online and self.clusters is not None:
             raise ConfigError(f"method {self.method!r} takes no number of clusters; give a share to keep")
-        if self.method in (DENSE, DENSE_LONG) and self.keep is not None:
+        if self.method in (DENSE, DENSE_LONG) and given:
             raise ConfigError(f"method {self.method!r} cuts nothing, so it takes no share to keep")
+        if len(given) > 1:
+            raise ConfigError(f"method {self.method!r}: give a share of the filters or of the MACs to keep, not both")
+
+    @property
+    def plain(self) -> str:
+        """The method without its additions."""
+        return self.method.partition("+")[0]
+
+    @property
+    def additions(self) -> tuple[str, ...]:
+        """What is added to the method; see `ADDITIONS`."""
+        return tuple(self.method.split("+")[1:])
 
     @property
     def is_online(self) -> bool:
         """Whether the cuts happen while training."""
-        return self.method == ONLINE or self.method.startswith(ONLINE_PREFIX)
+        return self.plain == ONLINE or self.plain.startswith(ONLINE_PREFIX)
 
     @property
     def criterion(self) -> str | None:
         """The criterion that ranks filters, or None where filters are folded or nothing is cut."""
-        if self.method in (DENSE, DENSE_LONG, ONLINE, SCRATCH):
+        if self.plain in (DENSE, DENSE_LONG, ONLINE, SCRATCH, SCRATCH_LONG):
             return None
         if self.strategy:
             return self.method.removesuffix(f"-{self.strategy}")
-        return self.method.removeprefix(ONLINE_PREFIX)
+        return self.plain.removeprefix(ONLINE_PREFIX)
 
     @property
     def strategy(self) -> str | None:
@@ -159,8 +181,8 @@ class Trial:
     @property
     def label(self) -> str:
         """The name of the group of trials that differ from this one by the seed only."""
-        budget = f" k={self.clusters}" if self.clusters is not None else ""
-        return f"{self.method}{budget}" + (f" keep={self.keep:g}" if self.keep is not None else "")
+        budgets = (("k", self.clusters), ("keep", self.keep), ("macs", self.macs))
+        return self.method + "".join(f" {name}={value:g}" for name, value in budgets if value is not None)
 
     @property
     def id(self) -> str:
@@ -172,7 +194,7 @@ class Trial:
     @property
     def base(self) -> Trial:
         """The dense training that this trial begins with, or would have to be compared with: same seed."""
-        return replace(self, method=DENSE, clusters=None, keep=None)
+        return replace(self, method=DENSE, clusters=None, keep=None, macs=None)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -180,7 +202,8 @@ class Trial:
         shared = asdict(self.setting)
         later = ("shares", "follow", "retrain", "scratch", "weights")  # left out where unused: ids stay as they were
         shown = (key for key in shared if key not in ("model", "data") and (key not in later or shared[key]))
-        return {"keep": self.keep} | {key: shared[key] for key in shown}
+        macs = {} if self.macs is None else {"macs": self.macs}
+        return {"keep": self.keep} | macs | {key: shared[key] for key in shown}
 
     def to_dict(self) -> Described:
         """Plain values: the beginning of the trial's record."""
@@ -203,9 +226,9 @@ class Trial:
         True
         """
         options = dict(document["options"])
-        keep = options.pop("keep")
+        keep, macs = options.pop("keep"), options.pop("macs", None)
         setting = Setting(model=document["model"], data=document["data"], **options)
-        return cls(document["method"], document["seed"], setting, document["clusters"], keep)
+        return cls(document["method"], document["seed"], setting, document["clusters"], keep, macs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +277,7 @@ def plan(
     *,
     clusters: Iterable[int] = (),
     keep: Iterable[float] = (),
+    macs: Iterable[float] = (),
     seeds: Iterable[int] = range(5),
 ) -> Comparison:
     """The trials of a comparison, seed by seed, so that a comparison that is stopped early is still balanced.
@@ -262,13 +286,14 @@ def plan(
 
     - `methods`: see `Trial`.
     - `clusters`: numbers of clusters; online methods run once with each.
-    - `keep`: shares to keep; every method that cuts runs once with each. Without any, the criteria keep their own
-      default; without `clusters` either, the online methods keep half.
+    - `keep`, `macs`: shares of the filters, of the multiply-accumulates to keep; every method that cuts runs once with
+      each. Without any, the criteria keep their own default; without `clusters` either, the online methods keep half.
 
     >>> [t.label for t in plan(Setting("m", "d"), ["dense", "l1", "online"], clusters=[5, 10], seeds=[0]).trials]
     ['dense', 'l1', 'online k=5', 'online k=10']
     """
-    counts, shares = list(clusters), list(keep)
+    counts = list(clusters)
+    shares: list[dict[str, Any]] = [*({"keep": share} for share in keep), *({"macs": share} for share in macs)]
     trials = [
         Trial(method, seed, setting, **budget)
         for seed in seeds
@@ -278,11 +303,10 @@ def plan(
     return Comparison(setting, tuple({trial.id: trial for trial in trials}.values()))
 
 
-def _budgets(method: str, clusters: Sequence[int], keep: Sequence[float]) -> list[dict[str, Any]]:
+def _budgets(method: str, clusters: Sequence[int], shares: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What a method is to cut down to, once for each trial of a seed."""
     if method in (DENSE, DENSE_LONG):
         return [{}]
-    shares: list[dict[str, Any]] = [{"keep": share} for share in keep]
     if method == ONLINE or method.startswith(ONLINE_PREFIX):
         return [{"clusters": count} for count in clusters] + shares or [{"keep": HALF}]
     return shares or [{}]
@@ -291,13 +315,17 @@ def _budgets(method: str, clusters: Sequence[int], keep: Sequence[float]) -> lis
 def _check_method(method: str) -> None:
     from ..criteria import CRITERIA
 
+    whole, (method, *additions) = method, method.split("+")
+    online = method in (ONLINE, f"{ONLINE_PREFIX}centroid") or (
+        method.startswith(ONLINE_PREFIX) and method.removeprefix(ONLINE_PREFIX) in CRITERIA
+    )
+    for name in additions:
+        if not online:
+            raise ConfigError(f"method {whole!r}: only online methods take additions (+{name})")
+        if name not in ADDITIONS or additions.count(name) > 1:
+            raise ConfigError(f"method {whole!r}: +{name} is not one of +{', +'.join(ADDITIONS)}, each at most once")
     plain = next((method.removesuffix(f"-{name}") for name in STRATEGIES if method.endswith(f"-{name}")), method)
-    if (
-        method in (DENSE, DENSE_LONG, ONLINE, SCRATCH)
-        or method.removeprefix(ONLINE_PREFIX) in CRITERIA
-        or plain in CRITERIA
-        or method == f"{ONLINE_PREFIX}centroid"
-    ):
+    if online or plain in CRITERIA or method in (DENSE, DENSE_LONG, SCRATCH, SCRATCH_LONG):
         return
     known = [DENSE, ONLINE, SCRATCH, DENSE_LONG, *CRITERIA, *(f"{ONLINE_PREFIX}{name}" for name in CRITERIA)]
     close = difflib.get_close_matches(method, known, n=2)
@@ -306,7 +334,8 @@ def _check_method(method: str) -> None:
 
 
 def _budget(trial: Trial) -> dict[str, Any]:
-    return {"method": trial.method, "seed": trial.seed, "clusters": trial.clusters, "keep": trial.keep}
+    macs = {} if trial.macs is None else {"macs": trial.macs}
+    return {"method": trial.method, "seed": trial.seed, "clusters": trial.clusters, "keep": trial.keep} | macs
 
 
 def description(folder: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from .bench import Bench
-from .config import DENSE_LONG, SCRATCH, Trial
+from .config import DENSE_LONG, SCRATCH, SCRATCH_LONG, Trial
 
 
 def take_next(waiting: list[Trial], running: Iterable[Trial], bench: Bench) -> Trial | None:
@@ -25,7 +25,7 @@ def take_next(waiting: list[Trial], running: Iterable[Trial], bench: Bench) -> T
 
 def needed(trial: Trial, bench: Bench) -> str | None:
     """Id of the dense training that a trial would have to do first, or None."""
-    if trial.is_online or trial.method in (SCRATCH, DENSE_LONG) or trial.setting.weights is not None:
+    if trial.is_online or trial.plain in (SCRATCH, SCRATCH_LONG, DENSE_LONG) or trial.setting.weights is not None:
         return None
     base = trial.base.id
     return None if bench.base_file(base, ".json").exists() else base

@@ -30,7 +30,7 @@ from ..training import Callback, History, evaluate, train
 from . import records
 from .afterwards import cut_and_retrain, scratch
 from .bench import Bench
-from .config import DENSE, DENSE_LONG, SCRATCH, Trial
+from .config import DENSE, DENSE_LONG, SCRATCH, SCRATCH_LONG, Trial
 from .costs import train_images, train_macs
 from .environment import describe
 from .locks import held
@@ -67,7 +67,7 @@ def run_trial(trial: Trial, bench: Bench, *, command: str | None = None) -> Reco
         trained = _long(trial, bench)
     elif trial.is_online:
         trained = _online(trial, bench)
-    elif trial.method == SCRATCH:
+    elif trial.plain in (SCRATCH, SCRATCH_LONG):
         small, done = scratch(trial, bench)
         trained = Trained(small, done.history, done.plans)
     else:
@@ -216,10 +216,13 @@ def _online(trial: Trial, bench: Bench) -> Trained:
 
 
 def _callback(trial: Trial, loader: Sequence[Any] | None = None) -> OnlineCallback:
+    if trial.additions:
+        raise ConfigError(f"method {trial.method!r}: additions are known by name only so far")
     try:
         return OnlineCallback(
             clusters=trial.clusters,
             keep=trial.keep,
+            macs=trial.macs,
             round_to=trial.setting.round_to,
             method=trial.criterion or "fold",
             seed=trial.seed,
