@@ -7,6 +7,7 @@ so they can wait for as long as rank 0 is busy alone. In a program that runs by 
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterable
 from datetime import timedelta
@@ -76,6 +77,7 @@ def join() -> None:
     if gpus:
         torch.cuda.set_device(own)
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+    atexit.register(leave)
 
 
 def leave() -> None:

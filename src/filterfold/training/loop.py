@@ -6,25 +6,26 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .. import ranks
 from ..data import ImageData, batches
 from ..data.augment import seeded
+from ..data.splits import whole
 from ..errors import ConfigError, ModelError, TrainingError
-from ..progress import track
-from . import state
+from ..progress import show, track
+from . import fabrics, state
+from .company import handed_out
 from .evaluate import check_fit, evaluate
 from .recipe import Recipe
-from .run import Callback, History, Row, Run
-
-if TYPE_CHECKING:
-    from lightning_fabric import Fabric
+from .run import Batch, Callback, History, Row, Run
 
 EVALUATION_BATCH = 500
 
@@ -40,7 +41,7 @@ def train(
     checkpoint: Path | str | None = None,
     checkpoint_seconds: float = 0.0,
     check: Callable[[float], None] | None = None,
-    validate_every: int = 1,
+    validate_every: int | None = None,
     device: str = "auto",
     phase: str = "train",
 ) -> History:
@@ -49,6 +50,12 @@ def train(
     With a checkpoint path the run can be killed at any time: the same call goes on from the last whole epoch and
     ends, on a CPU, with the same weights to the bit. Order, augmentation and dropout of an epoch depend on
     `(recipe.seed, epoch)` only.
+
+    Called in every process of a program that torchrun started (or in which `torch.distributed` is initialised), all
+    train this one network: every step each takes its part of the batch, which is as large as with one process, and
+    gradients are averaged (DDP). Batch norm sees each process's part by itself, and its running statistics are averaged
+    after every epoch. Rank 0 writes and reads the checkpoint, calls `check` and the observers; the weights that rank 0
+    begins with are everybody's.
 
     **Arguments:**
 
@@ -65,7 +72,7 @@ def train(
     - `checkpoint_seconds`: write at most so often; the last epoch is always written.
     - `check`: called after each epoch with the seconds that it took; it may raise to end the run, whose checkpoint
       is written first.
-    - `validate_every`: epochs from one validation to the next; the last epoch is always validated. 0: never.
+    - `validate_every`: instead of the recipe's.
     - `device`: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
     - `phase`: name in the history's rows.
 
@@ -84,27 +91,61 @@ def train(
 
     ```
     """
-    recipe = recipe or Recipe()
+    every = (recipe or Recipe()).validate_every if validate_every is None else validate_every
+    job = Job(model, data, recipe or Recipe(), tuple(callbacks), optimizer, every, device, phase)
     path = Path(checkpoint) if checkpoint is not None else None
+    ranks.join()
+    with handed_out(job):
+        return work(job, observers=observers, path=path, checkpoint_seconds=checkpoint_seconds, check=check)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What all processes of a run must know; see `train`."""
+
+    model: nn.Module
+    data: ImageData
+    recipe: Recipe
+    callbacks: tuple[Callback, ...]
+    optimizer: torch.optim.Optimizer | None
+    validate_every: int
+    device: str
+    phase: str
+
+
+def work(
+    job: Job,
+    *,
+    observers: Sequence[Callable[[Row], object]] = (),
+    path: Path | None = None,
+    checkpoint_seconds: float = 0.0,
+    check: Callable[[float], None] | None = None,
+) -> History:
+    """Do a job; all but the job itself matters in rank 0 only. See `train`."""
+    model, data, recipe, callbacks = job.model, job.data, job.recipe, job.callbacks
+    if min(recipe.batch_size, len(data.train)) < ranks.count():
+        raise ConfigError(f"batches of {recipe.batch_size} images can't be shared by {ranks.count()} processes")
     with _given_back(model, recipe):
-        fabric = _fabric(device, recipe)
+        fabric = fabrics.make(job.device, recipe, model, data.example)
         model.to(fabric.device)
+        ranks.shared(tensor.detach() for tensor in (*model.parameters(), *model.buffers()))
         check_fit(model, data.example.to(fabric.device), len(data.classes))
-        same = state.identity(model, data, recipe, callbacks, optimizer, phase)
-        tree = state.read(path, same) if path is not None and path.exists() else None
+        same = state.identity(model, data, recipe, callbacks, job.optimizer, job.phase)
+        tree = ranks.decided(lambda: state.read(path, same) if path is not None and path.exists() else None)
         if tree is not None:
             state.resize(model, tree)
-        run = Run(model, optimizer or recipe.optimizer(model), data, recipe, fabric, phase)
-        loop = _Loop(run, callbacks, observers, path, checkpoint_seconds, check, validate_every, same)
-        if tree is not None and path is not None:
-            state.take_up(path, run, tree)
+        run = Run(model, job.optimizer or recipe.optimizer(model), data, recipe, fabric, job.phase)
+        loop = _Loop(run, callbacks, observers, path, checkpoint_seconds, check, job.validate_every, same)
+        if tree is not None:
+            state.take_up(path or Path("the checkpoint"), run, tree)
         for callback in callbacks:
             callback.on_start(run)
         if tree is not None:
             for callback, kept in zip(callbacks, tree["callbacks"], strict=True):
                 callback.load_state_dict(kept)
         try:
-            loop.go()
+            with nullcontext() if ranks.first() else show(None):
+                loop.go()
         finally:
             run.optimizer.zero_grad(set_to_none=True)
         return run.history
@@ -134,6 +175,8 @@ class _Loop:
         self.augment = run.recipe.augment or run.data.augment
         self.whole = len(self.split) >= run.recipe.batch_size
         self.steps = len(self.split) // run.recipe.batch_size if self.whole else 1
+        self.images = min(len(self.split), run.recipe.batch_size)
+        self.part = ranks.part if ranks.count() > 1 else whole
         self.hooked = [c for c in callbacks if type(c).after_backward is not Callback.after_backward]
         self.written = time.monotonic()
 
@@ -146,13 +189,11 @@ class _Loop:
             if self._validates(epoch):
                 row["validation_top1"] = self._validate()
             run.history.rows.append(row)
-            for observer in self.observers:
-                observer(row)
-            self._save_or_stop(epoch == epochs, row["seconds"])
+            ranks.decided(lambda row=row: self._tell_and_save(row))  # type: ignore[misc]
 
     def _epoch(self) -> Row:
         run, recipe = self.run, self.run.recipe
-        _seed(recipe.seed, run.epoch)
+        _seed(recipe.seed, run.epoch, ranks.rank())
         started = time.perf_counter()
         feed = batches(
             self.split,
@@ -164,6 +205,7 @@ class _Loop:
             device=run.device,
             channels_last=recipe.channels_last,
             drop_last=self.whole,
+            part=self.part,
         )
         total = torch.zeros((), dtype=torch.float64, device=run.device)
         rate = 0.0
@@ -171,10 +213,13 @@ class _Loop:
             rate = recipe.rate(run.step, self.steps)
             total += self._batch(images, labels, rate)
             run.step += 1
-        loss = float(total) / self.steps
+        loss = float(ranks.summed(total)) / (self.steps * ranks.count())
         if not math.isfinite(loss):
             raise TrainingError(f"the loss of epoch {run.epoch} is {loss}; lower the learning rate (it was {rate:g})")
         run.loss = loss
+        if ranks.count() > 1:  # callbacks find the same network and the same random state everywhere
+            ranks.averaged(run.model.buffers())
+            _seed(recipe.seed, run.epoch, ranks.count())
         for callback in self.callbacks:
             callback.on_epoch_end(run)
         return {
@@ -200,11 +245,15 @@ class _Loop:
                 f"{type(run.model).__name__} returns a {type(logits).__name__} in training mode, not logits"
             )
         loss = functional.cross_entropy(logits, labels, label_smoothing=run.recipe.label_smoothing)
+        if len(labels) * ranks.count() != self.images:  # parts of different sizes: the mean is to be over images
+            loss = loss * (len(labels) * ranks.count() / self.images)
         objective = loss
+        run.batch = Batch(images, labels, logits)
         for callback in self.callbacks:
             extra = callback.on_batch_loss(run)
             if extra is not None:
                 objective = objective + extra
+        run.batch = None
         run.fabric.backward(objective)
         if self.hooked:
             run.fabric.strategy.precision.unscale_gradients(run.optimizer)
@@ -226,9 +275,13 @@ class _Loop:
             device=run.device,
             channels_last=run.recipe.channels_last,
             description="validating",
+            together=ranks.count() > 1,
         ).top1
 
-    def _save_or_stop(self, last: bool, seconds: float) -> None:
+    def _tell_and_save(self, row: Row) -> None:
+        for observer in self.observers:
+            observer(row)
+        last, seconds = row["epoch"] == self.run.recipe.epochs, row["seconds"]
         due = last or time.monotonic() - self.written >= self.checkpoint_seconds
         if due:
             self._save()
@@ -246,25 +299,8 @@ class _Loop:
             self.written = time.monotonic()
 
 
-def _fabric(device: str, recipe: Recipe) -> Fabric:
-    """Lightning Fabric for one device."""
-    from lightning_fabric import Fabric
-
-    accelerator, _, index = device.partition(":")
-    if accelerator not in ("auto", "cpu", "cuda", "mps"):
-        raise ConfigError(f"device={device!r} is not auto, cpu, cuda, cuda:N or mps")
-    if accelerator == "auto":
-        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
-    if accelerator == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device={device!r}: PyTorch sees no CUDA device here; use cpu")
-    if accelerator != "cuda" and recipe.precision == "16-mixed":
-        raise ConfigError(f"precision='16-mixed' needs a GPU, not {accelerator}; use bf16-mixed or 32-true")
-    chosen: list[int] | int = [int(index)] if index else 1
-    return Fabric(accelerator=accelerator, devices=chosen, precision=recipe.precision)
-
-
-def _seed(seed: int, epoch: int) -> None:
-    number = int(torch.randint(2**62, (), generator=seeded(seed, epoch, 6)))
+def _seed(seed: int, epoch: int, rank: int = 0) -> None:
+    number = int(torch.randint(2**62, (), generator=seeded(seed, epoch, 6, *([rank] if rank else []))))
     torch.manual_seed(number)
     random.seed(number)
 

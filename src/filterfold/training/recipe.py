@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -15,6 +15,12 @@ from ..errors import ConfigError
 Schedule = Literal["step", "constant", "cosine", "onecycle"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
+AUTOCAST: dict[str, torch.dtype | None] = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+"""What a precision is to `torch.autocast`."""
+
+_LATER = ("cuda_graphs", "validate_every")
+"""Fields that came later: left out of `to_dict` where they say what was done before."""
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
@@ -22,7 +28,8 @@ class Recipe:
 
     **Arguments:**
 
-    - `epochs`, `batch_size`: an incomplete last batch is left out (other images each epoch).
+    - `epochs`, `batch_size`: images a step, over all processes if several train together. An incomplete last batch is
+      left out (other images each epoch).
     - `lr`, `momentum`, `nesterov`, `weight_decay`: of SGD.
     - `decay_norms`: whether weight decay also pulls on biases and normalisation parameters.
     - `schedule`: `step`: divide by `step_factor` every `step_every` epochs; `constant`; `cosine`: to zero by half
@@ -33,7 +40,10 @@ class Recipe:
     - `precision`: `32-true`, or autocast to bfloat16 or float16 (a GPU only). On CPUs without matrix units for
       bfloat16 (AMX) `32-true` with `channels_last` is the faster one.
     - `channels_last`: memory format of images and weights.
-    - `compile`: run the network through `torch.compile`.
+    - `compile`: run the network through `torch.compile`; after a cut it is compiled again.
+    - `cuda_graphs`: replay the network's passes as CUDA graphs (a GPU only), which helps where the GPU waits for
+      Python; with `compile` those that `torch.compile` makes.
+    - `validate_every`: epochs from one validation to the next; the last epoch is always validated. 0: never.
     - `deterministic`: refuse PyTorch operations that are not. On the CPU training repeats bit for bit without it; on
       CUDA it also needs the environment variable `CUBLAS_WORKSPACE_CONFIG=:4096:8`.
     - `seed`: of order, augmentation and dropout. Initial weights are drawn by whoever builds the network.
@@ -66,6 +76,8 @@ class Recipe:
     compile: bool = False
     deterministic: bool = False
     seed: int = 0
+    cuda_graphs: bool = False
+    validate_every: int = 1
 
     def __post_init__(self) -> None:
         """Refuse values that make no sense."""
@@ -81,11 +93,22 @@ class Recipe:
             ("step_factor", 0 < self.step_factor < math.inf, "above 0"),
             ("warmup", 0 <= self.warmup < 1, "from 0 up to below 1"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "from 0 up to below 1"),
+            ("validate_every", self.validate_every >= 0, "at least 0"),
             ("precision", self.precision in get_args(Precision), f"one of {', '.join(get_args(Precision))}"),
         )
         for name, good, wanted in rules:
             if not good:
                 raise ConfigError(f"recipe: {name}={getattr(self, name)!r} makes no sense; it must be {wanted}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain values; the later ones only where they say something new, so that a trial keeps its name.
+
+        >>> sorted(set(Recipe(cuda_graphs=True).to_dict()) - set(Recipe().to_dict()))
+        ['cuda_graphs']
+        """
+        plain = asdict(self)
+        defaults = {entry.name: entry.default for entry in fields(self)}
+        return {key: value for key, value in plain.items() if key not in _LATER or value != defaults[key]}
 
     def rate(self, step: int, steps_per_epoch: int) -> float:
         """The learning rate of a batch: `step` counts batches from 0 over the whole training."""

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..cost import measure
 from ..data import ImageData
-from .recipe import Recipe
+from .graphs import Graphed
+from .recipe import AUTOCAST, Recipe
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -62,6 +63,15 @@ class History:
         return self.rows[-1]["validation_top1"] if self.rows else None
 
 
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The batch that is being learnt from: images (b, channels, size, size), labels (b,), logits (b, classes)."""
+
+    images: Tensor
+    labels: Tensor
+    logits: Tensor
+
+
 class Callback:
     """Something that takes part in a run; override what is needed.
 
@@ -76,14 +86,18 @@ class Callback:
         """
 
     def on_batch_loss(self, run: Run) -> Tensor | None:  # noqa: ARG002  # what overrides it needs the run
-        """A scalar to add to the batch's loss, or None."""
+        """A scalar to add to the batch's loss, or None; `run.batch` is what the network has just seen and said."""
         return None
 
     def after_backward(self, run: Run) -> None:
         """Called with the gradients in place (unscaled), before the optimizer's step."""
 
     def on_epoch_end(self, run: Run) -> None:
-        """Called after the epoch's last batch, before validation and the checkpoint."""
+        """Called after the epoch's last batch, before validation and the checkpoint.
+
+        With several processes (see `filterfold.ranks`) it is called in each, with the same weights and random state;
+        what rank 0 decides by anything else must be made known to the others (`ranks.agreed`).
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """What must survive an interruption: nested dicts, lists and tuples of tensors and plain values."""
@@ -100,12 +114,13 @@ class Run:
 
     - `model`: the network itself, not wrapped; `optimizer`: the one that steps it.
     - `data`, `recipe`, `phase`: what `train` was given.
-    - `fabric`: Lightning Fabric, for the device and precision.
+    - `fabric`: Lightning Fabric, for the device and precision, and for gradients over several processes.
     - `epoch`: the present epoch, counted from 1; 0 before the first.
     - `step`: batches done in the whole run.
     - `history`: rows of the epochs that are over.
     - `loss`: mean training loss of the epoch that is over, in `Callback.on_epoch_end`; None before the first.
     - `macs`: multiply-accumulates an image of the present network.
+    - `batch`: the present `Batch`, inside `Callback.on_batch_loss`; else None.
     """
 
     def __init__(
@@ -124,6 +139,7 @@ class Run:
         self.loss: float | None = None
         self.history = History()
         self.macs = 0
+        self.batch: Batch | None = None
         self._events: list[str] = []
         self._compiled = False
         self.forward: nn.Module = model
@@ -159,7 +175,16 @@ class Run:
         if self.recipe.compile:
             if self._compiled:  # graphs of the old shapes would count against the limit of recompilations
                 torch.compiler.reset()
-            inner = torch.compile(self.model)
+            inner = torch.compile(self.model, mode="reduce-overhead" if self.recipe.cuda_graphs else "default")
             self._compiled = True
+        elif self.recipe.cuda_graphs:
+            inner = self._graphed(layout)
         self.forward = self.fabric.setup_module(inner)
         self.macs = measure(self.model, self.example).macs
+
+    def _graphed(self, layout: torch.memory_format) -> nn.Module:
+        """The network recorded for batches as they will come."""
+        dtype = AUTOCAST[self.recipe.precision]
+        count = min(self.recipe.batch_size, len(self.data.train))
+        images = self.example.to(dtype or torch.float32).repeat(count, 1, 1, 1).contiguous(memory_format=layout)
+        return Graphed(self.model, images, dtype)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ def identity(
     labels = hashlib.sha256(data.train.labels.cpu().numpy().tobytes()).hexdigest()[:16]
     return {
         "phase": phase,
-        "recipe": asdict(recipe),
+        "recipe": recipe.to_dict(),
         "data": {
             "name": data.name,
             "classes": list(data.classes),

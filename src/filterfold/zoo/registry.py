@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -29,6 +30,9 @@ class Factory(Protocol):
 F = TypeVar("F", bound=Factory)
 
 _FACTORIES: dict[str, Factory] = {}
+
+FILE_MODULE = "filterfold_factory_"
+"""How the names begin that modules from a user's files have in `sys.modules`."""
 
 _KEYWORDS = {
     "classes": ("classes", "num_classes", "n_classes"),
@@ -148,7 +152,7 @@ def _from_torchvision(name: str, classes: int, channels: int) -> nn.Module:
 
 def _find(name: str, module_name: str, attribute: str) -> Callable[..., Any]:
     with _one_line(name):
-        module = _load_file(Path(module_name)) if module_name.endswith(".py") else _import(module_name)
+        module = load_file(Path(module_name)) if module_name.endswith(".py") else _import(module_name)
     found = getattr(module, attribute, None)
     if found is None:
         public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
@@ -184,12 +188,12 @@ def _import(name: str) -> ModuleType:
         return importlib.import_module(name)
 
 
-def _load_file(path: Path) -> ModuleType:
+def load_file(path: Path) -> ModuleType:
     """Run a Python file as a module; its folder is importable meanwhile, as for a script."""
     if not path.is_file():
         raise ModelError(f"{path}: no such file")
     resolved = path.resolve()
-    name = f"filterfold_factory_{abs(hash(resolved)):x}"
+    name = FILE_MODULE + hashlib.sha256(str(resolved).encode()).hexdigest()[:16]  # the same in every process
     spec = importlib.util.spec_from_file_location(name, resolved)
     if spec is None or spec.loader is None:
         raise ModelError(f"{path}: not a Python file")
