@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from filterfold import zoo
-from filterfold.cost import measure
+from filterfold.cost import Counting, measure
 from filterfold.errors import ModelError
+from filterfold.graph import trace_and_measure
 
 # (layer, example, kind, weights, uses); uses derived by hand: output positions of a convolution,
 # input positions of a transposed one, rows of a linear layer, per example
@@ -203,3 +204,40 @@ def test_the_table_can_be_read():
         "total                    232      232",
         "242 parameters in all",
     ]
+
+
+def test_pytorch_s_fast_attention_is_as_before_however_often_the_count_is_entered():
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        for wanted in (True, False):
+            torch.backends.mha.set_fastpath_enabled(wanted)
+            measure(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten()), torch.zeros(1, 3, 4, 4))
+            measure(nn.Bilinear(2, 3, 4), (torch.zeros(1, 2), torch.zeros(1, 3)))
+            measure(Square(), torch.zeros(1, 4))
+            assert torch.backends.mha.get_fastpath_enabled() == wanted
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+class Square(nn.Module):
+    """A product that arrives as an operation of its own, to be taken apart."""
+
+    def forward(self, x):
+        return torch.einsum("bi,bj->bij", x, x)
+
+
+def test_a_count_that_rides_along_equals_a_measurement():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.LayerNorm(16), nn.Linear(16, 2)
+    )
+    inputs = torch.randn(1, 3, 4, 4)
+    with torch.inference_mode(), Counting(net.eval()) as counting:
+        net(inputs)
+    assert counting.cost() == measure(net, inputs)
+    assert counting.cost().macs == 4 * 27 * 4 + 32
+    assert (
+        trace_and_measure(net, inputs)[1]
+        == trace_and_measure(net, inputs.repeat(3, 1, 1, 1))[1]
+        == measure(net, inputs)
+    )

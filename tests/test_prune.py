@@ -168,19 +168,19 @@ def test_culprits_are_found_by_halving(count, wrong, pair, named):
 def test_a_wrong_trace_is_caught_before_anything_is_cut(monkeypatch):
     """A slice that the trace forgot."""
     module = sys.modules[prune.__module__]  # `filterfold.prune` is the function
-    honest = module.trace
+    honest = module.trace_and_measure
 
     def forgetful(model, inputs):
-        traced = honest(model, inputs)
+        traced, cost = honest(model, inputs)
         groups = (
             dataclasses.replace(g, consumers=tuple(dataclasses.replace(p, units=p.units[::-1]) for p in g.consumers))
             if g.name == "0"
             else g
             for g in traced
         )
-        return type(traced)(groups, traced.sizes, traced.unmet)
+        return type(traced)(groups, traced.sizes, traced.unmet), cost
 
-    monkeypatch.setattr(module, "trace", forgetful)
+    monkeypatch.setattr(module, "trace_and_measure", forgetful)
     model = net()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(VerificationError, match=r"^cutting 0 would be wrong .* differs from the masked one by "):

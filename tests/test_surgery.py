@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from filterfold import surgery
+from filterfold.axes import AxisCut, cut_tensor
 from filterfold.errors import PlanError, SurgeryError
 from filterfold.plan import AttributeChange, Cut, Plan, Slice
 from filterfold.structure import named_tensors, snapshot
-from filterfold.surgery import apply
+from filterfold.surgery import Cuttings, apply
 
 
 class Net(nn.Module):
@@ -431,3 +432,65 @@ def test_nothing_to_do_changes_nothing():
     receipt = apply(cuts(tuple(range(6)), tuple(range(4))), model)
     assert receipt.tensors == ()
     assert_same_bits(before, bits(model))
+
+
+def assert_same_values(expected: nn.Module, model: nn.Module) -> None:
+    found = model.state_dict()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.state_dict().items())
+
+
+def test_what_a_rehearsal_has_cut_is_taken_over_as_long_as_nobody_wrote_into_it(monkeypatch):
+    expected, model, cut = seeded(), seeded(), Cuttings()
+    apply(DROP, expected)
+    cutting, names = surgery.cut_tensor, []
+    monkeypatch.setattr(surgery, "cut_tensor", lambda *given: names.append(given) or cutting(*given))
+    receipt = apply(DROP, model, cuttings=cut)
+    model.one.weight.data.add_(0.0)  # past autograd, so as good as unseen
+    with torch.inference_mode():
+        model.norm.running_mean.add_(1.0)
+    receipt.rollback()
+    first = len(names)
+    apply(DROP, model, cuttings=cut)
+    assert (first, len(names)) == (8, 9)
+    assert torch.equal(model.norm.running_mean, expected.norm.running_mean)
+    assert_same_values(expected, model)
+
+
+def test_another_plan_or_other_data_is_cut_anew():
+    model, cut = seeded(), Cuttings()
+    apply(DROP, model, cuttings=cut).rollback()
+    model.two.weight.data = model.two.weight.data + 1.0
+    expected = copy.deepcopy(model)
+    apply(DROP, expected)
+    receipt = apply(DROP, model, cuttings=cut)
+    assert_same_values(expected, model)
+    receipt.rollback()
+    other = cuts((0, 1, -1, 2, 3, 4), (0, 1, 2, -1))
+    apply(other, model, cuttings=cut)
+    assert model.one.out_channels == 5
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(96, 14, 28, 28), (64, 20 * 49, 4, 6), (48, 512 * 49, 1, 1)])
+def test_large_tensors_are_selected_like_small_ones(shape, layout):
+    torch.manual_seed(0)
+    tensor = torch.randn(shape).to(memory_format=layout)
+    rows, columns = torch.tensor([0, 3, 4, 31, 39]), torch.tensor([2, 3, 6, 7])
+    if shape[1] > 100:
+        columns = (torch.tensor([1, 4, 5])[:, None] * 49 + torch.arange(49)).flatten()
+    none = torch.empty(0, dtype=torch.int64)
+    edit = {a: AxisCut(shape[a], keep, none, none, none.double()) for a, keep in ((0, rows), (1, columns))}
+    found = cut_tensor(tensor, edit)
+    assert torch.equal(found, tensor[rows][:, columns])
+    assert found.is_contiguous(memory_format=layout)
+    assert tensor.numel() > 1 << 20
+
+
+def test_folds_and_drops_keep_the_order_in_memory():
+    tensor = torch.randn(4, 6, 3, 3).to(memory_format=torch.channels_last)
+    index = torch.tensor
+    fold = AxisCut(4, index([0, 2]), index([0, 1]), index([0, 0]), torch.tensor([0.5, 0.5], dtype=torch.float64))
+    found = cut_tensor(tensor, {0: fold})
+    assert torch.allclose(found[0], tensor[:2].mean(0))
+    assert torch.equal(found[1], tensor[2])
+    assert found.stride() == torch.empty(2, 6, 3, 3).to(memory_format=torch.channels_last).stride()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Literal
 
 import numpy as np
@@ -19,10 +20,14 @@ from torch import Tensor, nn
 
 from .errors import PlanError, SurgeryError
 from .plan import DROPPED, Cut, Plan, Slice
-from .structure import in_memory_order, memory_order
+from .structure import memory_order
 
 Kind = Literal["value", "variance", "moment"]
 """How a folded tensor combines: like parameters, like a running variance, like a second moment."""
+
+_LARGE, _WIDE = 1 << 20, 16
+"""From so many elements on it pays to look for blocks; from so many elements in a row on, to select both axes at once
+(measured: a 4096 by 25088 matrix takes .07 s instead of .17 s)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +43,10 @@ class AxisCut:
     source: Tensor
     target: Tensor
     weight: Tensor
+
+    def fits(self, tensor: Tensor, axis: int) -> bool:
+        """Whether the tensor has the positions along that axis that this is about."""
+        return tensor.shape[axis] == self.length
 
     def apply(self, tensor: Tensor, axis: int, kind: Kind) -> Tensor:
         """The tensor after the cut; sums are taken in float64 so that folding equal rows is exact."""
@@ -108,12 +117,19 @@ class _Prepared:
     cut: Cut
     representative: Any
     plain: bool  # whether units are only dropped, so that no sum is ever taken
+    arrays: dict[int, tuple[Any, Any]]
+
+    def units(self, part: Slice) -> Any:
+        """A slice's units as an array; most slices of a cut share one tuple."""
+        if id(part.units) not in self.arrays:
+            self.arrays[id(part.units)] = (part.units, np.asarray(part.units))
+        return self.arrays[id(part.units)][1]
 
     @classmethod
     def of(cls, cut: Cut) -> _Prepared:
         weighted = any(part.weight is not None for part in (*cut.producers, *cut.consumers))
         plain = not weighted and not cut.folds and cut.blend is None and cut.gain is None
-        return cls(cut, representatives(cut), plain)
+        return cls(cut, representatives(cut), plain, {})
 
     @property
     def changes(self) -> bool:
@@ -136,7 +152,7 @@ def _axis(name: str, length: int, parts: Sequence[_Part]) -> AxisCut | None:
     home = here.copy()  # old position in whose place it ends up; -1 = dropped
     weight = np.ones(length)
     for index, entry in enumerate(parts):
-        units = np.asarray(entry.part.units)
+        units = entry.of.units(entry.part)
         if len(units) != length:
             raise PlanError(
                 f"group {entry.of.cut.group!r}: {name} has {length} positions along axis {entry.part.axis}, "
@@ -245,9 +261,50 @@ def _tensor(tensors: Mapping[str, Tensor], name: str, group: str) -> Tensor:
 
 def cut_tensor(tensor: Tensor, edit: Edit, kind: Kind = "value") -> Tensor:
     """The tensor after all its axes are cut, in its old order in memory (channels_last stays channels_last)."""
-    result = tensor.detach()
-    for axis, found in edit.items():
-        # Adafactor keeps factors of size 1 along the axes that it averages over: nothing to cut there.
-        if tensor.shape[axis] == found.length:
-            result = found.apply(result, axis, kind)
-    return in_memory_order(result, memory_order(tensor))
+    order = memory_order(tensor)
+    result = tensor.detach().permute(order)  # what is computed from this is contiguous: nothing is copied twice
+    # Adafactor keeps factors of size 1 along the axes that it averages over: nothing to cut there.
+    found = {place: edit[axis] for place, axis in enumerate(order) if axis in edit and edit[axis].fits(tensor, axis)}
+    if not found:
+        result = result.clone(memory_format=torch.contiguous_format)
+    elif any(len(cut.source) for cut in found.values()):
+        for axis, cut in found.items():
+            result = cut.apply(result, axis, kind)
+    else:
+        result = _selected(result, {axis: cut.keep for axis, cut in found.items()})
+    return result.permute(sorted(range(len(order)), key=order.__getitem__))
+
+
+def _selected(tensor: Tensor, keep: Mapping[int, Tensor]) -> Tensor:
+    """`index_select` along several axes; large tensors in as large pieces and as few copies as the indices allow."""
+    if tensor.numel() < _LARGE:
+        for axis, places in keep.items():
+            tensor = tensor.index_select(axis, places.to(tensor.device))
+        return tensor
+    shape: list[int] = []
+    picks: list[tuple[int, Tensor]] = []
+    for axis, size in enumerate(tensor.shape):
+        run = 1
+        if axis in keep:
+            run = _run(keep[axis].numpy(), size)
+            picks.append((len(shape), (keep[axis][::run] // run).to(tensor.device)))
+        shape += [size // run, run] if run > 1 else [size]
+    result = tensor.reshape(shape)
+    if len(picks) == 2 and picks[0][0] + 1 == picks[1][0] and prod(shape[picks[1][0] + 1 :]) >= _WIDE:
+        before: list[Any] = [slice(None)] * picks[0][0]
+        result = result[(*before, picks[0][1][:, None], picks[1][1])]
+    else:
+        for axis, places in picks:
+            result = result.index_select(axis, places)
+    return result.reshape([len(keep[axis]) if axis in keep else size for axis, size in enumerate(tensor.shape)])
+
+
+def _run(places: np.ndarray[Any, np.dtype[np.int64]], size: int) -> int:
+    """The length of the aligned blocks that an axis can be divided into, so that each is kept or dropped as a whole.
+
+    >>> _run(np.array([0, 1, 4, 5, 6, 7]), 8)
+    2
+    """
+    after_gap = np.flatnonzero(np.diff(places) != 1) + 1
+    bounds = (places[after_gap], places[after_gap - 1] + 1, [size, places[0], places[-1] + 1])
+    return int(np.gcd.reduce(np.concatenate(bounds)))

@@ -153,9 +153,12 @@ def _generic(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
     kind = name.rpartition(".")[2]
     if data.numel() == 0 or not (isinstance(tensor, nn.Parameter) or kind in ("running_mean", "running_var")):
         return data
+    vector = data.numel() == max(data.shape, default=1)
+    first, last = data[(0,) * data.dim()], data[(-1,) * data.dim()]
+    if bool(first != last) and not (vector and abs(float(first)) < TINY):
+        return data  # neither constant nor tiny, and that without a look at all of it
     low, high = (float(bound) for bound in torch.aminmax(data))
     constant, size = low == high and data.numel() > 1, max(abs(low), abs(high))
-    vector = data.numel() == max(data.shape, default=1)
 
     def uniform(start: float, end: float) -> Tensor:
         return torch.empty(data.shape).uniform_(start, end, generator=generator).to(data)

@@ -9,6 +9,7 @@ functional convolutions, standardised weights and shared layers are counted like
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .errors import ModelError
-from .modes import call, examples, undisturbed
+from .modes import attention_in_steps, call, examples, undisturbed
 
 aten = torch.ops.aten
 
@@ -113,25 +114,14 @@ def measure(model: nn.Module, example_inputs: Any) -> Cost:
 
     ```
     """
-    counter = _Counter()
-    watch = WeightOps(model, counter.count)
-    with undisturbed(model), torch.random.fork_rng(devices=[]), torch.inference_mode(), watch:
+    counting = Counting(model)
+    with undisturbed(model), torch.random.fork_rng(devices=[]), torch.inference_mode(), counting:
         try:
             call(model, examples(example_inputs))
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ModelError(f"{type(model).__name__} can't be run on one example of the inputs: {reason}") from error
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    layers = counter.layers({name: tuple(buffer.shape) for name, buffer in model.named_buffers()} | shapes)
-    return Cost(
-        macs=sum(layer.macs for layer in layers),
-        parameters=sum(prod(shape) for shape in shapes.values()),
-        weights=sum(prod(shapes[name]) for name in {layer.tensor for layer in layers} if name in shapes),
-        layers=layers,
-        activation_macs=counter.activation_macs,
-        shapes=shapes,
-        uncounted=tuple(sorted(watch.uncounted)),
-    )
+    return counting.cost()
 
 
 # --- which op multiplies which operand how often -------------------------------------------------
@@ -202,6 +192,10 @@ IGNORED = {
     aten.native_layer_norm,
     aten.native_group_norm,
     aten.native_batch_norm,
+    aten.layer_norm,
+    aten.group_norm,
+    aten.batch_norm,
+    aten.instance_norm,
     aten.copy_,
     aten.copy,
     aten.where,
@@ -212,6 +206,42 @@ IGNORED = {
     aten.view_as,
 }
 """Ops that may read large parameters without a product per weight."""
+
+
+WHOLE = {
+    aten.batch_norm,
+    aten.layer_norm,
+    aten.group_norm,
+    aten.instance_norm,
+    aten.max_pool2d,
+    aten.adaptive_avg_pool2d,
+    aten.avg_pool2d,
+    aten.dropout,
+    aten.relu,
+    aten.relu_,
+    aten.relu6,
+    aten.silu,
+    aten.silu_,
+    aten.hardtanh_,
+    aten.hardswish,
+    aten.hardswish_,
+    aten.gelu,
+    aten.sigmoid,
+    aten.add,
+    aten.add_,
+    aten.mul,
+    aten.cat,
+    aten.mean,
+    aten.flatten,
+    aten.reshape,
+    aten.view,
+    aten.permute,
+    aten.transpose,
+    aten.contiguous,
+    aten.chunk,
+    aten.split,
+}
+"""Ops that often occur and hold no product: not worth the time to look into them."""
 
 
 class WeightOps(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -239,15 +269,19 @@ class WeightOps(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._owners: dict[int, tuple[Tensor, str | None]] = {}
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             self._owners.setdefault(id(tensor), (tensor, name))
-        self._fast_attention = True
+        self._attention = ExitStack()
+        self._entered = 0
 
     def __enter__(self) -> Any:
-        self._fast_attention = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)  # one opaque op otherwise
+        if self._entered == 0:
+            self._attention.enter_context(attention_in_steps())
+        self._entered += 1  # again for what an op is decomposed into
         return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *exc: Any) -> None:
-        torch.backends.mha.set_fastpath_enabled(self._fast_attention)
+        self._entered -= 1
+        if self._entered == 0:
+            self._attention.close()
         super().__exit__(*exc)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -255,7 +289,7 @@ class WeightOps(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         packet = func.overloadpacket
         rule = LAYERS.get(packet) or PRODUCTS.get(packet)
-        if rule is None:
+        if rule is None and packet not in WHOLE:
             with self:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
@@ -327,3 +361,34 @@ class _Counter:
                 continue
             layers += [LayerCost(module, kind, name, shape, n * uses, n, uses) for shape, (n, uses) in parts.items()]
         return tuple(layers)
+
+
+class Counting(WeightOps):  # type: ignore[no-untyped-call]
+    """Counts what a model costs while it runs for another purpose: once, on one example, in inference mode.
+
+    >>> model = nn.Linear(4, 2)
+    >>> with torch.inference_mode(), Counting(model) as counting:
+    ...     _ = model(torch.zeros(1, 4))
+    >>> counting.cost().macs
+    8
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._counter = _Counter()
+        self._model = model
+        super().__init__(model, self._counter.count)
+
+    def cost(self) -> Cost:
+        """The cost so far, with the sizes that the model has now."""
+        model, counter = self._model, self._counter
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        layers = counter.layers({name: tuple(buffer.shape) for name, buffer in model.named_buffers()} | shapes)
+        return Cost(
+            macs=sum(layer.macs for layer in layers),
+            parameters=sum(prod(shape) for shape in shapes.values()),
+            weights=sum(prod(shapes[name]) for name in {layer.tensor for layer in layers} if name in shapes),
+            layers=layers,
+            activation_macs=counter.activation_macs,
+            shapes=shapes,
+            uncounted=tuple(sorted(self.uncounted)),
+        )

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -94,6 +95,17 @@ def call(model: nn.Module, inputs: Any) -> Any:
     return model(inputs)
 
 
+@contextmanager
+def attention_in_steps() -> Iterator[None]:
+    """Have `nn.MultiheadAttention` and the layers around it run step by step, not as one opaque operation."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 def examples(inputs: Any, count: int = 1) -> Any:
     """The first example of a batch, repeated; the batch is the first axis of the first tensor.
 
@@ -103,14 +115,7 @@ def examples(inputs: Any, count: int = 1) -> Any:
     >>> examples((torch.zeros(4, 3), torch.ones(2), "name"), 5)[0].shape
     torch.Size([5, 3])
     """
-    values = (
-        list(inputs.values())
-        if isinstance(inputs, Mapping)
-        else list(inputs)
-        if isinstance(inputs, tuple)
-        else [inputs]
-    )
-    batch = next((value.shape[0] for value in values if isinstance(value, Tensor) and value.dim() > 0), None)
+    values, batch = _values(inputs), batch_of(inputs)
 
     def repeated(value: Any) -> Any:
         if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != batch:
@@ -121,3 +126,14 @@ def examples(inputs: Any, count: int = 1) -> Any:
     if isinstance(inputs, Mapping):
         return dict(zip(inputs, values, strict=True))
     return tuple(values) if isinstance(inputs, tuple) else values[0]
+
+
+def batch_of(inputs: Any) -> int | None:
+    """How many examples the inputs are: the length of the first axis of the first tensor; None without one."""
+    return next((value.shape[0] for value in _values(inputs) if isinstance(value, Tensor) and value.dim() > 0), None)
+
+
+def _values(inputs: Any) -> list[Any]:
+    if isinstance(inputs, Mapping):
+        return list(inputs.values())
+    return list(inputs) if isinstance(inputs, tuple) else [inputs]

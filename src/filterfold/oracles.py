@@ -159,8 +159,15 @@ def _scaled(tensor: Tensor, part: Slice, cut: Cut) -> Tensor:
     if given:
         factor = torch.from_numpy(np.where(own, np.asarray(given)[units], 1.0)).to(tensor.device, tensor.dtype)
         data = data * factor.view([-1 if axis == part.axis % data.dim() else 1 for axis in range(data.dim())])
-    unread = torch.from_numpy(np.flatnonzero(own & dropped[units])).to(tensor.device)
-    return data.index_fill(part.axis, unread, 0) if len(unread) else data
+    unread = own & dropped[units]
+    if not unread.any():
+        return data
+    axis = part.axis % data.dim()
+    block = int(np.gcd.reduce([len(unread), *(np.flatnonzero(np.diff(unread)) + 1)]))  # each wholly read or unread
+    result = data.clone()
+    gone = torch.from_numpy(np.flatnonzero(unread[::block])).to(tensor.device)
+    result.unflatten(axis, (-1, block)).index_fill_(axis, gone, 0)  # type: ignore[no-untyped-call]
+    return result
 
 
 def _shuffled(cells: Sequence[object], generator: torch.Generator) -> list[int]:

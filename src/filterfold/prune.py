@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from .cost import Cost, measure
 from .criteria import Criterion, score
 from .errors import ConfigError, FilterfoldError, PlanError, SelectionError, SurgeryError, VerificationError
-from .graph import Traced, repair, trace
+from .graph import Traced, repair, trace_and_measure
 from .groups import ChannelGroup
-from .plan import Cut, Plan
+from .plan import AttributeChange, Cut, Plan
 from .selection import LatencyBudget, cuttable, select, select_for_latency, select_greedily
 from .structure import unwrap
-from .surgery import Receipt, apply, revert
+from .surgery import Cuttings, Receipt, apply, revert
 from .verify import Verification, rehearse
 
 _LOG = logging.getLogger("filterfold.prune")
@@ -140,8 +140,7 @@ def prune(
     """
     _check(on_failure, scoring, scope, keep=keep, macs=macs, parameters=parameters, latency=latency)
     inner = unwrap(model)
-    before = measure(inner, example_inputs)
-    traced = trace(inner, example_inputs)
+    traced, before = trace_and_measure(inner, example_inputs)
     scores = score(cuttable(traced, ignore)[0], inner, criterion, loader=loader, seed=seed, follow=follow)
     options: dict[str, Any] = {"round_to": round_to, "min_keep": min_keep, "ignore": ignore, "cost": before}
 
@@ -157,9 +156,13 @@ def prune(
             plan = select(groups, scores, keep=keep, macs=macs, parameters=parameters, scope=scope, **options)
         return replace(plan, notes={"criterion": _name(criterion), **plan.notes})
 
-    def judge(plan: Plan) -> Verification:
-        return rehearse(inner, plan, example_inputs, groups=traced, repair=lambda m, p, i: repair(m, p, traced, i))
+    def mend(pruned: nn.Module, plan: Plan, inputs: Any) -> tuple[AttributeChange, ...]:
+        return repair(pruned, plan, traced, inputs)
 
+    def judge(plan: Plan) -> Verification:
+        return rehearse(inner, plan, example_inputs, groups=traced, repair=mend, cuttings=cuttings, count=True)
+
+    cuttings = Cuttings()
     groups, verified, frozen = traced, None, dict[str, str]()
     if verify:
         groups, plan, verified = _verified(traced, choose, judge, frozen, on_failure)
@@ -168,7 +171,9 @@ def prune(
         plan = choose(traced)
     if latency is not None and "asked" not in plan.notes:
         raise SelectionError("latency: no cut copy of the network could be timed; say how much may stay with macs=")
-    receipt = apply(plan, model, optimizer=optimizer, averaged=averaged)
+    receipt = apply(plan, model, optimizer=optimizer, averaged=averaged, cuttings=cuttings)
+    if verified is not None and verified.cost is not None and not plan.attributes:
+        return PruneResult(plan, before, verified.cost, verified, groups, frozen)
     try:
         after = measure(inner, example_inputs)
     except FilterfoldError:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .axes import Edit, Kind, cut_tensor, edits_of
 from .errors import FilterfoldError, PlanError, SurgeryError
-from .plan import AttributeChange, Plan
+from .plan import AttributeChange, Cut, Plan
 from .structure import like, named_tensors, plain_sizes, refresh_attributes, sizes_of, unwrap
 
 MOMENTS = frozenset(
@@ -53,6 +53,42 @@ class _Journal:
     def undo(self) -> None:
         while self._actions:
             self._actions.pop()()
+
+
+class Cuttings:
+    """What a rehearsal has cut, so that the cut itself need not do it again; for one plan and one model.
+
+    Given to `apply`, it collects the new tensors, and gives them out when the same cuts are applied to the same data.
+    A tensor that was written into in between, or that had other data for the rehearsal, is cut anew.
+    """
+
+    def __init__(self) -> None:
+        """Empty."""
+        self._cuts: tuple[Cut, ...] | None = None
+        self._edits: dict[str, Edit] = {}
+        self._tensors: dict[str, tuple[Tensor, int, Tensor]] = {}
+
+    def edits(self, plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Edit]:
+        """`edits_of`, computed once."""
+        if plan.cuts is not self._cuts:
+            self._cuts, self._tensors = plan.cuts, {}
+            self._edits = edits_of(plan, tensors)
+        return self._edits
+
+    def cut(self, name: str, tensor: Tensor, edit: Edit, kind: Kind) -> Tensor:
+        """`cut_tensor`, once for the same data."""
+        before, version, after = self._tensors.get(name, (None, -1, None))
+        if before is not None and after is not None and version == tensor._version and _same_data(before, tensor):
+            return after
+        after = cut_tensor(tensor, edit, kind)
+        self._tensors.setdefault(name, (tensor.detach(), tensor._version, after))
+        return after
+
+
+def _same_data(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors show the same part of the same memory in the same way."""
+    same_place = first.data_ptr() == second.data_ptr() and first.dtype == second.dtype
+    return same_place and first.shape == second.shape and first.stride() == second.stride()
 
 
 @dataclass(frozen=True)
@@ -83,6 +119,7 @@ def apply(
     *,
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     averaged: nn.Module | Sequence[nn.Module] = (),
+    cuttings: Cuttings | None = None,
 ) -> Receipt:
     """Cut a model in place, with its gradients, optimizer state and averaged copies, as one transaction.
 
@@ -95,6 +132,7 @@ def apply(
       `DistributedDataParallel` is refused: cut the model inside and wrap it again.
     - `optimizer`: the optimizer or optimizers whose state is cut alike.
     - `averaged`: copies of the same structure (an EMA, an `AveragedModel`) that are cut alike.
+    - `cuttings`: what a rehearsal of the same plan on the same model has cut already.
 
     **Returns:** a `Receipt`, whose `rollback` undoes everything.
 
@@ -121,7 +159,7 @@ def apply(
         raise SurgeryError("DDP's buckets would keep the old sizes: apply the plan to ddp.module and wrap it again")
     # Inside inference_mode, new parameters would be inference tensors, of no use for training.
     with torch.inference_mode(False), torch.no_grad():
-        return _apply(plan, model, optimizer, averaged)
+        return _apply(plan, model, optimizer, averaged, cuttings or Cuttings())
 
 
 def _apply(
@@ -129,14 +167,15 @@ def _apply(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None,
     averaged: nn.Module | Sequence[nn.Module],
+    cuttings: Cuttings,
 ) -> Receipt:
     optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer] if optimizer is not None else []
     copies = [averaged] if isinstance(averaged, nn.Module) else list(averaged)
     modules = [unwrap(target) for target in (model, *copies)]
     tensors = [dict(named_tensors(module)) for module in modules]
-    all_edits = [edits_of(plan, named) for named in tensors]
-    work = [_new_tensors(*both) for both in zip(all_edits, tensors, strict=True)]
-    edits = all_edits[0]
+    edits = cuttings.edits(plan, tensors[0])
+    work = [_new_tensors(edits, tensors[0], cuttings.cut)]
+    work += [_new_tensors(edits_of(plan, named), named, _cut_anew) for named in tensors[1:]]
     by_id = {id(tensors[0][name]): (name, edit) for name, edit in edits.items()}
     states = [change for entry in optimizers for change in _new_states(entry, by_id, tensors[0])]
     journal = _Journal()
@@ -155,8 +194,12 @@ def _apply(
     return Receipt(tuple(edits), tuple(changed[0]), journal)
 
 
+def _cut_anew(_name: str, tensor: Tensor, edit: Edit, kind: Kind) -> Tensor:
+    return cut_tensor(tensor, edit, kind)
+
+
 def _new_tensors(
-    edits: Mapping[str, Edit], tensors: Mapping[str, Tensor]
+    edits: Mapping[str, Edit], tensors: Mapping[str, Tensor], cut: Callable[[str, Tensor, Edit, Kind], Tensor]
 ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
     """(tensor, its new data, its new gradient) for everything that changes."""
     changes = []
@@ -166,7 +209,7 @@ def _new_tensors(
         grad = tensor.grad if tensor.is_leaf else None
         if grad is not None and grad.layout != torch.strided:
             raise SurgeryError(f"{name} has a sparse gradient: call optimizer.zero_grad() before cutting")
-        changes.append((tensor, cut_tensor(tensor, edit, kind), None if grad is None else cut_tensor(grad, edit)))
+        changes.append((tensor, cut(name, tensor, edit, kind), None if grad is None else cut_tensor(grad, edit)))
     return changes
 
 

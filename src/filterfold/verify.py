@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,12 +21,14 @@ from torch import Tensor, nn
 
 from .axes import edits_of
 from .borrowing import borrowed, difference, outputs, telling
+from .cost import Cost, Counting
 from .errors import FilterfoldError, VerificationError
 from .groups import ChannelGroup
+from .modes import batch_of
 from .oracles import masked, permuted, rebased
 from .plan import AttributeChange, Cut, Plan
 from .structure import named_tensors, unwrap
-from .surgery import apply, revert
+from .surgery import Cuttings, apply, revert
 
 __all__ = ["Repair", "Verification", "masked", "rehearse", "verify"]
 
@@ -54,6 +56,7 @@ class Verification:
     - `message`: all of that in one line.
     - `attributes`: sizes in user code that a rehearsal found must change with the plan.
     - `suspects`: groups that a failed repair names as the reason.
+    - `cost`: what the cut network costs, if that was asked for and could be counted while it ran.
     """
 
     ok: bool
@@ -63,6 +66,7 @@ class Verification:
     message: str
     attributes: tuple[AttributeChange, ...] = ()
     suspects: tuple[str, ...] = ()
+    cost: Cost | None = field(default=None, repr=False, compare=False)
 
     def __bool__(self) -> bool:
         """`ok`."""
@@ -123,7 +127,7 @@ def verify(
     def trial(dtype: torch.dtype | None) -> _Errors:
         inputs = telling(example_inputs, dtype)
         with borrowed(original, dtype=dtype):
-            expected, shuffled = judge.references(inputs, judge.plain(inputs))
+            expected, shuffled = judge.references(inputs)
         with borrowed(pruned, dtype=dtype):
             actual, failure = judge.run(pruned, inputs)
         return judge.errors(expected, shuffled, actual, failure)
@@ -140,6 +144,8 @@ def rehearse(
     groups: Iterable[ChannelGroup] | None = None,
     tolerance: float | None = None,
     repair: Repair | None = None,
+    cuttings: Cuttings | None = None,
+    count: bool = False,
 ) -> Verification:
     """Try a plan on a model, judge the outcome by both oracles, and take everything back.
 
@@ -150,6 +156,8 @@ def rehearse(
 
     - `repair`: asked where the cut network fails or differs, for sizes written into user code; what it finds
       is part of the verification.
+    - `cuttings`: collects what was cut, for `apply` to take over.
+    - `count`: whether to count what the cut network costs, as long as the inputs are one example.
 
     **Returns:** a `Verification`.
 
@@ -157,7 +165,7 @@ def rehearse(
     model does not run as it is.
     """
     model = unwrap(model)
-    judge = _Judge(plan, groups, model, repair)
+    judge = _Judge(plan, groups, model, repair, cuttings, count and batch_of(example_inputs) == 1)
 
     def trial_with(generic: bool) -> Callable[[torch.dtype | None], _Errors]:
         def trial(dtype: torch.dtype | None) -> _Errors:
@@ -195,7 +203,13 @@ class _Judge:
     """One plan on one model: the reference outputs, the comparison, the verdict."""
 
     def __init__(
-        self, plan: Plan, groups: Iterable[ChannelGroup] | None, model: nn.Module, repair: Repair | None
+        self,
+        plan: Plan,
+        groups: Iterable[ChannelGroup] | None,
+        model: nn.Module,
+        repair: Repair | None,
+        cuttings: Cuttings | None = None,
+        count: bool = False,
     ) -> None:
         by_name = {group.name: group for group in groups or ()}
         changing = [cut for cut in plan.cuts if cut.changes]
@@ -204,6 +218,9 @@ class _Judge:
         self.exact = [cut for cut in plan.cuts if cut not in self.inexact]
         self.model = model
         self.repair = repair
+        self.cuttings = cuttings
+        self.count = count
+        self.cost: Cost | None = None
         self.finite_only = False
         self.suspects: tuple[str, ...] = ()
         self.cells: dict[str, Sequence[object]] = {}
@@ -214,12 +231,13 @@ class _Judge:
 
     def rehearsal(self, inputs: Any) -> _Errors:
         """Cut, run, take back, and compare; once more with sizes in user code repaired where that differs."""
-        plain = self.plain(inputs)
         with self._applied():
             actual, failure = self.run(self.model, inputs)
         if failure:
+            self.plain(inputs)  # which says so if it is not the cut that fails
             return _Errors(None, None, failure)
-        expected, shuffled = self.references(inputs, plain)
+        self.expect_finite(actual or [])
+        expected, shuffled = self.references(inputs)
         errors = self.errors(expected, shuffled, actual, None)
         if self.repair is None or self.plan.attributes or (errors.masking or 0.0) <= TOLERANCES[torch.bfloat16]:
             return errors
@@ -232,7 +250,7 @@ class _Judge:
 
     @contextmanager
     def _applied(self) -> Iterator[None]:
-        receipt = apply(self.plan, self.model)
+        receipt = apply(self.plan, self.model, cuttings=self.cuttings)
         try:
             yield
         finally:
@@ -241,7 +259,12 @@ class _Judge:
     def run(self, pruned: nn.Module, inputs: Any) -> tuple[list[Tensor] | None, str | None]:
         """(outputs of the cut network, None), with sizes in user code repaired if need be; or (None, why it fails)."""
         try:
-            return outputs(pruned, inputs), None
+            if not self.count:
+                return outputs(pruned, inputs), None
+            with Counting(pruned) as counting:
+                actual = outputs(pruned, inputs)
+            self.cost = counting.cost()
+            return actual, None
         except Exception as reason:
             failure = _line(reason)
         if self.repair is None or self.plan.attributes:
@@ -272,48 +295,65 @@ class _Judge:
             plain = outputs(self.model, inputs)
         except Exception as reason:
             raise VerificationError(f"the model fails before any cut: {_line(reason)}") from reason
-        if self.finite_only and not all(bool(torch.isfinite(v).all()) for v in plain if v.is_floating_point()):
-            raise _NotFiniteError
+        self.expect_finite(plain)
         return plain
 
-    def references(self, inputs: Any, plain: list[Tensor]) -> tuple[list[Tensor] | None, float | None]:
+    def expect_finite(self, values: list[Tensor]) -> None:
+        """Refuse to judge random values that make the network overflow."""
+        if self.finite_only and not all(bool(torch.isfinite(v).all()) for v in values if v.is_floating_point()):
+            raise _NotFiniteError
+
+    def references(self, inputs: Any) -> tuple[list[Tensor] | None, float | None]:
         """(outputs of the masked network or None, error under permutation or None)."""
         error = None
         shuffled = [cut for cut in self.inexact if cut.group in self.cells]
         if shuffled:
+            plain = self.plain(inputs)
             with permuted(self.model, shuffled, self.cells, torch.Generator().manual_seed(2)):
                 error = difference(plain, outputs(self.model, inputs))
+        if self.inexact and not any(cut.changes for cut in self.exact):
+            return None, error  # there is nothing to mask
         return self._masked_outputs(inputs), error
 
     def _masked_outputs(self, inputs: Any) -> list[Tensor] | None:
         """Outputs with the inexact groups cut and the exact ones masked; None if that can't be run."""
         try:
-            with self._inexact_cut(inputs) as cuts, masked(self.model, Plan(cuts)):
-                return outputs(self.model, inputs)
+            with self._inexact_cut() as (part, cuts), masked(self.model, Plan(cuts)):
+                return self._run_part(part, inputs)
         except Exception as reason:
+            self.plain(inputs)  # which says so if the network does not run at all
             if not self.inexact:
                 raise
             _LOG.info("no masking oracle beside the groups that aren't exact: %s", _line(reason))
             return None
 
     @contextmanager
-    def _inexact_cut(self, inputs: Any) -> Iterator[tuple[Cut, ...]]:
-        """Really cut the inexact groups for a while; gives the exact cuts as they read then."""
+    def _inexact_cut(self) -> Iterator[tuple[Plan | None, tuple[Cut, ...]]]:
+        """Really cut the inexact groups for a while; gives what is cut, and the exact cuts as they read then."""
         if not self.inexact:
-            yield tuple(self.exact)
+            yield None, tuple(self.exact)
             return
         part = Plan(tuple(self.inexact))
         tensors = dict(named_tensors(self.model))
         cuts = rebased(self.exact, edits_of(part, tensors), tensors)
         receipt = apply(part, self.model)
-        changes: tuple[AttributeChange, ...] = ()
         try:
-            if self.repair is not None and _failure(self.model, inputs):
-                changes = self.repair(self.model, part, inputs)
-            yield cuts
+            yield part, cuts
+        finally:
+            receipt.rollback()
+
+    def _run_part(self, part: Plan | None, inputs: Any) -> list[Tensor]:
+        """Outputs of the model, with sizes in user code repaired for what is cut of it, if need be."""
+        try:
+            return outputs(self.model, inputs)
+        except Exception:
+            if part is None or self.repair is None:
+                raise
+        changes = self.repair(self.model, part, inputs)
+        try:
+            return outputs(self.model, inputs)
         finally:
             revert(changes, self.model)
-            receipt.rollback()
 
     def errors(
         self,
@@ -352,20 +392,19 @@ class _Judge:
             text = f"the cut network runs, but {_list(names)} can't be held against a masked one"
         else:
             text = f"the cut network equals the masked one to {errors.masking:.1e} ({kind})"
-        if ok and names and errors.masking is not None:
+        if ok and names:
             how = "unjudged" if errors.permutation is None else f"permutation error {errors.permutation:.1e}"
-            text += f"; not mask-exact: {_list(names)} ({how})"
+            text += f" ({how})" if errors.masking is None else f"; not mask-exact: {_list(names)} ({how})"
         return Verification(
-            ok, errors.masking, errors.permutation, names, text, self.plan.attributes, () if ok else self.suspects
+            ok,
+            errors.masking,
+            errors.permutation,
+            names,
+            text,
+            self.plan.attributes,
+            () if ok else self.suspects,
+            self.cost,
         )
-
-
-def _failure(model: nn.Module, inputs: Any) -> str | None:
-    try:
-        outputs(model, inputs)
-    except Exception as reason:
-        return _line(reason)
-    return None
 
 
 def _type_of(model: nn.Module) -> torch.dtype:

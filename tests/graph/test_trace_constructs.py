@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+import filterfold as ff
+from filterfold.graph import trace
+
 from .networks import check, free, part
 
 Forward = Callable[..., Any]
@@ -412,3 +415,37 @@ FROZEN: dict[str, tuple[Callable[[], nn.Module], str]] = {
 def test_what_cannot_be_shrunk_says_why(reason: str) -> None:
     build, name = FROZEN[reason]
     assert reason in str(check(build(), image()).by_name[name].frozen)
+
+
+class Attending(nn.Module):
+    """A convolution read by PyTorch's own encoder layer, which may run as one opaque operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.project = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(self.project(self.stem(x).relu()).flatten(2).transpose(1, 2)).mean(1))
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_layers_that_surgery_cannot_resize_are_frozen_and_what_is_around_them_is_cut(fast: bool) -> None:
+    torch.manual_seed(0)
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(fast)
+    try:
+        model, x = Attending().eval(), torch.randn(1, 3, 6, 6)
+        found = {group.name: group.frozen for group in trace(model, x)}
+        result = ff.prune(model, x, keep=0.5)
+        assert torch.backends.mha.get_fastpath_enabled() == fast
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+    whole = "belongs to a MultiheadAttention, which stays whole"
+    assert found == {
+        "stem": None, "project": whole, "layer.self_attn.in_proj_weight": whole, "layer.linear1": None,
+        "head": "reaches the model's output",
+    }  # fmt: skip
+    assert result.plan.widths == {"stem": (8, 4), "layer.linear1": (12, 6)}
+    assert result.verified

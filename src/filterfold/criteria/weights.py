@@ -12,11 +12,20 @@ from ..groups import ChannelGroup
 from .registry import Evidence, criterion
 from .rows import Combine, over_filters
 
+_AT_ONCE = 1 << 20
+"""So many elements fit into a processor's cache."""
+
 
 @criterion("l1")
 def l1(group: ChannelGroup, tensors: Evidence, combine: Combine = "sum") -> Tensor:
     """Σ|w| over a unit's filter: the score of Li et al. (2017), section 3.1."""
-    return over_filters(group, tensors, lambda rows: rows.abs().sum(1), combine)
+    return over_filters(group, tensors, _l1, combine)
+
+
+def _l1(rows: Tensor) -> Tensor:
+    """Σ|w| of every row, a few rows at a time, so that no large |w| is ever written to memory."""
+    few = max(1, _AT_ONCE // max(1, rows.shape[1]))
+    return torch.cat([part.abs().sum(1) for part in rows.split(few)])
 
 
 @criterion("l2")

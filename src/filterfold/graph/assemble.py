@@ -211,14 +211,16 @@ def _describe(
     producers: list[Slice] = []
     consumers: list[Slice] = []
     counts: list[Ints] = []
+    vectors: dict[bytes, tuple[int, ...]] = {}  # most slices of a group have the same
     for entry in members.axes[group]:
         here = members.group_of[_span(entry)] == group
         units = np.where(here, members.unit_of[_span(entry)], NOWHERE)
         role: Role = ledger.roles.get(entry.start, "scale")
-        (consumers if role == "kernel" else producers).append(
-            Slice(entry.tensor, entry.axis, tuple(units.tolist()), role)
-        )
-        counts.append(np.bincount(units[here], minlength=size))
+        key = units.tobytes()
+        if key not in vectors:
+            vectors[key] = tuple(units.tolist())
+            counts.append(np.bincount(units[here], minlength=size))
+        (consumers if role == "kernel" else producers).append(Slice(entry.tensor, entry.axis, vectors[key], role))
     for piece in ledger.pieces:
         mine = members.unit_of[piece][members.group_of[piece] == group]
         if mine.size:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import TraceError
+from ..modes import attention_in_steps
 from ..plan import AttributeChange, Plan
 from .forecast import Forecast, replaced, settled
 from .rules import RULES
@@ -272,7 +273,7 @@ class _Search:
                 walk.saved[id(tensor)] = (tensor, tensor.clone())
             checker = _Checker(self.forecast, self.traced.sizes.steps, stack, run)
             try:
-                with torch.inference_mode(), module_stack(self.model, stack), checker:
+                with torch.inference_mode(), attention_in_steps(), module_stack(self.model, stack), checker:
                     self.model(*positional, **keywords)
             except Exception as error:
                 run.error = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -7,15 +7,17 @@ import logging
 import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..cost import Cost, Counting, measure
 from ..errors import TraceError
 from ..groups import ChannelGroup
+from ..modes import attention_in_steps, batch_of
 from . import rules_layer, rules_math, rules_pick, rules_shape
 from .assemble import Assembly, assemble
 from .labels import FIXED, OUTPUT, Ledger
@@ -31,6 +33,8 @@ _PREFERENCES: tuple[Callable[[Split], int], ...] = (
 _CONTAINERS = (dict, list, set, OrderedDict)
 _REGISTRIES = ("_parameters", "_buffers")
 """What a module's own caches are kept in, and what PyTorch keeps its tensors in."""
+_WHOLE = (nn.MultiheadAttention, nn.RNNBase, nn.EmbeddingBag)
+"""Layers that surgery can't resize (see `filterfold.structure.refresh_attributes`)."""
 _RULE_FILES = (rules_layer, rules_math, rules_pick, rules_shape)
 
 
@@ -90,11 +94,24 @@ def trace(model: nn.Module, example_inputs: Tensor | tuple[Any, ...] | list[Any]
 
     ```
     """
-    traced, splits = _walk(model, example_inputs, {})
+    return _trace(model, example_inputs, nullcontext())
+
+
+def trace_and_measure(model: nn.Module, example_inputs: Any) -> tuple[Traced, Cost]:
+    """`trace`, and what the model costs (see `filterfold.cost.measure`): in one run, if the inputs are one example."""
+    if batch_of(example_inputs) != 1:
+        cost = measure(model, example_inputs)
+        return trace(model, example_inputs), cost
+    counting = Counting(model)
+    return _trace(model, example_inputs, counting), counting.cost()
+
+
+def _trace(model: nn.Module, example_inputs: Any, watch: AbstractContextManager[Any]) -> Traced:
+    traced, splits = _walk(model, example_inputs, {}, watch)
     for prefer in _PREFERENCES:
         choices = _other_choices(traced, splits, prefer)
         if choices:
-            again, others = _walk(model, example_inputs, choices)
+            again, others = _walk(model, example_inputs, choices, nullcontext())
             if _locked(again) < _locked(traced):
                 traced, splits = again, others
     if traced.unmet:
@@ -102,13 +119,17 @@ def trace(model: nn.Module, example_inputs: Tensor | tuple[Any, ...] | list[Any]
     return traced
 
 
-def _walk(model: nn.Module, example_inputs: Any, choices: Mapping[int, int]) -> tuple[Traced, list[Split]]:
+def _walk(
+    model: nn.Module, example_inputs: Any, choices: Mapping[int, int], watch: AbstractContextManager[Any]
+) -> tuple[Traced, list[Split]]:
+    """One walk through the network, with `watch` around its run in evaluation mode."""
     walk = Walk(Ledger(), RULES, choices)
     names = _register(model, walk)
     positional, keywords = arguments_of(example_inputs)
     with left_as_it_was(model, walk) as cached:
         model.eval()
-        _run(model, walk, positional, keywords)
+        with watch:
+            _run(model, walk, positional, keywords)
         for tensor in cached():
             walk.freeze(walk.layout(tensor), "kept by the model from one call to the next")
         unmet = [name for key, name in names.items() if key not in walk.met]
@@ -147,6 +168,12 @@ def _register(model: nn.Module, walk: Walk) -> dict[int, str]:
         walk.know(tensor, Mark(walk.ledger.open(name, tensor.shape), weight=True))
         if isinstance(tensor, nn.Parameter):
             names[id(tensor)] = name
+    for module in model.modules():
+        if isinstance(module, _WHOLE):
+            for tensor in module.parameters(recurse=False):
+                walk.freeze(
+                    walk.known[id(tensor)][1].layout, f"belongs to a {type(module).__name__}, which stays whole"
+                )
     return names
 
 
@@ -162,7 +189,7 @@ def _run(model: nn.Module, walk: Walk, positional: tuple[Any, ...], keywords: di
     for tensor in _leaves([positional, keywords]):
         walk.know(tensor, Mark((FIXED,) * tensor.ndim))
     try:
-        with torch.inference_mode(), module_stack(model, walk.stack), Recorder(walk):
+        with torch.inference_mode(), attention_in_steps(), module_stack(model, walk.stack), Recorder(walk):
             outputs = model(*positional, **keywords)
     except Exception as error:
         reason = str(error).strip().splitlines()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from math import prod
+
+import numpy as np
 
 from ..cost import Cost, LayerCost
 from ..plan import DROPPED, Plan, Slice
@@ -35,13 +36,16 @@ def predict(plan: Plan, cost: Cost) -> Cost:
     """
     removed: dict[tuple[str, int], int] = {}
     for cut in plan.cuts:
+        assignment = np.asarray(cut.assignment)
+        stays = assignment != DROPPED
+        known: dict[int, int] = {}  # most slices of a group share one vector
         for key, units in axes(cut.producers, cut.consumers).items():
-            positions = per_unit(units, cut.size)
-            kept = [0] * cut.new_size
-            for unit, new in enumerate(cut.assignment):
-                if new != DROPPED:
-                    kept[new] = max(kept[new], positions[unit])
-            removed[key] = removed.get(key, 0) + sum(positions) - sum(kept)
+            if id(units) not in known:
+                positions = np.asarray(per_unit(units, cut.size))
+                kept = np.zeros(cut.new_size, np.int64)
+                np.maximum.at(kept, assignment[stays], positions[stays])
+                known[id(units)] = int(positions.sum() - kept.sum())
+            removed[key] = removed.get(key, 0) + known[id(units)]
     return shrunk(cost, removed)
 
 
@@ -52,8 +56,8 @@ def axes(producers: Iterable[Slice], consumers: Iterable[Slice]) -> dict[tuple[s
 
 def per_unit(units: Iterable[int], size: int) -> list[int]:
     """How many positions each unit has."""
-    found = Counter(units)
-    return [found.get(unit, 0) for unit in range(size)]
+    found = np.asarray(units if isinstance(units, tuple) else tuple(units), dtype=np.int64)
+    return list(np.bincount(found[found >= 0], minlength=size).tolist())
 
 
 def shrunk(cost: Cost, removed: Mapping[tuple[str, int], int]) -> Cost:

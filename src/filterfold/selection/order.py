@@ -54,6 +54,9 @@ def rank(group: ChannelGroup, scores: Mapping[str, Tensor], round_to: int, min_k
     if not bool(torch.isfinite(values).all()):
         raise SelectionError(f"group {group.name!r}: scores are not finite; look for NaN or inf in its weights")
     listed = tuple(values.tolist())
+    if round_to == 1 and len(set(group.blocks)) == len(set(group.classes)) == 1:
+        wanted = torch.argsort(values, descending=True, stable=True).tolist()
+        return Room(group, listed, tuple(wanted), (*range(min(group.size, max(min_keep, 1)), group.size), group.size))
     blocks: dict[int, list[int]] = {}
     for unit, block in enumerate(group.blocks):
         blocks.setdefault(block, []).append(unit)
