@@ -233,6 +233,25 @@ def test_resolvable_difference_by_simulation():
     assert stats.resolvable_difference(5, 5, 0.2, paired=True) < size
 
 
+@pytest.mark.parametrize("n", [3, 5, 10])
+def test_power_is_that_of_statsmodels(n):
+    from statsmodels.stats.power import TTestIndPower, TTestPower
+
+    found = stats.resolvable_difference(n, n + 1, 1.0)
+    assert TTestIndPower().power(found, n, 0.05, ratio=(n + 1) / n) == pytest.approx(0.8)
+    assert TTestPower().power(stats.resolvable_difference(n, n, 1.0, paired=True), n, 0.05) == pytest.approx(0.8)
+
+
+def test_power_of_very_few_trials_is_a_number():
+    # two pairs: the critical t is 12.7; statsmodels gives NaN over much of the way there
+    size = stats.resolvable_difference(2, 2, 1.0, paired=True)
+    random = np.random.default_rng(5)
+    from scipy.stats import ttest_1samp
+
+    share = (ttest_1samp(random.normal(size, 1.0, (20_000, 2)), 0, axis=1).pvalue < 0.05).mean()
+    assert share == pytest.approx(0.8, abs=0.02)
+
+
 def test_trials_needed_by_simulation():
     from scipy.stats import ttest_ind
 

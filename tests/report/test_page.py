@@ -79,19 +79,41 @@ def test_the_page_is_self_contained(page):
 def test_all_sections_are_there_verdict_first(page):
     headings = re.findall(r"<h2>(.*?)</h2>", page.read_text(encoding="utf-8"))
     assert headings == [
-        "Verdict", "What follows, and what does not", "Comparison", "What it costs", "Tests", "While training",
+        "Verdict", "What follows, and what does not", "Comparison", "Speed", "Training cost", "Tests", "While training",
         "Widths", "Clusters", "Every trial", "Failed trials", "Provenance",
     ]  # fmt: skip
 
 
 def test_files_beside_the_page(page):
     plots = {path.name for path in (page.parent / "plots").iterdir()}
-    for name in ("difference", "accuracy_macs", "accuracy_time", "accuracy_training", "curve_macs", "widths"):
+    for name in (
+        "difference",
+        "accuracy_macs",
+        "accuracy_time",
+        "accuracy_training",
+        "curve_macs",
+        "widths",
+        "accuracy_speedup_1",
+        "accuracy_speedup_512",
+        "speedups",
+        "accuracy_training_macs",
+    ):
         assert {f"{name}.svg", f"{name}.png"} <= plots
     for path in (page.parent / "plots").glob("*.svg"):
         assert ElementTree.parse(path).getroot().tag.endswith("svg")
     names = {path.stem for path in (page.parent / "tables").glob("*.csv")}
-    assert {"comparison", "trials", "kruskal_wallis", "dunn", "equivalence", "widths", "failed", "provenance"} <= names
+    assert {
+        "comparison",
+        "latency",
+        "training",
+        "trials",
+        "kruskal_wallis",
+        "dunn",
+        "equivalence",
+        "widths",
+        "failed",
+        "provenance",
+    } <= names
     assert names == {path.stem for path in (page.parent / "tables").glob("*.md")}
     assert not [path for path in page.parent.rglob(".*") if path.is_file()]
 

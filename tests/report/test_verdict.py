@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
+
 import pytest
 
 from filterfold.errors import RecordError
 from filterfold.report import read_table, verdict
 from filterfold.report.readings import readings
-from filterfold.report.study import MACS, TOP1, TRAIN_EPOCHS, studies
+from filterfold.report.study import TOP1, TRAIN_IMAGES, TRAIN_MACS, batch_sizes, calls, studies
 from filterfold.report.verdict import headline, judge, power_words, sentence
 
 
@@ -80,7 +82,12 @@ def test_trials_that_went_on_from_the_control_are_paired():
     assert paired.tost.high - paired.tost.low < loose.tost.high - loose.tost.low
     shuffled = _group("l1", drops, **went_on)[::-1]
     assert judge(studies(BASE + shuffled)[0])[0].tost == paired.tost
-    assert not judge(studies(BASE + shuffled[1:])[0])[0].paired
+    four = judge(studies(BASE + shuffled[1:])[0])[0]  # one failed: the others have their pairs
+    assert four.paired
+    assert four.tost.n == (4, 4)
+    assert four.top1.value == pytest.approx(-0.2)
+    strangers = [record | {"seed": record["seed"] + 10} for record in shuffled]
+    assert not judge(studies(BASE + strangers)[0])[0].paired
 
 
 def test_controls_and_their_absence():
@@ -105,12 +112,17 @@ def test_models_and_data_sets_are_kept_apart():
     assert len(verdict(BASE + other)) == 2
 
 
-def test_derived_measures(make):
-    [study] = studies([make("dense", 0), make("l1", 0)])
-    dense, pruned = study.groups
-    assert dense.values(TRAIN_EPOCHS) == [30.0]
-    share = pruned.values(MACS)[0] / dense.values(MACS)[0]
-    assert pruned.values(TRAIN_EPOCHS)[0] == pytest.approx(30 + 12 * share)
+def test_measures_of_records_old_and_new(make):
+    new, old = make("dense", 0), make("dense", 1)
+    for key in ("train_images", "train_macs"):
+        del old["result"][key]
+    del old["timing"]["batches"]
+    [study] = studies([new, old])
+    [group] = study.groups
+    assert group.values(TRAIN_IMAGES) == [44_928 * 30]
+    assert group.values(TRAIN_MACS) == [3 * 44_928 * 30 * 313_201_664]
+    assert batch_sizes(study) == [1, 8, 64, 512]
+    assert group.values(calls(8)) == [statistics.median(new["timing"]["batches"]["8"])]
     assert studies([make("dense", 0, top1=float("nan"))])[0].groups[0].values(TOP1) == []
 
 
@@ -160,7 +172,20 @@ def test_what_n_can_show_is_said():
     words = power_words(_judged(trials)[1])
     assert words.startswith("With 5 against 5 trials and a spread of 0.9")
     assert "“no worse within 0.5 points”" in words
+    assert "points can’t be seen reliably" in words
     assert power_words(_judged(BASE + _group("small", [90.0]))[1]) is None
+    # the fact sheet's case: a spread of .15 and five trials a side, and a loss under .3 goes unseen
+    places = (-1.5, -0.5, 0.0, 0.5, 1.5)
+    same = [90 + 0.15 * x / statistics.stdev(places) for x in places]
+    few = power_words(_judged(_group("dense", same) + _group("small", same[::-1]))[1])
+    assert few.startswith(
+        "With 5 against 5 trials and a spread of 0.15 points between trials, a loss under 0.30 points"
+    )
+    # paired: the spread of the differences counts
+    went_on = {"history": [{"phase": "train"}, {"phase": "retrain"}]}
+    drops = [x - 0.2 + d for x, d in zip(same, (0.01, -0.01, 0, 0.02, -0.02), strict=True)]
+    paired = power_words(_judged(_group("dense", same) + _group("l1", drops, **went_on))[1])
+    assert paired.startswith("Of l1, with 5 pairs of trials and a spread of 0.02 points between their differences")
 
 
 def test_caveats_of_timing_and_origin(make):

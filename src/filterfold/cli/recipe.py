@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..experiment.launch import Outcome
     from ..experiment.recipe import Network
     from ..recipes import PruningRecipe
-    from ..report.tables import Table
+    from ..report.table import Table
 
 LIST_EXAMPLES = """
 Examples:

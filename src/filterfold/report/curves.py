@@ -8,7 +8,7 @@ from typing import Any
 
 from .colours import PAPER, Look
 from .drawing import Plot, add_legend, finish, label_text, new_axes
-from .numbers import number
+from .numbers import tick
 from .study import Group, Record, Study
 from .tables import mean_width
 
@@ -52,7 +52,7 @@ def _curve_axis(axes: Any, key: str, lines: Sequence[Sequence[tuple[int, float]]
     values = [y for line in lines for _, y in line]
     if key == "macs":
         axes.set_ylim(bottom=0)
-        axes.yaxis.set_major_formatter(lambda y, _: number(y, "count"))
+        axes.yaxis.set_major_formatter(lambda y, _: tick(y))
     if key == "train_loss" and min(values) > 0 and max(values) > 8 * min(values):
         from matplotlib.ticker import LogLocator, NullFormatter
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from .. import stats
 from .colours import BAND, INK, LINE, MUTED, PAPER, Look
 
 WIDTH = 4.35
@@ -113,3 +114,11 @@ def label_text(text: str) -> str:
     """A label that Matplotlib draws as it is: it hides legend entries that begin with an underscore."""
     text = text if len(text) <= 28 else f"{text[:27]}…"
     return f" {text}" if text.startswith("_") else text
+
+
+def interval_bars(values: Sequence[float]) -> list[list[float]] | None:
+    """Distances from the mean to the ends of its 95 % interval; None for a single value or equal ones."""
+    found, mean = stats.mean_interval(values), sum(values) / len(values)
+    if found is None or found[0] == found[1]:
+        return None
+    return [[mean - found[0]], [found[1] - mean]]

@@ -100,6 +100,16 @@ def times(ratio: float | None) -> str:
     return MISSING if ratio is None else f"{significant(ratio, 3)}×"
 
 
+def tick(x: float) -> str:
+    """A count beside an axis: without the zeros that line up columns.
+
+    >>> tick(50_000_000), tick(1.25e15), tick(0)
+    ('50 M', '1.25 P', '0')
+    """
+    factor, unit = _scale(x)
+    return f"{float(f'{x / factor:.3g}'):g}{unit}"
+
+
 def plain(x: float) -> str:
     """A margin or level without trailing zeros.
 
@@ -125,7 +135,7 @@ def _place(x: float, digits: int) -> int:
 
 
 def _scale(x: float) -> tuple[float, str]:
-    for factor, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+    for factor, unit in ((1e15, " P"), (1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
         if abs(x) >= factor:
             return factor, unit
     return 1.0, ""

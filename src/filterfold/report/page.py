@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 
-from . import tables
+from . import costs, tables
 from .colours import Look, variables
 from .drawing import Plot
 from .numbers import plain, signed, times
 from .readings import Reading
 from .study import MEASURES, SECONDS, TESTED, TOP1, TOP5, Study
-from .tables import Table
+from .table import Table
 from .verdict import Judgement, accuracy_words, headline, pace_words
 
 _TALL = 14
@@ -116,10 +116,11 @@ def _sections(chapter: Chapter, index: int) -> list[tuple[str, str]]:
         ("Verdict", _verdict(chapter, index)),
         ("What follows, and what does not", _readings(chapter.readings)),
         ("Comparison", _tables(chapter, [tables.comparison(study)]) if study.groups else ""),
-        ("What it costs", _plots(chapter, index, "accuracy_macs", "accuracy_time", "accuracy_training")),
+        ("Speed", _speed(chapter, index)),
+        ("Training cost", _training(chapter, index)),
         ("Tests", _tests(chapter)),
         ("While training", _plots(chapter, index, "curve_validation_top1", "curve_train_loss", "curve_macs")),
-        ("Widths", _plots(chapter, index, "widths") + _tables(chapter, [tables.widths(study)])),
+        ("Widths", _widths(chapter, index)),
         ("Clusters", _plots(chapter, index, "clusters_cosine", "clusters_changed")),
         ("Every trial", _trials(chapter, index)),
         ("Failed trials", _tables(chapter, [tables.failed(study)], prose=True)),
@@ -190,6 +191,28 @@ def _readings(found: Sequence[Reading]) -> str:
     return f'<div class="readings">{"".join(parts)}</div>' if parts else ""
 
 
+def _speed(chapter: Chapter, index: int) -> str:
+    names = [plot.name for plot in chapter.plots if plot.name.startswith("accuracy_speedup")]
+    plots = _plots(chapter, index, "accuracy_macs", "accuracy_time", *names, "speedups")
+    return _spaced(plots, _tables(chapter, [costs.latency(chapter.study)], titled=True))
+
+
+def _training(chapter: Chapter, index: int) -> str:
+    plots = _plots(chapter, index, "accuracy_training", "accuracy_training_macs")
+    return _spaced(plots, _tables(chapter, [costs.training(chapter.study)]))
+
+
+def _widths(chapter: Chapter, index: int) -> str:
+    shown, wasted = tables.widths(chapter.study), costs.wasted(chapter.study)
+    folded = _tables(chapter, [wasted], prose=True)
+    folded = f"<details><summary>Widths that save nothing</summary>{folded}</details>" if folded else ""
+    return _spaced(_plots(chapter, index, "widths"), _tables(chapter, [shown])) + folded
+
+
+def _spaced(plots: str, table: str) -> str:
+    return f'{plots}<div class="gap">{table}</div>' if plots and table else plots + table
+
+
 def _tests(chapter: Chapter) -> str:
     study = chapter.study
     several = [m for m in TESTED if len(study.samples(m)) > 1]
@@ -205,9 +228,7 @@ def _trials(chapter: Chapter, index: int) -> str:
     if not chapter.study.trials:
         return ""
     plots = _plots(chapter, index, *(f"trials_{m.key}" for m in MEASURES))
-    return (f'{plots}<div style="height:1.6rem"></div>' if plots else "") + _tables(
-        chapter, [tables.trials(chapter.study)]
-    )
+    return _spaced(plots, _tables(chapter, [tables.trials(chapter.study)]))
 
 
 def _plots(chapter: Chapter, index: int, *names: str) -> str:
@@ -223,9 +244,9 @@ def _plots(chapter: Chapter, index: int, *names: str) -> str:
     return f'<div class="plots">{"".join(parts)}</div>' if parts else ""
 
 
-def _tables(chapter: Chapter, found: Iterable[Table | None], prose: bool = False) -> str:
+def _tables(chapter: Chapter, found: Iterable[Table | None], prose: bool = False, titled: bool = False) -> str:
     shown = [table for table in found if table is not None]
-    return "".join(_table(table, chapter.looks, prose, titled=len(shown) > 1) for table in shown)
+    return "".join(_table(table, chapter.looks, prose, titled=titled or len(shown) > 1) for table in shown)
 
 
 def _table(table: Table, looks: Mapping[str, Look], prose: bool, titled: bool) -> str:

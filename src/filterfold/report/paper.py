@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from ..recipes import Figures, PruningRecipe
-from .tables import Cell, Table
+from .table import Cell, Table
 
 COLUMNS = (
     "Network",

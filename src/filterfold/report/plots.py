@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from .. import stats
 from .colours import BAND, INK, PAPER, Look
 from .curves import clusters, curves, widths
-from .drawing import STYLE, Plot, add_legend, finish, label_text, new_axes
-from .numbers import number, plain, significant
+from .drawing import STYLE, Plot, add_legend, finish, interval_bars, label_text, new_axes
+from .numbers import plain, significant, tick
 from .shares import shares
-from .study import MACS, SECONDS, TOP1, TOP5, TRAIN_SECONDS, Group, Measure, Study
+from .speed import accuracy_speedup, speedups
+from .study import MACS, SECONDS, TOP1, TOP5, TRAIN_MACS, TRAIN_SECONDS, Group, Measure, Study, batch_sizes
 from .verdict import Judgement
 
 
@@ -25,8 +26,13 @@ def every(study: Study, looks: Mapping[str, Look], judgements: Sequence[Judgemen
         lambda: scatter(
             study, looks, SECONDS, "accuracy_time", "Accuracy against inference time", "Inference, seconds"
         ),
+        *(partial(accuracy_speedup, study, looks, size) for size in _ends(batch_sizes(study))),
+        lambda: speedups(study, looks),
         lambda: scatter(
-            study, looks, TRAIN_SECONDS, "accuracy_training", "Accuracy against training cost", "Training, seconds"
+            study, looks, TRAIN_SECONDS, "accuracy_training", "Accuracy against training time", "Training, seconds"
+        ),
+        lambda: scatter(
+            study, looks, TRAIN_MACS, "accuracy_training_macs", "Accuracy against training work", "MACs of training"
         ),
         lambda: shares(study, looks),
         lambda: strip(study, looks, SECONDS),
@@ -99,7 +105,7 @@ def scatter(study: Study, looks: Mapping[str, Look], cost: Measure, name: str, t
             look, colour = looks[group.label], looks[group.label].colour.light
             xs, ys = [x for x, _ in points], [y for _, y in points]
             axes.plot(xs, ys, look.marker, color=colour, alpha=0.4, markersize=4, markeredgewidth=0)
-            bars = {"xerr": _bars(xs), "yerr": _bars(ys), "elinewidth": 1.1, "color": colour}
+            bars = {"xerr": interval_bars(xs), "yerr": interval_bars(ys), "elinewidth": 1.1, "color": colour}
             mark = {"fmt": look.marker, "markersize": 7, "markeredgecolor": PAPER.light}
             axes.errorbar(sum(xs) / len(xs), sum(ys) / len(ys), **bars, **mark)
             axes.plot([], [], look.marker, color=colour, markersize=6, markeredgewidth=0, label=label_text(group.label))
@@ -135,6 +141,11 @@ def strip(study: Study, looks: Mapping[str, Look], measure: Measure) -> Plot | N
     return finish(f"trials_{measure.key}", f"{measure.title} of every trial", "Marks: trials. Lines: means.", figure)
 
 
+def _ends(sizes: Sequence[int]) -> list[int]:
+    """The smallest and the largest."""
+    return sorted({*sizes[:1], *sizes[-1:]})
+
+
 def _cost_axis(axes: Any, values: Sequence[float], cost: Measure) -> None:
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
@@ -150,17 +161,7 @@ def _cost_axis(axes: Any, values: Sequence[float], cost: Measure) -> None:
 
 
 def _tick(x: float, cost: Measure) -> str:
-    return (
-        number(x, "count") if cost.kind == "count" else significant(x, 3).rstrip("0").rstrip(".") if x % 1 else f"{x:g}"
-    )
-
-
-def _bars(values: Sequence[float]) -> list[list[float]] | None:
-    """Distances from the mean to the ends of its 95 % interval, cut off at twice the range of the data."""
-    found, mean = stats.mean_interval(values), sum(values) / len(values)
-    if found is None or found[0] == found[1]:
-        return None
-    return [[mean - found[0]], [found[1] - mean]]
+    return tick(x) if cost.kind == "count" else significant(x, 3).rstrip("0").rstrip(".") if x % 1 else f"{x:g}"
 
 
 def _pairs(group: Group, cost: Measure) -> list[tuple[float, float]]:

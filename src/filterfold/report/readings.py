@@ -6,13 +6,18 @@ the mistakes that comparisons of pruning methods are known for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .. import stats
+from .costs import speeds, wasted_by_label
 from .numbers import number, p_words, plain, signed, times
 from .study import MACS, SECONDS, TOP1, TOP5, Group, Study
 from .verdict import ALPHA, Judgement, power_words
+
+RESTLESS = 0.03
+"""An A/A control further than this from 1.00 is worth a warning (`latency.results` has the same)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +34,7 @@ def readings(study: Study, judgements: Sequence[Judgement]) -> list[Reading]:
     """All readings of a study, in the order in which a reader needs them."""
     rules: tuple[Callable[[], list[Reading]], ...] = (
         lambda: _faster_than_the_work(judgements),
+        lambda: _calls_faster_than_the_work(study),
         lambda: _speed_without_dose(study, judgements),
         lambda: _dunn(study),
         lambda: _no_difference_is_not_equality(study, judgements),
@@ -36,6 +42,8 @@ def readings(study: Study, judgements: Sequence[Judgement]) -> list[Reading]:
         lambda: _power(judgements),
         lambda: _test_disagrees(study, judgements),
         lambda: _timing(study),
+        lambda: _restless(study),
+        lambda: _wasted(study),
         lambda: _provenance(study),
     )
     return [reading for rule in rules for reading in rule()]
@@ -55,6 +63,21 @@ def _faster_than_the_work(judgements: Sequence[Judgement]) -> list[Reading]:
     )
     suspects = tuple(j.group.label for j in found)
     return [Reading("Faster than the saved work explains", text, True, suspects)]
+
+
+def _calls_faster_than_the_work(study: Study) -> list[Reading]:
+    found = [speed for speed in speeds(study) if speed.beyond_the_work]
+    if not found:
+        return []
+    cases = "; ".join(
+        f"{s.group.label} at batch {s.size}: {times(s.ratio.value if s.ratio else None)} at {times(s.macs_ratio)}"
+        for s in found
+    )
+    text = (
+        f"The measured speed-up of calls exceeds the ratio of multiply-accumulates: {cases} fewer MACs. A network that "
+        "fits into a cache where the other does not can do that; else look for a difference in how the two were timed."
+    )
+    return [Reading("Calls faster than the saved work explains", text, True)]
 
 
 def _speed_without_dose(study: Study, judgements: Sequence[Judgement]) -> list[Reading]:
@@ -225,6 +248,36 @@ def _timing(study: Study) -> list[Reading]:
         )
         found.append(Reading("Different machines", text, True))
     return found
+
+
+def _restless(study: Study) -> list[Reading]:
+    """The same network under two names should take the same time."""
+    worst = 1.0
+    for trial in study.trials:
+        timing = trial.get("timing") or {}
+        for ratio in (timing.get("control"), *(timing.get("controls") or {}).values()):
+            if ratio and abs(math.log(ratio)) > abs(math.log(worst)):
+                worst = ratio
+    if abs(worst - 1) <= RESTLESS:
+        return []
+    text = (
+        f"One network was timed twice under two names; its times differ by a factor of {worst:.2f} at worst (1.00 "
+        "would be right). The machine was busy with something else: differences of that size mean nothing."
+    )
+    return [Reading("The A/A control is off", text, True)]
+
+
+def _wasted(study: Study) -> list[Reading]:
+    found = wasted_by_label(study)
+    if not found:
+        return []
+    counts = ", ".join(f"{label} {len(remarks)}" for label, remarks in found.items())
+    text = (
+        "Some layers are no faster than they would be at the next width that the hardware likes: as far as time goes, "
+        f"those filters were taken out for nothing. Layers concerned: {counts}; they are listed under Widths. "
+        "--round-to 16 (a CPU) or 8 (a GPU) keeps such filters."
+    )
+    return [Reading("Widths that waste what they saved", text, True)]
 
 
 def _provenance(study: Study) -> list[Reading]:

@@ -9,7 +9,7 @@ from ..sensitivity import Layer, Sensitivity
 from ..storage import write_atomically, write_text
 from .colours import INK, MUTED, oklch
 from .drawing import STYLE, Plot, add_legend, finish, label_text, new_axes
-from .tables import Cell, Table
+from .table import Cell, Table
 
 NAMED = 5
 """So many of the most sensitive layers are named in the plot; more would lie on each other."""

@@ -7,6 +7,7 @@ never compared with each other.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 from ..errors import RecordError
 
 Record = Mapping[str, Any]
+
+_CALLS = "batch_"
 
 CONTROLS = ("dense", "original", "baseline", "control", "unpruned", "reference")
 """Names by which a control is recognised when the one asked for is not there."""
@@ -37,30 +40,39 @@ SECONDS = Measure("inference_seconds", "Inference time", "s", "seconds")
 MACS = Measure("macs", "MACs", "", "count")
 PARAMETERS = Measure("parameters", "Parameters", "", "count")
 TRAIN_SECONDS = Measure("train_seconds", "Training time", "s", "seconds")
-TRAIN_EPOCHS = Measure("training_epochs", "Training compute", "dense epochs", "number")
+TRAIN_IMAGES = Measure("train_images", "Images in training", "", "count")
+TRAIN_MACS = Measure("train_macs", "MACs of training", "", "count")
 
-MEASURES = (TOP1, TOP5, SECONDS, MACS, PARAMETERS, TRAIN_SECONDS, TRAIN_EPOCHS)
+MEASURES = (TOP1, TOP5, SECONDS, MACS, PARAMETERS, TRAIN_SECONDS)
+"""What a comparison shows."""
+
+TRAINING = (TRAIN_SECONDS, TRAIN_IMAGES, TRAIN_MACS)
+"""What training takes."""
+
 TESTED = (SECONDS, TOP1, TOP5)
 """The measures that the document tests, in its order."""
 
 
 def value(record: Record, key: str) -> float | None:
     """A finite number of a record, or None where it has none."""
-    if key == TRAIN_EPOCHS.key:
-        return _training_epochs(record)
     found = (record.get("result") or {}).get(key)
+    if key.startswith(_CALLS):
+        rounds = ((record.get("timing") or {}).get("batches") or {}).get(key.removeprefix(_CALLS))
+        found = statistics.median(rounds) if rounds else None
     if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
         return None
     return float(found)
 
 
-def _training_epochs(record: Record) -> float | None:
-    """Multiply-accumulates of the whole training, counted in epochs of the dense network."""
-    dense = (record.get("dense") or {}).get("macs")
-    steps = [entry.get("macs") for entry in record.get("history") or ()]
-    if not dense or not steps or not all(isinstance(step, int | float) for step in steps):
-        return None
-    return float(sum(steps)) / float(dense)
+def calls(size: int) -> Measure:
+    """Seconds of one call with so many images."""
+    return Measure(f"{_CALLS}{size}", f"Batch {size}", "s", "seconds")
+
+
+def batch_sizes(study: Study) -> list[int]:
+    """The batch sizes at which networks of the study were timed."""
+    found = (((trial.get("timing") or {}).get("batches") or {}).keys() for trial in study.trials)
+    return sorted({int(size) for sizes in found for size in sizes})
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,58 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .. import stats
+from . import costs
 from .numbers import MISSING, interval, mean_sd, number, p_value, plain, signed, times
 from .study import MEASURES, TESTED, Group, Measure, Record, Study, studies, value
+from .table import Cell, Table, heading, p_cell
 from .verdict import Judgement, judge, matched
-
-Plain = str | float | int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """What people read, and the full value that goes into the CSV file."""
-
-    text: str
-    value: Plain = None
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """A titled table. The first column names the row; `group_column` says that it names groups."""
-
-    name: str
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-    notes: tuple[str, ...] = ()
-    group_column: bool = False
-
-    def csv(self) -> str:
-        """The full values as CSV."""
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(self.columns)
-        for row in self.rows:
-            writer.writerow(
-                ["" if cell.text == MISSING else cell.text if cell.value is None else cell.value for cell in row]
-            )
-        return out.getvalue()
-
-    def markdown(self) -> str:
-        """The printed values as a Markdown table, with its title and notes."""
-        lines = [f"### {_markdown(self.title)}", ""]
-        lines.append("| " + " | ".join(map(_markdown, self.columns)) + " |")
-        lines.append("|---|" + "---:|" * (len(self.columns) - 1))
-        lines += ["| " + " | ".join(_markdown(cell.text) for cell in row) + " |" for row in self.rows]
-        lines += [f"\n{_markdown(note)}" for note in self.notes]
-        return "\n".join(lines) + "\n"
-
 
 HEADINGS = ("Method", "n", "Top-1 %", "Top-5 %", "Inference s", "MACs", "Parameters", "Training s")
 
@@ -94,7 +51,7 @@ def summary(records: Iterable[Record], control: str = "dense") -> list[Row]:
 
 
 def _summary(study: Study) -> list[Row]:
-    rows, measures = [], MEASURES[:6]
+    rows, measures = [], MEASURES
     failures = [str(record.get("label") or record.get("method")) for record in study.failed]
     for group in study.groups:
         a, b, c, d, e, f = [stats.summarise(v) if (v := group.values(m)) else None for m in measures]
@@ -115,16 +72,14 @@ def comparison(study: Study) -> Table:
             Cell(mean_sd(v, m), stats.summarise(v).mean if v else None) for m in measures for v in [group.values(m)]
         ]
         rows.append((Cell(group.label), Cell(str(group.n), group.n), *cells))
-    columns = ("Method", "n", *(_heading(m) for m in measures))
-    notes = ["Mean ± standard deviation between trials. The CSV file holds the means in full."]
-    if any(m.key == "training_epochs" for m in measures):
-        notes.append("Training compute: multiply-accumulates of all epochs, in epochs of the dense network.")
-    return Table("comparison", "Comparison", columns, tuple(rows), tuple(notes), True)
+    columns = ("Method", "n", *(heading(m) for m in measures))
+    note = "Mean ± standard deviation between trials. The CSV file holds the means in full."
+    return Table("comparison", "Comparison", columns, tuple(rows), (note,), True)
 
 
 def trials(study: Study) -> Table:
     """Every trial, as the document's Figures 4 and 5 have them."""
-    measures = [m for m in MEASURES[:6] if study.samples(m)]
+    measures = [m for m in MEASURES if study.samples(m)]
     clusters = any(group.clusters is not None for group in study.groups)
     rows = []
     for group in study.groups:
@@ -135,7 +90,7 @@ def trials(study: Study) -> Table:
                 cells.append(Cell(MISSING if group.clusters is None else str(group.clusters), group.clusters))
             cells += [Cell(number(x, m.kind), x) for m in measures for x in [value(trial, m.key)]]
             rows.append(tuple(cells))
-    columns = ("Method", "Trial", "Seed", *(("Clusters",) if clusters else ()), *(_heading(m) for m in measures))
+    columns = ("Method", "Trial", "Seed", *(("Clusters",) if clusters else ()), *(heading(m) for m in measures))
     return Table("trials", "Every trial", columns, tuple(rows), (), True)
 
 
@@ -169,7 +124,7 @@ def dunn(study: Study) -> Table | None:
         cells = [Cell(group.label)]
         for m in measures:
             known = group.label in study.samples(m)
-            cells += [_p(test.p(study.control, group.label) if known else None) for test in tests[m]]
+            cells += [p_cell(test.p(study.control, group.label) if known else None) for test in tests[m]]
         rows.append(tuple(cells))
     columns = (
         "Against " + study.control,
@@ -189,7 +144,10 @@ def dunn_pairs(study: Study, measure: Measure) -> Table:
     raw, corrected = stats.dunn(samples, None), stats.dunn(samples, "holm")
     names = list(samples)
     rows = tuple(
-        (Cell(a), *(Cell("·") if i == j else _p((corrected if j > i else raw).p(a, b)) for j, b in enumerate(names)))
+        (
+            Cell(a),
+            *(Cell("·") if i == j else p_cell((corrected if j > i else raw).p(a, b)) for j, b in enumerate(names)),
+        )
         for i, a in enumerate(names)
     )
     title = f"Dunn’s test of all pairs: {measure.title.lower()}"
@@ -219,9 +177,9 @@ def equivalence(judgements: Sequence[Judgement]) -> Table | None:
                 Cell(f"{j.group.n} / {j.control.n}" + (" paired" if j.paired else "")),
                 Cell(signed(j.top1.value), j.top1.value),
                 Cell(interval(j.tost.low, j.tost.high)),
-                _p(j.tost.p_not_worse),
-                _p(j.p_not_worse),
-                _p(j.tost.p),
+                p_cell(j.tost.p_not_worse),
+                p_cell(j.p_not_worse),
+                p_cell(j.tost.p),
                 Cell(j.accuracy),
             )
         )
@@ -264,7 +222,7 @@ def against_control(study: Study, measure: Measure) -> Table | None:
             d = stats.mean_difference(ours, theirs, paired=paired)
             change = (Cell(signed(d.value), d.value), Cell(interval(d.low, d.high)))
         delta = Cell(f"{signed(effect.delta)} {effect.size}", effect.delta)
-        rows.append((Cell(group.label), *change, delta, _p(test.p), _p(adjusted)))
+        rows.append((Cell(group.label), *change, delta, p_cell(test.p), p_cell(adjusted)))
         notes += [*d.notes, *test.notes]
     what = "Speed-up" if measure.kind == "seconds" else "Difference"
     columns = ("Against " + control.label, what, "95 % interval", "Cliff’s δ", "Permutation p", "p, Holm")
@@ -342,7 +300,7 @@ def _facts(trial: Record) -> list[tuple[str, str]]:
             )
     facts += [(key, str(trial[key])) for key in ("command", "source") if trial.get(key)]
     for key, option in (trial.get("options") or {}).items():
-        if key != "keep" and option not in (None, {}, []):
+        if key not in ("keep", "macs") and option not in (None, {}, []):
             facts.append((f"option {key}", _option(option)))
     return facts
 
@@ -359,6 +317,8 @@ def every(study: Study, margin: float = 0.5) -> list[Table]:
     several = [m for m in TESTED if len(study.samples(m)) > 1]
     candidates = [
         comparison(study),
+        costs.latency(study),
+        costs.training(study),
         trials(study),
         equivalence(judgements),
         *(against_control(study, m) for m in TESTED),
@@ -366,21 +326,8 @@ def every(study: Study, margin: float = 0.5) -> list[Table]:
         dunn(study),
         *(dunn_pairs(study, m) for m in several),
         widths(study),
+        costs.wasted(study),
         failed(study),
         provenance(study),
     ]
     return [table for table in candidates if table is not None]
-
-
-def _p(p: float | None) -> Cell:
-    return Cell(p_value(p), p)
-
-
-def _heading(measure: Measure) -> str:
-    return f"{measure.title}, {measure.unit}" if measure.unit else measure.title
-
-
-def _markdown(text: str) -> str:
-    for mark in ("\\", "|", "<", ">", "*", "_", "`"):
-        text = text.replace(mark, f"\\{mark}" if mark not in "<>" else {"<": "&lt;", ">": "&gt;"}[mark])
-    return " ".join(text.split())

@@ -118,8 +118,8 @@ def _measure(group: Group, control: Group, margin: float) -> Judgement:
 def matched(group: Group, control: Group, measure: Measure) -> tuple[tuple[list[float], list[float]] | None, bool]:
     """The two samples of a measure, and whether they are paired.
 
-    They are paired where every trial of the group went on from a trained network (its history has a
-    `retrain` phase) and the control has exactly the trials with the same seeds.
+    They are paired where every trial of the group went on from a trained network (its history has a `retrain` phase)
+    and the control has a trial with its seed; the control's further trials are left out then.
     """
     ours, theirs = group.values(measure), control.values(measure)
     if not ours or not theirs:
@@ -127,7 +127,7 @@ def matched(group: Group, control: Group, measure: Measure) -> tuple[tuple[list[
     seeds = [trial.get("seed") for trial in group.trials]
     others = {trial.get("seed"): trial for trial in control.trials}
     complete = len(ours) == group.n and len(theirs) == control.n == len(others)
-    one_to_one = len(set(seeds)) == len(seeds) and set(seeds) == set(others) and None not in seeds
+    one_to_one = len(set(seeds)) == len(seeds) and set(seeds) <= set(others) and None not in seeds
     if not (complete and one_to_one and all(_went_on(trial) for trial in group.trials)):
         return (ours, theirs), False
     ordered = Group(control.label, control.method, control.clusters, tuple(others[seed] for seed in seeds))
@@ -213,19 +213,40 @@ def _count(found: Sequence[Judgement], of: Sequence[Judgement]) -> str:
 def power_words(judgements: Sequence[Judgement]) -> str | None:
     """What the number of trials allows: the loss that goes unseen, and the trials that the margin needs."""
     known = [j for j in judgements if j.tost and j.tost.low is not None]
-    if not known:
-        return None
-    spread = math.sqrt(sum(_pooled_variance(j) for j in known) / len(known))
-    n, m = min(j.group.n for j in known), known[0].control.n
+    parts = [_power([j for j in known if j.paired is paired], paired) for paired in (False, True)]
+    return " ".join(part for part in parts if part) or None
+
+
+def _power(known: Sequence[Judgement], paired: bool) -> str | None:
+    """For the methods whose trials are paired with the control's, or for those whose are not."""
+    spread = math.sqrt(sum(map(_variance, known)) / len(known)) if known else 0.0
     if spread == 0:
         return None
-    unseen, margin = stats.resolvable_difference(n, m, spread), known[0].margin
-    needed = stats.trials_needed(spread, margin)
-    return (
-        f"With {n} against {m} trials and a spread of {spread:.2f} points between trials, a loss under "
-        f"{unseen:.2f} points is missed more often than once in five. To show “no worse within {plain(margin)} "
-        f"points” of one method that is equal takes about {needed} trials a side."
+    n, m = min(j.group.n for j in known), known[0].control.n
+    unseen, margin = stats.resolvable_difference(n, m, spread, paired=paired), known[0].margin
+    if paired:
+        names = ", ".join(j.group.label for j in known)
+        trials = f"Of {names}, with {n} pairs of trials and a spread of {spread:.2f} points between their differences"
+    else:
+        trials = f"With {n} against {m} trials and a spread of {spread:.2f} points between trials"
+    text = (
+        f"{trials}, a loss under {unseen:.2f} points can’t be seen reliably: it is missed more than once in five times."
     )
+    if not paired:
+        needed = stats.trials_needed(spread, margin)
+        text += (
+            f" To show “no worse within {plain(margin)} points” of one method that is equal takes about {needed} "
+            "trials a side."
+        )
+    return text
+
+
+def _variance(j: Judgement) -> float:
+    """Of the differences if paired, else pooled over both sides."""
+    both, paired = matched(j.group, j.control, TOP1)
+    if both and paired:
+        return (stats.summarise([x - y for x, y in zip(*both, strict=True)]).sd or 0.0) ** 2
+    return _pooled_variance(j)
 
 
 def _pooled_variance(j: Judgement) -> float:
