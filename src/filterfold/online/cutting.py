@@ -12,6 +12,7 @@ from torch import nn
 from ..errors import VerificationError
 from ..graph import Traced, repair
 from ..plan import Plan
+from ..ranks import decided
 from ..structure import unwrap
 from ..surgery import apply, revert
 from ..verify import Verification, rehearse
@@ -35,12 +36,14 @@ def cut_through(
     """
     bare, verified = unwrap(model), None
     if verify:
-        verified = rehearse(
-            bare,
-            plan,
-            example_inputs,
-            groups=groups,
-            repair=lambda copy, part, inputs: repair(copy, part, groups, inputs),
+        verified = decided(  # by rank 0, where several processes train
+            lambda: rehearse(
+                bare,
+                plan,
+                example_inputs,
+                groups=groups,
+                repair=lambda copy, part, inputs: repair(copy, part, groups, inputs),
+            )
         )
         if not verified.ok:
             raise VerificationError(f"the cut was not made: {verified.message}")

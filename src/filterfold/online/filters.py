@@ -27,6 +27,7 @@ from .cutting import cut_through
 from .grouping import ClusterRow, read_row, regroup
 from .plateau import Plateau
 from .pulled import Pulled, pulled
+from .ranks import check_wrappers, renew
 from .result import CENTROID, EXACT, FOLD, CutResult, relative_change
 from .schedule import Schedule
 from .targets import Target, active
@@ -43,7 +44,8 @@ class OnlineFilterClustering:
 
     **Arguments:**
 
-    - `model`: any traceable network, changed in place at milestones; wrapped models are looked into.
+    - `model`: any traceable network, changed in place at milestones; wrapped models are looked into. Under DDP every
+      process makes one of these and calls it alike: rank 0 decides, all cut alike, and the wrapper goes on.
     - `example_inputs`: a tensor, tuple or dictionary on the model's device.
     - `optimizer`: one or several; their state is cut alike. `averaged`: EMA copies, likewise.
     - `clusters` | `keep` | `threshold` | `macs`: filters that stay in every group (a number, or glob pattern → number),
@@ -113,6 +115,7 @@ class OnlineFilterClustering:
         if strength is not None and strength < 0:
             raise ConfigError(f"strength={strength}: a pull can't be negative")
         self.model, self.example_inputs, self.optimizer, self.averaged = model, example_inputs, optimizer, averaged
+        check_wrappers(model)
         self.target = Target(clusters, keep, threshold, round_to, macs)
         self.schedule = schedule or Schedule()
         self.pull, self.strength = pull, float(_STRENGTH[pull] if strength is None else strength)
@@ -187,7 +190,7 @@ class OnlineFilterClustering:
 
         **Raises:** `VerificationError` if the cut network would not equal the masked one; nothing has changed then.
         """
-        plan = self._plan(share)
+        plan = agreed(self._plan(share))
         before, macs = self._outputs(), measure(self._bare, self.example_inputs).macs
         verified = None
         if self.method == CENTROID:
@@ -199,6 +202,7 @@ class OnlineFilterClustering:
         self._forget()
         change = relative_change(before, self._outputs())
         exact = change <= EXACT.get(before[0].dtype, 1e-2) if before else True
+        renew(self.model)
         after = measure(self._bare, self.example_inputs).macs
         result = CutResult(self.method, plan, (macs, after), change, exact, verified)
         self.cuts.append(result)
@@ -357,6 +361,7 @@ class OnlineFilterClustering:
                 group, tensors, wanted, before, kind=self.features, seed=self.seed, fresh=fresh, epoch=self.epoch
             )
             rows.append(row)
+        rows, self.labels, self._widths = agreed((rows, self.labels, self._widths))
         self.history += rows
         return rows
 
@@ -386,7 +391,7 @@ class OnlineFilterClustering:
 
     def _cut(self, plan: Plan) -> tuple[Plan, Verification | None]:
         return cut_through(
-            plan, self.model, self.groups, self.example_inputs, self.optimizer, self.averaged, verify=self.verify
+            plan, self._bare, self.groups, self.example_inputs, self.optimizer, self.averaged, verify=self.verify
         )
 
     def _outputs(self) -> list[Tensor]:
