@@ -117,7 +117,7 @@ class _Fold:
     ) -> None:
         self.group, self.labels, self.tensors, self.modules = group, assignment, tensors, modules
         self.count = int(assignment.max()) + 1
-        self.makers = makers_of(group)
+        self.makers = makers_of(group.producers)
         self.rule = rule_of(self.makers, modules)
         self.size = torch.bincount(assignment, minlength=self.count).double()
         self.alone = self.size[assignment] == 1

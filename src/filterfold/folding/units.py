@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -81,7 +81,7 @@ def features(group: ChannelGroup, part: Part, tensors: Mapping[str, Tensor], kin
     counts alike. `kind="units"` takes batch norm in where the group is one filter with one batch norm: (γ·u, β) at
     length 1, whose inner products are the correlations of the units' outputs if the inputs are white.
     """
-    makers = makers_of(group)
+    makers = makers_of(group.producers)
     rows = [directions(rows_of(piece, part.units, tensors)) for maker in makers for piece in filter_slices(maker)]
     rows = [row for row in rows if row.shape[1]]
     if not rows:
@@ -102,7 +102,7 @@ def importance(group: ChannelGroup, part: Part, tensors: Mapping[str, Tensor]) -
     The scale of its output (‖(γ, β)‖ where it ends in a norm, else the length of its filters) times the length of
     the kernels that read it. An error made in a unit's direction counts about that much.
     """
-    makers = makers_of(group)
+    makers = makers_of(group.producers)
     norms = [maker for maker in makers if maker.kind == "norm"]
     if any(maker.kind == "depthwise" for maker in makers):
         norms = norms[-1:]
@@ -118,7 +118,7 @@ def _length(pieces: Sequence[Slice], part: Part, tensors: Mapping[str, Tensor]) 
 
 def signs(group: ChannelGroup, tensors: Mapping[str, Tensor]) -> Tensor | None:
     """The units' signs, shape `(size,)`, where some are -1 (negative γ behind the only filter); else None."""
-    norm = only_norm(makers_of(group))
+    norm = only_norm(makers_of(group.producers))
     if norm is None or "weight" not in norm.slices:
         return None
     found = [(part.units, rows_of(norm.slices["weight"], part.units, tensors)) for part in parts(group)]
@@ -146,10 +146,10 @@ def rows_of(piece: Slice, units: Sequence[int], tensors: Mapping[str, Tensor]) -
     )
 
 
-def makers_of(group: ChannelGroup) -> tuple[Maker, ...]:
-    """The producing layers of a group, in the order in which the group lists them."""
+def makers_of(producers: Iterable[Slice]) -> tuple[Maker, ...]:
+    """The layers that a group's producing slices belong to, in the order in which the group lists them."""
     found: dict[str, dict[str, Slice]] = {}
-    for piece in group.producers:
+    for piece in producers:
         layer, _, leaf = piece.tensor.rpartition(".")
         found.setdefault(layer, {})[leaf] = piece
     return tuple(Maker(name, _kind(slices), slices) for name, slices in found.items())

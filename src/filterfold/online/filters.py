@@ -9,11 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..borrowing import borrowed, outputs, telling
+from ..borrowing import telling
 from ..cost import measure
 from ..criteria import CRITERIA, score
 from ..errors import CheckpointError, ConfigError, SelectionError
-from ..folding import Features, fold, share_out
+from ..folding import Features, bounds, fold, share_out
 from ..graph import Traced, trace
 from ..groups import ChannelGroup
 from ..plan import Plan
@@ -24,11 +24,11 @@ from .budget import widths_for
 from .centripetal import Centripetal
 from .controls import drop, write_back
 from .cutting import cut_through
-from .grouping import ClusterRow, read_row, regroup
+from .grouping import ClusterRow, read_row, regroup, summary
 from .plateau import Plateau
 from .pulled import Pulled, pulled
 from .ranks import check_wrappers, renew
-from .result import CENTROID, EXACT, FOLD, CutResult, relative_change
+from .result import CENTROID, EXACT, FOLD, CutResult, observed, relative_change
 from .schedule import Schedule
 from .targets import Target, active
 
@@ -191,20 +191,21 @@ class OnlineFilterClustering:
         **Raises:** `VerificationError` if the cut network would not equal the masked one; nothing has changed then.
         """
         plan = agreed(self._plan(share))
-        before, macs = self._outputs(), measure(self._bare, self.example_inputs).macs
-        verified = None
+        before, macs = observed(self._bare, self.example_inputs), measure(self._bare, self.example_inputs).macs
+        verified, bounded = None, {}
         if self.method == CENTROID:
             write_back(self._active, self.labels, self.model)
         elif plan.changes:
+            bounded = bounds(self._bare, plan, telling(self.example_inputs))
             plan, verified = self._cut(plan)
             self.plans.append(plan)
             self._look()
         self._forget()
-        change = relative_change(before, self._outputs())
+        change = relative_change(before, observed(self._bare, self.example_inputs))
         exact = change <= EXACT.get(before[0].dtype, 1e-2) if before else True
         renew(self.model)
         after = measure(self._bare, self.example_inputs).macs
-        result = CutResult(self.method, plan, (macs, after), change, exact, verified)
+        result = CutResult(self.method, plan, (macs, after), change, exact, verified, bounded)
         self.cuts.append(result)
         _LOG.info("%s", result)
         return result
@@ -229,10 +230,7 @@ class OnlineFilterClustering:
         if epoch in self.schedule.updates and not self.finished and self._clusters:
             rows = self.update_clusters()
             if rows:
-                total = sum(self._sizes[row["group"]] for row in rows)
-                cosine = sum(row["cosine"] * self._sizes[row["group"]] for row in rows) / total
-                changed = sum(row["changed"] for row in rows)
-                events.append(f"clusters: {changed} of {total} filters moved, mean cosine {cosine:.3f}")
+                events.append(summary(rows, self._sizes))
         return events
 
     def state_dict(self) -> dict[str, Any]:
@@ -393,9 +391,3 @@ class OnlineFilterClustering:
         return cut_through(
             plan, self._bare, self.groups, self.example_inputs, self.optimizer, self.averaged, verify=self.verify
         )
-
-    def _outputs(self) -> list[Tensor]:
-        """Floating-point outputs on the example inputs (noise where those are constant), in eval mode."""
-        with borrowed(self._bare):
-            found = outputs(self._bare, telling(self.example_inputs))
-        return [value.detach().clone() for value in found if value.is_floating_point()]

@@ -43,6 +43,13 @@ def read_row(row: Mapping[str, Any]) -> ClusterRow:
     )
 
 
+def summary(rows: Sequence[ClusterRow], sizes: Mapping[str, int]) -> str:
+    """One line for logs and records; `sizes`: group → units."""
+    total = sum(sizes[row["group"]] for row in rows)
+    cosine = sum(row["cosine"] * sizes[row["group"]] for row in rows) / total
+    return f"clusters: {sum(row['changed'] for row in rows)} of {total} filters moved, mean cosine {cosine:.3f}"
+
+
 def regroup(
     group: ChannelGroup,
     tensors: Mapping[str, Tensor],

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..borrowing import borrowed, outputs, telling
+from ..folding import FoldBound
 from ..plan import Plan
 from ..verify import Verification
 
@@ -28,6 +31,8 @@ class CutResult:
     - `change`: relative change ‖after - before‖ / ‖before‖ of the outputs on the example inputs, in eval mode.
     - `exact`: whether that is no more than rounding.
     - `verified`: what `verify.rehearse` found, or None if it was not asked.
+    - `bounds`: group → how much at most its cut, by itself, changes what the layers that read it give (see
+      `FoldBound`); groups for which none is known are left out.
     """
 
     method: str
@@ -36,6 +41,7 @@ class CutResult:
     change: float
     exact: bool
     verified: Verification | None
+    bounds: Mapping[str, FoldBound] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """One line for logs and records."""
@@ -46,6 +52,13 @@ class CutResult:
         share = self.macs[1] / max(self.macs[0], 1)
         how = "unchanged" if self.exact else f"changed by {self.change:.2g}"
         return f"{self.method}: {before} -> {after} units, {share:.2f} of the MACs, output {how}"
+
+
+def observed(model: nn.Module, example_inputs: Any) -> list[Tensor]:
+    """Floating-point outputs on the example inputs (noise where those are constant), in eval mode."""
+    with borrowed(model):
+        found = outputs(model, telling(example_inputs))
+    return [value.detach().clone() for value in found if value.is_floating_point()]
 
 
 def relative_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
