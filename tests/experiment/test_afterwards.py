@@ -120,6 +120,19 @@ def test_the_twin_may_train_for_what_the_online_method_costs(tmp_path: Path) -> 
     assert len(twin["history"]) == round(spent / now) > 4
 
 
+@pytest.mark.parametrize(("method", "least"), [("online+longer", 5), ("online-l1+longer", 5), ("scratch+longer", 9)])
+def test_what_is_cheaper_may_train_for_longer(tmp_path: Path, method: str, least: int) -> None:
+    setting = replace(SETTING, recipe={"epochs": 4, "lr": 0.05}, shares={})
+    record = run(Trial(method, 0, setting, keep=0.5), tmp_path)
+    assert record["result"] is not None
+    rows, dense = record["history"], record["dense"]["macs"]
+    cost = record["result"].get("train_macs", 0) / (3 * 4 * dense * record["result"].get("train_images", 0) / len(rows))
+    assert 0.5 < cost <= 0.7
+    assert len(rows) >= least
+    one_more = cost + rows[-1]["macs"] / (4 * dense)
+    assert one_more > 0.7 or method != "scratch+longer"
+
+
 @pytest.mark.parametrize(("method", "most"), [("l1", 0.4), ("scratch", 0.4), ("online", 0.4), ("online-random", 0.4)])
 def test_a_share_of_the_macs_is_met_by_every_method(tmp_path: Path, method: str, most: float) -> None:
     setting = replace(SETTING, recipe={"epochs": 2, "lr": 0.05}, shares={}, retrain_epochs=0)

@@ -18,10 +18,8 @@ from typing import Any, Literal, cast
 
 from torch import nn
 
-from ..cost import measure
 from ..errors import ConfigError
 from ..graph import trace
-from ..online import Schedule
 from ..plan import Plan
 from ..prune import PruneResult, prune
 from ..training import train
@@ -86,17 +84,19 @@ def cut_and_retrain(trial: Trial, bench: Bench, model: nn.Module) -> Afterwards:
     return done
 
 
-def scratch(trial: Trial, bench: Bench) -> tuple[nn.Module, Afterwards]:
+def scratch(trial: Trial, bench: Bench, epochs: int | None = None) -> tuple[nn.Module, Afterwards]:
     """The small network from fresh weights: as wide as the pruned one, trained as the dense one is.
 
     The units that stay are drawn at random from the freshly drawn ones, so no weight is better than chance.
+
+    **Arguments:** `epochs`: instead of the recipe's.
     """
     assert trial.plain in (SCRATCH, SCRATCH_LONG)
     model = bench.build(trial.seed)
-    result = _drawn(trial, bench, model, budget(trial))
+    result = drawn(trial, bench, model, budget(trial))
     recipe = bench.recipe(trial.seed, **trial.setting.scratch)
-    if trial.plain == SCRATCH_LONG:
-        recipe = replace(recipe, epochs=equal_epochs(trial, bench))
+    if epochs is not None:
+        recipe = replace(recipe, epochs=epochs)
     with bench.tracked(trial.id) as trackers:
         rows = train(
             model,
@@ -110,30 +110,7 @@ def scratch(trial: Trial, bench: Bench) -> tuple[nn.Module, Afterwards]:
     return model, Afterwards([cast(Epoch, dict(row)) for row in rows.rows], [result.plan])
 
 
-def equal_epochs(trial: Trial, bench: Bench) -> int:
-    """Epochs of the small network that cost the multiply-accumulates of the online schedule with the same budget.
-
-    **Raises:** `ConfigError` for a schedule whose milestones are not known beforehand.
-    """
-    epochs = bench.recipe(trial.seed).epochs
-    schedule = Schedule.of(trial.setting.online.get("schedule", "gradual"), epochs)
-    full = measure(bench.build(trial.seed), bench.example).macs
-    spent, since, now = 0, 0, full
-    for at, share in schedule.milestones:
-        spent += now * (at - since)
-        if trial.macs is not None:
-            now, since = int(full * (1 - share * (1 - trial.macs))), at
-            continue
-        keep = shares(trial)
-        if isinstance(keep, Mapping):
-            part: Shares = {pattern: 1 - share * (1 - kept) for pattern, kept in keep.items()}
-        else:
-            part = 1 - share * (1 - keep)
-        now, since = _drawn(trial, bench, bench.build(trial.seed), {"keep": part}).after.macs, at
-    return max(1, round((spent + now * (epochs - since)) / now))
-
-
-def _drawn(trial: Trial, bench: Bench, model: nn.Module, asked: Mapping[str, Any]) -> PruneResult:
+def drawn(trial: Trial, bench: Bench, model: nn.Module, asked: Mapping[str, Any]) -> PruneResult:
     """Shrink a network with fresh weights; any filters are as good as others."""
     return prune(model, bench.example, criterion="random", round_to=trial.setting.round_to, seed=trial.seed, **asked)
 

@@ -36,8 +36,17 @@ network as long as those that are trained again, dropping filters by chance, the
 the schedule of the online method with the original criterion."""
 STRATEGIES = ("greedy", "iterative")
 """Ends of a criterion's method name: `l1-greedy`, `l1-iterative`; see `filterfold.experiment.afterwards`."""
-ADDITIONS = ("repair", "distill")
-"""What an online method may have added, in any combination: `online+repair`, `online-l1+repair+distill`."""
+ADDITIONS = ("repair", "distill", "longer")
+"""What an online method may have added, in any combination (`online-l1+repair+distill`): the next layers' kernels
+repaired after every cut; the network as it was before the first cut as a teacher; as many epochs as `LONGER` of the
+dense training pays for, which `scratch` may have as well."""
+
+
+DISTILL = 0.3
+"""Weight of the teacher in `+distill`."""
+
+LONGER = 0.7
+"""Share of the dense training's multiply-accumulates that a trial with `+longer` may cost."""
 
 
 class Described(TypedDict):
@@ -111,7 +120,7 @@ class Trial:
       many as cost what the online method costs; `online`: fold clusters while training;
       `online-<criterion>`: the same schedule, but drop by that criterion;
       `online-centroid`: the same, but replace filters by their cluster's mean and remove none;
-      `online…+repair`, `online…+distill`: with an addition (`ADDITIONS`) after every cut.
+      `online…+repair`, `online…+distill`: with additions (see `ADDITIONS`).
     - `seed`: of the initial weights, the batches, and the augmentation.
     - `clusters`: filters that stay in every layer (online methods), or None.
     - `keep`: share of the filters that stays, or None (criteria: the paper's own widths where it gives some, else
@@ -320,7 +329,7 @@ def _check_method(method: str) -> None:
         method.startswith(ONLINE_PREFIX) and method.removeprefix(ONLINE_PREFIX) in CRITERIA
     )
     for name in additions:
-        if not online:
+        if not online and (method, name) != (SCRATCH, "longer"):
             raise ConfigError(f"method {whole!r}: only online methods take additions (+{name})")
         if name not in ADDITIONS or additions.count(name) > 1:
             raise ConfigError(f"method {whole!r}: +{name} is not one of +{', +'.join(ADDITIONS)}, each at most once")

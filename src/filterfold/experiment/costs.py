@@ -19,7 +19,7 @@ def train_images(trial: Trial, bench: Bench, history: Iterable[Epoch]) -> int:
 
 
 def train_macs(trial: Trial, bench: Bench, history: Iterable[Epoch], dense: int) -> int:
-    """Multiply-accumulates of all training steps; what scoring, clustering, pulling or a teacher take is not in it.
+    """Multiply-accumulates of all training steps, a teacher's forward passes among them; not what cuts and pulls take.
 
     **Arguments:**
 
@@ -30,7 +30,7 @@ def train_macs(trial: Trial, bench: Bench, history: Iterable[Epoch], dense: int)
     total, last = 0, dense
     for epoch in history:
         during = last if trial.is_online else epoch["macs"]
-        total += STEP * during * _images(trial, bench, epoch)
+        total += (STEP * during + epoch.get("extra_macs", 0)) * _images(trial, bench, epoch)
         last = epoch["macs"]
     return total
 

@@ -59,7 +59,7 @@ class Dense(TypedDict):
 
 
 class Epoch(TypedDict):
-    """One epoch. `events` are the milestones that happened in it, in words."""
+    """One epoch. `events` are the milestones that happened in it, in words. `extra_macs`: see `training.run.Row`."""
 
     phase: Literal["train", "retrain"]
     epoch: int
@@ -69,6 +69,7 @@ class Epoch(TypedDict):
     seconds: float
     macs: int
     events: list[str]
+    extra_macs: NotRequired[int]
 
 
 class ClusterUpdate(TypedDict):

@@ -30,9 +30,10 @@ from ..training import Callback, History, evaluate, train
 from . import records
 from .afterwards import cut_and_retrain, scratch
 from .bench import Bench
-from .config import DENSE, DENSE_LONG, SCRATCH, SCRATCH_LONG, Trial
+from .config import DENSE, DENSE_LONG, DISTILL, SCRATCH, SCRATCH_LONG, Trial
 from .costs import train_images, train_macs
 from .environment import describe
+from .lengths import equal_epochs, longer_epochs
 from .locks import held
 from .records import ClusterUpdate, Dense, Epoch, Record, Result
 from .timing import measure_alone
@@ -68,7 +69,7 @@ def run_trial(trial: Trial, bench: Bench, *, command: str | None = None) -> Reco
     elif trial.is_online:
         trained = _online(trial, bench)
     elif trial.plain in (SCRATCH, SCRATCH_LONG):
-        small, done = scratch(trial, bench)
+        small, done = scratch(trial, bench, _epochs(trial, bench))
         trained = Trained(small, done.history, done.plans)
     else:
         trained = _one_shot(trial, bench)
@@ -195,14 +196,15 @@ def _one_shot(trial: Trial, bench: Bench) -> Trained:
 
 
 def _online(trial: Trial, bench: Bench) -> Trained:
-    """Cut while training; the epochs are those of dense training, and nothing follows."""
-    callback = _callback(trial, bench.loader(trial.seed) if trial.criterion else None)
+    """Cut while training; the epochs are those of dense training, if not `+longer`, and nothing follows."""
+    epochs = _epochs(trial, bench)
+    callback = _callback(trial, bench.loader(trial.seed) if trial.criterion or trial.additions else None)
     model = bench.build(trial.seed)
     with bench.tracked(trial.id) as trackers:
         history = train(
             model,
             bench.data,
-            bench.recipe(trial.seed),
+            bench.recipe(trial.seed) if epochs is None else bench.recipe(trial.seed, epochs=epochs),
             callbacks=(cast(Callback, callback),),
             observers=[tracker.row for tracker in trackers],
             checkpoint=bench.work(trial.id) / "training.safetensors",
@@ -215,9 +217,19 @@ def _online(trial: Trial, bench: Bench) -> Trained:
     return Trained(model, _rows(history), tuple(online.plans), found)
 
 
+def _epochs(trial: Trial, bench: Bench) -> int | None:
+    """The epochs of a trial whose training is as long as it may cost, or None: the recipe's."""
+    if "longer" in trial.additions:
+        return longer_epochs(trial, bench)
+    return equal_epochs(trial, bench) if trial.plain == SCRATCH_LONG else None
+
+
 def _callback(trial: Trial, loader: Sequence[Any] | None = None) -> OnlineCallback:
-    if trial.additions:
-        raise ConfigError(f"method {trial.method!r}: additions are known by name only so far")
+    added: dict[str, Any] = {}
+    if "repair" in trial.additions:
+        added["remedy"] = "kernels"
+    if "distill" in trial.additions:
+        added["distill"] = DISTILL
     try:
         return OnlineCallback(
             clusters=trial.clusters,
@@ -227,7 +239,7 @@ def _callback(trial: Trial, loader: Sequence[Any] | None = None) -> OnlineCallba
             method=trial.criterion or "fold",
             seed=trial.seed,
             loader=loader,
-            **trial.setting.online,
+            **{**added, **trial.setting.online},
         )
     except TypeError as error:
         raise ConfigError(f"online clustering has an option that this version does not know: {error}") from error

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import CheckpointError, ConfigError
 from .filters import OnlineFilterClustering
 from .schedule import Schedule
+from .teacher import Teacher
 
 _OPTIONS = set(inspect.signature(OnlineFilterClustering).parameters) - {"model", "example_inputs", "optimizer"}
 
@@ -25,6 +26,8 @@ class OnlineCallback:
 
     - `schedule`: "gradual", "document" or "plateau" (see `Schedule`; epochs are the run's, the loss is that of
       training), a `Schedule`, or its `to_dict()`.
+    - `distill`: weight of a second loss from the first cut on, in which the network as it was before teaches the
+      smaller one (see `Teacher`); 0: none. `temperature`: of both their logits.
     - `options`: everything else that `OnlineFilterClustering` takes besides model, inputs and optimizer.
 
     ```python
@@ -35,23 +38,41 @@ class OnlineCallback:
     ```
     """
 
-    def __init__(self, *, schedule: str | Schedule | Mapping[str, Any] = "gradual", **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        schedule: str | Schedule | Mapping[str, Any] = "gradual",
+        distill: float = 0.0,
+        temperature: float = 2.0,
+        **options: Any,
+    ) -> None:
         Schedule.of(schedule, 1)  # refuses unknown names now
+        if distill < 0 or temperature <= 0:
+            raise ConfigError(f"distill={distill} must be at least 0, and temperature={temperature} above it")
         unknown = sorted(set(options) - _OPTIONS)
         if unknown:
             raise ConfigError(f"online clustering has no option {unknown[0]!r}")
         self.schedule, self.options = schedule, options
+        self.distill, self.temperature = distill, temperature
         self.online: OnlineFilterClustering | None = None
+        self.teacher: Teacher | None = None
+        self._run: Any = None
 
     def on_start(self, run: Any) -> None:
         """Trace the run's model."""
         schedule = Schedule.of(self.schedule, run.recipe.epochs)
         self.online = OnlineFilterClustering(run.model, run.example, run.optimizer, schedule=schedule, **self.options)
+        self._run = run
 
-    def on_batch_loss(self, run: Any) -> Tensor | None:  # noqa: ARG002  # the protocol passes it
-        """The clustering term, where there is one."""
+    def on_batch_loss(self, run: Any) -> Tensor | None:
+        """The clustering term and the teacher's, where there are any."""
         online = self.online
-        return online.loss() if online is not None and online.pulls else None
+        pulled = online.loss() if online is not None and online.pulls else None
+        if self.teacher is None:
+            return pulled
+        with run.fabric.autocast():
+            taught = self.distill * self.teacher.loss(run.batch.images, run.batch.logits)
+        return taught if pulled is None else taught + pulled
 
     def after_backward(self, run: Any) -> None:  # noqa: ARG002  # the protocol passes it
         """Merge the gradients of clusters, with the centripetal pull."""
@@ -62,18 +83,28 @@ class OnlineCallback:
         """Do what the schedule says and tell the run."""
         online = self._started()
         cuts = len(online.cuts)
+        teacher = Teacher(run.model, self.temperature) if self.distill and not online.plans else None
         for event in online.step(run.epoch, run.loss):
             run.event(event)
         if len(online.cuts) > cuts:
             run.structure_changed()
+            if teacher is not None:
+                self._teach(teacher)
 
     def state_dict(self) -> dict[str, Any]:
-        """The clustering's state."""
-        return self._started().state_dict()
+        """The clustering's state, and the teacher."""
+        state = self._started().state_dict()
+        return state if self.teacher is None else {**state, "teacher": self.teacher.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state."""
         self._started().load_state_dict(state)
+        if self.distill and "teacher" in state:
+            self._teach(Teacher.revived(state["teacher"], self._run.model, self.temperature))
+
+    def _teach(self, teacher: Teacher) -> None:
+        self.teacher = teacher
+        self._run.extra_macs += teacher.macs(self._run.example)
 
     def _started(self) -> OnlineFilterClustering:
         if self.online is None:

@@ -28,6 +28,7 @@ from .grouping import ClusterRow, read_row, regroup, summary
 from .plateau import Plateau
 from .pulled import Pulled, pulled
 from .ranks import check_wrappers, renew
+from .remedy import Remedy, check, mend, remembered
 from .result import CENTROID, EXACT, FOLD, CutResult, observed, relative_change
 from .schedule import Schedule
 from .targets import Target, active
@@ -63,7 +64,9 @@ class OnlineFilterClustering:
       widths; no pull), or "centroid" (filters are replaced by their cluster's mean, nothing is removed).
     - `features`: compare "units", filters by direction with their batch norm's scale and shift where these are
       clearly theirs (folds far better once trained), or "filters" alone, as the document has it.
-    - `loader`: for criteria that need data. `seed`: of k-means and random scores.
+    - `remedy`: after each cut, measure batch norms anew ("norms"), or repair the next layers' kernels as well
+      ("kernels", see `reconstruction.repair`); averaged copies aren't touched. None: leave it to training.
+    - `loader`: for criteria that need data, and remedies. `seed`: of k-means and random scores.
     - `verify`: hold every cut against the masked network before it is made.
 
     **Attributes:** `groups` (traced, of the present network), `labels` (group → cluster of each unit), `history`
@@ -105,7 +108,9 @@ class OnlineFilterClustering:
         seed: int = 0,
         verify: bool = True,
         pull: Literal["cosine", "centripetal"] = "cosine",
+        remedy: Remedy | None = None,
     ) -> None:
+        check(remedy, loader)
         if method not in (FOLD, CENTROID) and method not in CRITERIA:
             raise ConfigError(f"unknown method {method!r}: fold, centroid or one of {', '.join(sorted(CRITERIA))}")
         if method not in (FOLD, CENTROID) and threshold is not None:
@@ -120,7 +125,7 @@ class OnlineFilterClustering:
         self.schedule = schedule or Schedule()
         self.pull, self.strength = pull, float(_STRENGTH[pull] if strength is None else strength)
         self.ignore, self.method, self.features = tuple(ignore), method, features
-        self.loader, self.seed, self.verify = loader, seed, verify
+        self.loader, self.seed, self.verify, self.remedy = loader, seed, verify, remedy
         self.labels: dict[str, Tensor] = {}
         self.history: list[ClusterRow] = []
         self.cuts: list[CutResult] = []
@@ -196,10 +201,11 @@ class OnlineFilterClustering:
         if self.method == CENTROID:
             write_back(self._active, self.labels, self.model)
         elif plan.changes:
-            bounded = bounds(self._bare, plan, telling(self.example_inputs))
+            uncut, bounded = remembered(self._bare, self.remedy), bounds(self._bare, plan, telling(self.example_inputs))
             plan, verified = self._cut(plan)
             self.plans.append(plan)
             self._look()
+            mend(self.remedy, self._bare, uncut, plan, self.loader)
         self._forget()
         change = relative_change(before, observed(self._bare, self.example_inputs))
         exact = change <= EXACT.get(before[0].dtype, 1e-2) if before else True

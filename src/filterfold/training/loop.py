@@ -220,9 +220,10 @@ class _Loop:
         if ranks.count() > 1:  # callbacks find the same network and the same random state everywhere
             ranks.averaged(run.model.buffers())
             _seed(recipe.seed, run.epoch, ranks.count())
+        extra = run.extra_macs
         for callback in self.callbacks:
             callback.on_epoch_end(run)
-        return {
+        row: Row = {
             "phase": run.phase,
             "epoch": run.epoch,
             "train_loss": loss,
@@ -232,6 +233,7 @@ class _Loop:
             "macs": run.macs,
             "events": run.take_events(),
         }
+        return row | {"extra_macs": extra} if extra else row
 
     def _batch(self, images: Tensor, labels: Tensor, rate: float) -> Tensor:
         """One step. What it returns is detached, so no graph outlives it: surgery needs that."""

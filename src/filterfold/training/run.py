@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ class Row(TypedDict):
     - `seconds`: training and callbacks, without validation and checkpoint.
     - `macs`: multiply-accumulates an image of the network that the epoch ends with.
     - `events`: what callbacks reported.
+    - `extra_macs`: multiply-accumulates an image that callbacks added in the epoch's batches; left out where none.
     """
 
     phase: str
@@ -38,6 +39,7 @@ class Row(TypedDict):
     seconds: float
     macs: int
     events: list[str]
+    extra_macs: NotRequired[int]
 
 
 @dataclass
@@ -120,6 +122,7 @@ class Run:
     - `history`: rows of the epochs that are over.
     - `loss`: mean training loss of the epoch that is over, in `Callback.on_epoch_end`; None before the first.
     - `macs`: multiply-accumulates an image of the present network.
+    - `extra_macs`: what callbacks add to it from now on, for an image: a teacher's forward pass.
     - `batch`: the present `Batch`, inside `Callback.on_batch_loss`; else None.
     """
 
@@ -139,6 +142,7 @@ class Run:
         self.loss: float | None = None
         self.history = History()
         self.macs = 0
+        self.extra_macs = 0
         self.batch: Batch | None = None
         self._events: list[str] = []
         self._compiled = False
