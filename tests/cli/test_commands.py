@@ -185,7 +185,7 @@ def test_prune_to_onnx(trained: Path, tmp_path: Path) -> None:
 
 
 def test_demo_twice(tmp_path: Path) -> None:
-    command = ["demo", "--trials", "2", "--epochs", "2", "--out", str(tmp_path / "demo")]
+    command = ["demo", "--trials", "2", "--epochs", "2", "--latency-batches", "1,16", "--out", str(tmp_path / "demo")]
     first = run(*command)
     for heading in ("Top-1 %", "Top-5 %", "Inference s", "MACs", "Parameters", "Training s"):
         assert heading in first
@@ -197,6 +197,7 @@ def test_demo_twice(tmp_path: Path) -> None:
     assert len(found) == 6
     assert {record["timing"]["mode"] for record in found if record["timing"]} == {"together"}
     assert len({record["timing"]["together_with"] for record in found if record["timing"]}) == 1
+    assert {size for record in found if record["timing"] for size in record["timing"]["batches"]} == {"1", "16"}
     base = {record["seed"]: record for record in found if record["method"] == "dense"}
     for record in found:
         if record["method"] == "l1":  # begins with the dense network of its seed, whose training counts

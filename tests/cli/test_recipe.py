@@ -101,6 +101,19 @@ def test_a_run_ends_in_records_and_the_papers_table(mini: Path, tmp_path: Path) 
     assert "Mini-pruned-A" in again
 
 
+def test_a_run_with_all_that_compare_has(mini: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    folder = tmp_path / "run"
+    options = ["--epochs-scale", "0.1", "--train-limit", "200", "--threads", "1", "--no-scratch", "--parallel", "2"]
+    run("run", str(mini), *options, "--log", "tensorboard", "--latency-batches", "2", "--out", str(folder))
+    found = read_all(folder)
+    assert [record["method"] for record in found] == ["dense", "l1"]
+    for record in found:
+        assert record["timing"] is not None
+        assert list(record["timing"]["batches"]) == ["2"]
+        assert list((folder / "logs" / record["id"]).glob("events.*"))
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
@@ -108,6 +121,9 @@ def test_a_run_ends_in_records_and_the_papers_table(mini: Path, tmp_path: Path) 
         (["run", "vgg16-a", "--retrain", "none"], "has no retraining 'none'"),
         (["run", "vgg16-a", "--epochs-scale", "0"], "epochs scale 0"),
         (["run", "vgg16-a", "--seeds", "a"], "--seeds a"),
+        (["run", "vgg16-a", "--data", "digits", "--latency-batches", "0"], "a batch has at least 1 image"),
+        (["run", "vgg16-a", "--data", "digits", "--engine", "slurm"], "there are local and ray"),
+        (["run", "vgg16-a", "--data", "digits", "--log", "wandb"], "no tracker 'wandb'"),
         (["run", "vgg16-a", "--weights", "nowhere.safetensors"], "no such file"),
         (["run", "resnet34-a", "--data", "digits", "--width", "0.5"], "no width multiplier"),
     ],

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer import Option
 
-from ..errors import ConfigError
 from . import results
 from .display import live, say
-from .engines import EngineOptions
-from .families import DataOptions, Device, Log, ModelOptions, OnlineOptions, RecipeOptions, Threads, use_threads
+from .engines import EngineOptions, listed
+from .families import DataOptions, Device, ModelOptions, OnlineOptions, RecipeOptions, Threads, use_threads
 from .report import MARGIN_HELP
 
 if TYPE_CHECKING:
     from ..experiment.config import Comparison, Setting
-    from ..experiment.launch import Engine
-
-T = TypeVar("T")
 
 UNFINISHED = 3
 FAILED = 1
@@ -50,6 +45,8 @@ Examples:
   filterfold demo
 
   filterfold demo --trials 3 --keep 0.25 --out runs/quarter
+
+  filterfold demo --parallel 2 --log tensorboard --out runs/logged
 """
 
 METHODS_HELP = (
@@ -111,7 +108,6 @@ def compare(
     margin: Annotated[float, Option(help=MARGIN_HELP, rich_help_panel="Comparison")] = 0.5,
     out: Annotated[Path | None, Option(help="Run folder.", show_default="runs/MODEL-DATA")] = None,
     stop_after: Annotated[str | None, Option(help="Stop in time, to be gone on with: 9m, 90s, 2h.")] = None,
-    log: Log = None,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
@@ -144,8 +140,7 @@ def compare(
         macs=listed(macs, "--macs", float),
         seeds=range(first_seed, first_seed + trials),
     )
-    engine, trackers = places.choose(), listed(log, "--log", str)
-    run(comparison, out or default_folder(setting), margin, device, stop_after, images.cache_dir, engine, trackers)
+    run(comparison, out or default_folder(setting), margin, device, stop_after, images.cache_dir, places)
 
 
 def run(
@@ -155,14 +150,14 @@ def run(
     device: str,
     stop_after: str | None,
     cache_dir: Path | None,
-    engine: Engine | None = None,
-    trackers: Sequence[str] = (),
+    places: EngineOptions,
 ) -> None:
     """Run a comparison, show what it came to, and end with the exit code that says how far it came."""
     from ..experiment.deadline import seconds
     from ..experiment.environment import command
-    from ..experiment.launch import compare, local
+    from ..experiment.launch import compare
 
+    how = places.keywords()  # what makes no sense is refused before anything is loaded
     with live():
         outcome = compare(
             comparison,
@@ -171,8 +166,7 @@ def run(
             stop_after=seconds(stop_after) if stop_after else None,
             command=command(),
             cache_dir=cache_dir,
-            engine=engine or local,
-            trackers=trackers,
+            **how,
         )
         records = list(map(dict, outcome.records))
         page = results.write(records, folder, margin) if records else None
@@ -191,6 +185,7 @@ def run(
 
 
 def demo(
+    places: EngineOptions,
     out: Annotated[Path, Option(help="Run folder.")] = Path("runs/demo"),
     trials: Annotated[int, Option(help="Seeds for each method.")] = 5,
     epochs: Annotated[int, Option("--epochs", "-e", help="Passes over the training images.")] = 20,
@@ -217,7 +212,7 @@ def demo(
         online=OnlineOptions().keywords(),
     )
     comparison = plan(setting, ("dense", "l1", "online"), keep=[keep], seeds=range(trials))
-    run(comparison, out, 1.0, device, stop_after, None)
+    run(comparison, out, 1.0, device, stop_after, None, places)
 
 
 def default_folder(setting: Setting, first: str = "") -> Path:
@@ -225,15 +220,3 @@ def default_folder(setting: Setting, first: str = "") -> Path:
     names = [part for part in (first, setting.model, setting.data) if part]
     readable = ["".join(c if c.isalnum() or c in "._" else "-" for c in Path(name).name) for name in names]
     return Path("runs") / "-".join(readable)
-
-
-def listed(text: str | None, option: str, kind: Callable[[str], T]) -> list[T]:
-    """Comma-separated values.
-
-    >>> listed("5,10", "--clusters", int), listed(None, "--keep", float)
-    ([5, 10], [])
-    """
-    try:
-        return [kind(part.strip()) for part in text.split(",")] if text else []
-    except ValueError:
-        raise ConfigError(f"{option} {text}: give comma-separated values, such as 5,10 or 0.5,0.25") from None

@@ -178,9 +178,8 @@ class OnlineOptions:
 DEVICE_HELP = "cpu, cuda, cuda:N, or auto: the GPU if there is one."
 Device = Annotated[str, Option(help=DEVICE_HELP)]
 Threads = Annotated[int | None, Option(help="CPU threads.", show_default="as many as cores", min=1)]
-Log = Annotated[
-    str | None, Option(help="Hand figures on while trials run: tensorboard (event files in RUN/logs), mlflow, or both.")
-]
+LOG_HELP = "Hand figures on while trials run: tensorboard (event files in RUN/logs), mlflow, or both."
+Log = Annotated[str | None, Option(help=LOG_HELP)]
 Precision = Annotated[str, Option(help="32-true, bf16-mixed or 16-mixed.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace what is there.")]
 

@@ -12,6 +12,7 @@ from typer import Argument, Option
 from ..errors import ConfigError
 from .compare import FAILED, UNFINISHED, default_folder
 from .display import live, say, table
+from .engines import EngineOptions, listed
 from .families import DataOptions, Device, Precision, Threads, use_threads
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ Examples:
   filterfold recipe run vgg16-a --width 0.25 --epochs-scale 0.02 --train-limit 5000
 
   filterfold recipe run resnet34-a --data path/to/imagenet --stop-after 9m
+
+  filterfold recipe run vgg16-a --seeds 0,1,2,3,4 --parallel 2 --log tensorboard
 """
 
 NAME_HELP = "A name of `filterfold recipe list`, or FILE.toml."
@@ -90,6 +93,7 @@ def show(name: Annotated[str, Argument(help=NAME_HELP)]) -> None:
 def run(
     name: Annotated[str, Argument(help=NAME_HELP)],
     images: RecipeData,
+    places: EngineOptions,
     epochs_scale: Annotated[float, Option(help="All numbers of epochs times this, at least one each.")] = 1.0,
     width: Annotated[float, Option(help="Multiplier on every layer's width.")] = 1.0,
     seeds: Annotated[str, Option(help="Comma-separated: one run of everything for each.")] = "0",
@@ -134,7 +138,9 @@ def run(
         training=training,
     )
     folder = out or default_folder(replace(chosen, model=recipe.name))
-    outcome, found = _run(recipe, chosen, folder, _seeds(seeds), scratch, device, stop_after, images.cache_dir)
+    outcome, found = _run(
+        recipe, chosen, folder, listed(seeds, "--seeds", int), scratch, device, stop_after, images.cache_dir, places
+    )
     if found:
         _show(_write(recipe, found, folder))
     for record in outcome.failed:
@@ -154,6 +160,7 @@ def _run(
     device: str,
     stop_after: str | None,
     cache_dir: Path | None,
+    places: EngineOptions,
 ) -> tuple[Outcome, list[Network]]:
     from ..experiment.bench import Bench
     from ..experiment.deadline import seconds
@@ -161,6 +168,7 @@ def _run(
     from ..experiment.launch import compare
     from ..experiment.recipe import comparison, networks
 
+    how = places.keywords()
     with live():
         outcome = compare(
             comparison(recipe, chosen, seeds=seeds, scratch=scratch),
@@ -169,6 +177,7 @@ def _run(
             stop_after=seconds(stop_after) if stop_after else None,
             command=command(),
             cache_dir=cache_dir,
+            **how,
         )
         bench = Bench(chosen, folder, device, cache_dir=cache_dir)
         return outcome, networks(recipe, outcome.records, bench)
@@ -201,15 +210,3 @@ def _show(result: Table) -> None:
     table(result.title, heads, [[row[place].text for place in places] for row in result.rows])
     for note in result.notes:
         say(note)
-
-
-def _seeds(text: str) -> list[int]:
-    """Comma-separated seeds.
-
-    >>> _seeds("0,1")
-    [0, 1]
-    """
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"--seeds {text}: give comma-separated whole numbers, such as 0,1,2") from None

@@ -11,8 +11,9 @@ import typer
 from typer import Option
 
 from ..errors import RecordError, TrainingError
-from .compare import UNFINISHED, default_folder, listed
+from .compare import UNFINISHED, default_folder
 from .display import change, count, live, say, table
+from .engines import listed
 from .families import (
     DataOptions,
     Device,
