@@ -239,8 +239,16 @@ def edits_of(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Edit]:
                 if not any(e.of is prepared and e.part.units == part.units for e in entries):
                     entries.append(_Part(prepared, part, producer))
     edits: dict[str, Edit] = {}
+    known: dict[tuple[int, int, int], AxisCut | None] = {}
     for (name, axis), entries in parts.items():
-        found = _axis(name, tensors[name].shape[axis], entries)
+        length, entry = tensors[name].shape[axis], entries[0]
+        if len(entries) == 1 and entry.of.plain:  # most slices of a cut share one tuple of units
+            key = id(entry.of), id(entry.part.units), length
+            if key not in known:
+                known[key] = _axis(name, length, entries)
+            found = known[key]
+        else:
+            found = _axis(name, length, entries)
         if found is not None:
             edits.setdefault(name, {})[axis] = found
     return edits

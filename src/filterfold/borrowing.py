@@ -69,7 +69,9 @@ def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
     >>> [tuple(value.shape) for value in outputs(nn.Linear(2, 3), torch.zeros(1, 2))]
     [(1, 3)]
     """
-    devices = sorted({tensor.device.index for _, tensor in named_tensors(model) if tensor.device.type == "cuda"})
+    devices: list[int] = []
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        devices = sorted({tensor.device.index for _, tensor in named_tensors(model) if tensor.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices), torch.inference_mode():
         # Not torch.manual_seed, which would seed every device there is.
         for generator in (torch.default_generator, *(torch.cuda.default_generators[index] for index in devices)):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,15 +62,11 @@ def permuted(
     tensors = dict(named_tensors(unwrap(model)))
     with _replacing() as place:
         for cut in cuts:
-            order = _shuffled(cells[cut.group], generator)
+            order = np.asarray(_shuffled(cells[cut.group], generator))
             for part in _once((*cut.producers, *cut.consumers), tensors):
                 tensor = tensors[part.tensor]
-                index = list(range(len(part.units)))
-                positions = _positions(part)
-                for unit, other in enumerate(order):
-                    for here, there in zip(positions.get(unit, ()), positions.get(other, ()), strict=True):
-                        index[here] = there
-                place(tensor, tensor.data.index_select(part.axis, torch.tensor(index, device=tensor.device)))
+                index = torch.from_numpy(_moved(part, order)).to(tensor.device)
+                place(tensor, tensor.data.index_select(part.axis, index))
         yield
 
 
@@ -123,6 +120,19 @@ def _positions(part: Slice) -> dict[int, list[int]]:
         if unit >= 0:
             positions.setdefault(unit, []).append(position)
     return positions
+
+
+def _moved(part: Slice, order: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """For every position the one whose content it gets, when unit u gets the content of unit `order[u]`."""
+    units = np.asarray(part.units)
+    index = np.arange(len(units))
+    own = np.flatnonzero(units >= 0)
+    taken = own[np.argsort(order[units[own]], kind="stable")]
+    given = own[np.argsort(units[own], kind="stable")]
+    if not np.array_equal(order[units[taken]], units[given]):
+        raise ValueError(f"{part.tensor}: units that are to be interchangeable hold different numbers of positions")
+    index[taken] = given
+    return index
 
 
 def _unified(tensor: Tensor, part: Slice, cut: Cut) -> Tensor:

@@ -184,9 +184,24 @@ def sizes_of(module: nn.Module) -> dict[str, Any]:
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """All parameters and buffers (persistent or not) under all their names: tied ones come twice."""
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
+    """All parameters and buffers (persistent or not) under all their names: tied ones come twice.
+
+    The same as PyTorch's `named_parameters` and `named_buffers` without removing duplicates, in one walk.
+    """
+    modules: list[tuple[str, nn.Module]] = []
+
+    def visit(prefix: str, module: nn.Module) -> None:
+        modules.append((prefix, module))
+        for name, child in module._modules.items():
+            if child is not None:
+                visit(f"{prefix}{name}.", child)
+
+    visit("", model)
+    for kind in ("_parameters", "_buffers"):
+        for prefix, module in modules:
+            for name, tensor in getattr(module, kind).items():
+                if tensor is not None:
+                    yield f"{prefix}{name}", tensor
 
 
 def memory_order(tensor: Tensor) -> list[int]:

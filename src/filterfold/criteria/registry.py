@@ -6,6 +6,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -45,7 +46,12 @@ class Criterion:
 
     def takes(self, option: str) -> bool:
         """Whether the function has an argument of that name."""
-        return option in inspect.signature(self.function).parameters
+        return option in _arguments(self.function)
+
+
+@lru_cache
+def _arguments(function: Function) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 CRITERIA: dict[str, Criterion] = {}

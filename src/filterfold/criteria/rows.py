@@ -59,6 +59,8 @@ def unit_rows(part: Slice, tensor: Tensor) -> tuple[Tensor, Tensor]:
     units, row, counts = torch.unique_consecutive(labels[positions], return_inverse=True, return_counts=True)
     place = torch.arange(len(positions), device=tensor.device) - (counts.cumsum(0) - counts)[row]
     most = int(counts.max()) if len(counts) else 0
+    if len(positions) == most * len(units):
+        return units, rows.index_select(0, positions).reshape(len(units), -1)
     padded = rows.new_zeros(len(units), most, rows.shape[1])
     padded[row, place] = rows[positions]
     return units, padded.flatten(1)

@@ -25,7 +25,7 @@ def l1(group: ChannelGroup, tensors: Evidence, combine: Combine = "sum") -> Tens
 def _l1(rows: Tensor) -> Tensor:
     """Σ|w| of every row, a few rows at a time, so that no large |w| is ever written to memory."""
     few = max(1, _AT_ONCE // max(1, rows.shape[1]))
-    return torch.cat([part.abs().sum(1) for part in rows.split(few)])
+    return torch.cat([part.abs().sum(1) for part in torch.split(rows, few)])
 
 
 @criterion("l2")
