@@ -59,6 +59,23 @@ def test_milestones_take_steps_of_the_budget_also_after_a_restart():
     assert (model[0].out_channels % 4, model[2].out_channels % 4) == (0, 0)
 
 
+@pytest.mark.parametrize("method", ["fold", "l1", "fpgm", "random"])
+def test_wide_groups_get_even_widths_unless_told_otherwise(method: str):
+    def wide() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 144, 3), nn.ReLU(), nn.Conv2d(144, 60, 3), nn.ReLU(), nn.Conv2d(60, 4, 1))
+
+    schedule = Schedule(milestones=((1, 0.5), (2, 1.0)))
+    for round_to in (None, 1):
+        model = wide()
+        full = measure(model, X).macs
+        online = OnlineFilterClustering(model, X, macs=0.47, schedule=schedule, round_to=round_to, method=method)
+        online.step(1)
+        online.step(2)
+        assert measure(model, X).macs <= 0.47 * full
+        assert (model[0].out_channels % 16 == 0) == (round_to is None)
+
+
 def test_refusals():
     with pytest.raises(ConfigError, match="not keep and macs"):
         OnlineFilterClustering(net(), X, macs=0.5, keep=0.5)

@@ -82,6 +82,14 @@ def test_no_epochs(make) -> None:
         (Target(clusters=40, round_to=16), 64, 1.0, 48),
         (Target(clusters=60, round_to=16), 64, 1.0, 64),
         (Target(keep=0.5, round_to=16), 12, 1.0, 12),
+        (Target(keep=0.3), 512, 1.0, 160),
+        (Target(keep=0.3), 512, 0.5, 336),  # 332.8
+        (Target(keep=0.3), 128, 1.0, 32),  # 38.4
+        (Target(keep=0.3), 127, 1.0, 38),
+        (Target(keep=0.01), 128, 1.0, 16),
+        (Target(keep=0.3, round_to=1), 512, 1.0, 153),
+        (Target(clusters=10), 512, 1.0, 10),
+        (Target(clusters=10), 512, 0.5, 261),
         (Target(clusters={"conv*": 3, "*": 5}), 9, 1.0, 3),
         (Target(clusters={"other": 3}), 9, 1.0, 9),
     ],

@@ -16,9 +16,10 @@ from ..errors import SelectionError
 from ..folding import Features, features, parts, share_out
 from ..groups import ChannelGroup
 from ..selection.forecast import axes, per_unit
+from .targets import multiple
 
 _LEAST = 12
-"""No group gets narrower than this part of its width: where all else is dear, one layer would pay for all."""
+"""No group gets narrower than this part of its first width: where all else is dear, one layer would pay for all."""
 _STEPS = 48
 """Widths tried for each group from its full one down to none, as far as multiples of `round_to` allow."""
 
@@ -38,7 +39,8 @@ def widths_for(
     macs: float,
     *,
     kind: Features = "units",
-    round_to: int = 1,
+    round_to: int | None = 1,
+    full: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
     """Narrow, step by step, the group that pays least in clustering loss for each multiply-accumulate saved.
 
@@ -50,13 +52,15 @@ def widths_for(
 
     - `groups`: those that may be folded; `tensors`: of the network as it is; `cost`: what `measure` says of it.
     - `macs`: multiply-accumulates of one example that may remain.
-    - `kind`: what units are compared by, as in `features`. `round_to`: new widths are multiples of this.
+    - `kind`: what units are compared by, as in `features`. `round_to`: new widths are multiples of this; None: see
+      `multiple`. `full`: group name → units that it began with, where it has been narrowed already.
 
     **Returns:** group name → units that stay.
 
     **Raises:** `SelectionError` if the narrowest network tried is still over the budget.
     """
-    curves = {group.name: _curve(group, tensors, kind, round_to) for group in groups}
+    sizes = {group.name: group.size for group in groups} | dict(full or {})
+    curves = {group.name: _curve(group, tensors, kind, round_to, sizes[group.name]) for group in groups}
     ledger = _Ledger(groups, cost)
     at = dict.fromkeys(curves, 0)
 
@@ -84,11 +88,14 @@ def widths_for(
     return {name: sum(curve.counts[at[name]]) for name, curve in curves.items()}
 
 
-def _curve(group: ChannelGroup, tensors: Mapping[str, Tensor], kind: Features, round_to: int) -> _Curve:
+def _curve(
+    group: ChannelGroup, tensors: Mapping[str, Tensor], kind: Features, round_to: int | None, full: int
+) -> _Curve:
     pieces = parts(group)
     inertias = [merging_inertias(features(group, part, tensors, kind)) for part in pieces]
-    step = max(-(-group.size // _STEPS // round_to), 1) * round_to
-    least = max(group.size // _LEAST // round_to, 1) * round_to
+    unit = multiple(round_to, full)
+    step = max(-(-group.size // _STEPS // unit), 1) * unit
+    least = max(full // _LEAST // unit, 1) * unit
     counts, losses = [tuple(len(part.units) for part in pieces)], [0.0]
     for width in range((group.size - 1) // step * step, least - 1, -step):
         kept = share_out(group, width)
