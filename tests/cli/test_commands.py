@@ -282,3 +282,12 @@ def _gpu_plan(option: str, folder: Path, piece: str) -> int:
 
 def _example() -> Any:
     return torch.zeros(1, 1, 8, 8)
+
+
+def test_settings_that_an_older_version_did_not_know_do_not_part_it_from_its_runs() -> None:
+    from filterfold.cli.families import RecipeOptions
+
+    assert set(RecipeOptions().keywords()) == {  # what the first version wrote
+        "epochs", "batch_size", "lr", "momentum", "nesterov", "weight_decay", "decay_norms", "schedule", "step_every",
+        "step_factor", "warmup", "label_smoothing", "augment", "precision", "channels_last", "compile", "deterministic",
+    }  # fmt: skip

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 TRAIN = "Training"
 ONLINE = "Online clustering"
 
+LATER = ("cuda_graphs", "validate_every")
+"""Fields of the recipe that the first versions did not know: a run folder of theirs has none of them."""
+
 MODEL_HELP = (
     "vgg16, vgg_small, resnet20|32|44|56|110, timm:NAME, torchvision:NAME, package.module:factory, or file.py:factory."
 )
@@ -147,12 +150,13 @@ class RecipeOptions:
     compile: Annotated[bool, Option("--compile", help="Use torch.compile.", rich_help_panel=TRAIN)] = False
 
     def keywords(self) -> dict[str, Any]:
-        """All fields of `training.Recipe` but the seed."""
+        """The fields of `training.Recipe` but the seed; later ones only where used, so that begun runs can go on."""
         from ..training import Recipe
 
         chosen = asdict(Recipe(**asdict(self)))  # refuses what makes no sense
-        del chosen["seed"]
-        return chosen
+        usual = asdict(Recipe())
+        skipped = {"seed"} | {name for name in LATER if chosen[name] == usual[name]}
+        return {name: value for name, value in chosen.items() if name not in skipped}
 
 
 @dataclass(frozen=True)
