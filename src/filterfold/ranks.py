@@ -80,6 +80,15 @@ def join() -> None:
     atexit.register(leave)
 
 
+def alone(what: str) -> None:
+    """Refuse what can't be done in processes that torchrun started.
+
+    **Raises:** `ConfigError`.
+    """
+    if launched():
+        raise ConfigError(f"torchrun has every process train the same network, so no {what}: one or the other")
+
+
 def leave() -> None:
     """Part from the other processes."""
     if _joined():

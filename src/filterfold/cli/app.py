@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Annotated
 
@@ -30,8 +31,14 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Entry point of the `filterfold` command."""
-    app()
+    """Entry point of the `filterfold` command. Under torchrun rank 0 runs it, and the other ranks train along."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        app()
+        return
+    from ..training.company import lead_or_follow
+    from ..training.loop import work
+
+    lead_or_follow(app, work)
 
 
 def _show_version(asked: bool) -> None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .. import ranks
 from ..errors import ConfigError, TrainingError
 from ..storage import write_atomically, write_text
 from . import records
@@ -58,6 +59,7 @@ class RayCluster:
     ) -> None:
         if not share > 0 or (parallel is not None and parallel < 1):
             raise ConfigError(f"a share of {share:g} for each of {parallel} trials makes no sense; give more than 0")
+        ranks.alone("tasks on a Ray cluster")
         try:
             import ray  # noqa: F401  # found missing now, not after the folder is claimed
         except ImportError:

@@ -28,7 +28,7 @@ def describe(device: str = "cpu") -> dict[str, Any]:
     """
     import torch
 
-    from .. import __version__
+    from .. import __version__, ranks
 
     commit, dirty = _commit()
     return {
@@ -40,6 +40,7 @@ def describe(device: str = "cpu") -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
+        "processes": ranks.count(),
         "commit": commit,
         "dirty": dirty,
         "packages": {name: found for name in _PACKAGES if (found := _version(name)) is not None},

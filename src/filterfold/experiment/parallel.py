@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .. import ranks
 from ..errors import ConfigError, TrainingError
 from .config import Trial
 from .deadline import Stopped
@@ -54,6 +55,7 @@ class Parallel:
     def __init__(self, count: int) -> None:
         if count < 1:
             raise ConfigError(f"{count} trials at a time make no sense; give at least 1")
+        ranks.alone("trials in worker processes")
         self.count = count
 
     def __call__(self, pending: Sequence[Trial], run: Runner) -> Iterator[Record]:

@@ -76,9 +76,10 @@ def handed_out(job: Any) -> Iterator[None]:
 
 
 def _follow(work: Callable[[Any], object]) -> None:
-    nothing: tuple[list[str], bytes] | None = None
+    nothing: tuple[list[str], int, bytes] | None = None
     while (packed := ranks.agreed(nothing)) is not None:
-        files, job = packed
+        files, threads, job = packed
+        torch.set_num_threads(threads)
         for path in files:
             load_file(Path(path))
         try:
@@ -91,8 +92,8 @@ def _follow(work: Callable[[Any], object]) -> None:
                 raise error from None
 
 
-def _packed(job: Any) -> tuple[list[str], bytes]:
-    """A job, and the files of a user's own that its classes are from."""
+def _packed(job: Any) -> tuple[list[str], int, bytes]:
+    """The files of a user's own that a job's classes are from, the CPU threads to compute with, and the job."""
     files = [str(module.__file__) for name, module in sys.modules.items() if name.startswith(FILE_MODULE)]
     buffer = io.BytesIO()
     try:
@@ -103,7 +104,7 @@ def _packed(job: Any) -> tuple[list[str], bytes]:
             f"the work can't be sent to the other processes ({reason}); train by a script that calls "
             "filterfold.training.train in every process"
         ) from error
-    return files, buffer.getvalue()
+    return files, torch.get_num_threads(), buffer.getvalue()
 
 
 def _all_gave_up() -> None:
