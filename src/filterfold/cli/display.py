@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -86,20 +86,57 @@ def table(title: str | None, columns: Iterable[str], rows: Iterable[Iterable[str
     console.print(drawn(columns, rows, texts))
 
 
-def drawn(columns: Iterable[str], rows: Iterable[Iterable[str]], texts: int = 1) -> Table:
-    """The table that `table` prints."""
+def drawn(columns: Iterable[str], rows: Iterable[Iterable[str]], texts: int = 1) -> Group:
+    """What `table` prints: on a narrow terminal words wrap, then long names break, then columns go below one another.
+
+    No figure is ever cut off or broken.
+    """
     columns, cells = list(columns), [list(row) for row in rows]
-    picture = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_header=any(columns))
-    for index, name in enumerate(columns):
-        words = " ".join([name, *(row[index] for row in cells)]).split()
-        picture.add_column(
-            name,
-            justify="left" if index < texts else "right",
-            overflow="fold",
-            min_width=max(map(len, words), default=1),  # a narrow terminal wraps between words, and never cuts a figure
-        )
-    for row in cells:
-        picture.add_row(*map(escape, row))
+    words = [" ".join([name, *(row[place] for row in cells)]).split() for place, name in enumerate(columns)]
+    needed = [max(map(len, own), default=1) for own in words]
+    blocks = [list(range(len(columns)))]
+    if not _fit(needed):
+        needed = [min(width, _NAME) if place < texts else width for place, width in enumerate(needed)]
+        blocks = _blocks(needed, texts)
+    return Group(*(_picture(columns, cells, needed, texts, block) for block in blocks))
+
+
+_NAME = 24
+"""Where room is short, longer names than this break."""
+
+
+def _fit(widths: Sequence[int]) -> bool:
+    """Whether the terminal is wide enough for columns that wide: each has a blank on both sides."""
+    return sum(widths) + 2 * len(widths) <= console.width
+
+
+def _blocks(needed: Sequence[int], texts: int) -> list[list[int]]:
+    """Columns that stand side by side; each block begins with those that hold text."""
+    first = list(range(min(texts, len(needed))))
+    blocks = [list(first)]
+    for place in range(len(first), len(needed)):
+        if len(blocks[-1]) > len(first) and not _fit([needed[i] for i in (*blocks[-1], place)]):
+            blocks.append(list(first))
+        blocks[-1].append(place)
+    return blocks
+
+
+def _picture(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], needed: Sequence[int], texts: int, block: Sequence[int]
+) -> Table:
+    """Some of the columns, each as wide as it needs, and as it likes where there is room."""
+    widths = {place: needed[place] for place in block}
+    for place in block:
+        likes = max(len(line) for row in (columns, *rows) for line in row[place].splitlines() or [""])
+        free = console.width - sum(widths.values()) - 2 * len(block)
+        widths[place] += max(0, min(likes - widths[place], free))
+    shown = any(columns[place] for place in block)
+    picture = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_header=shown)
+    for place, width in widths.items():
+        justify: Literal["left", "right"] = "left" if place < texts else "right"
+        picture.add_column(columns[place], justify=justify, overflow="fold", width=width)
+    for row in rows:
+        picture.add_row(*(escape(row[place]) for place in block))
     return picture
 
 

@@ -131,7 +131,7 @@ def _show(found: Comparison, images: int) -> None:
     if images:
         headings = (*headings, f"{images:,} images, s")
         rows = [(*line, seconds.get(line[0], "") if line[1] == str(PASS) else "") for line in rows]
-    table(f"Seconds of calls, {found.conditions['mode']}", headings, rows)
+    table(f"Time of calls, {found.conditions['mode']}", headings, rows, texts=2)
     say(", ".join(f"{key} {value}" for key, value in found.conditions.items() if value is not None))
     for warning in found.warnings:
         say(f"warning: {warning}")

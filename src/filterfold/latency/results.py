@@ -153,7 +153,7 @@ class Comparison:
     def table(self) -> list[tuple[str, ...]]:
         """Heading and one line a network and batch size, as texts."""
         lines: list[tuple[str, ...]] = [
-            ("model", "batch", "median ms", "95 % interval", "p90 ms", "examples/s", "speed-up", "95 %", "MACs")
+            ("model", "batch", "speed-up", "95 %", "MACs", "median ms", "95 % interval", "p90 ms", "examples/s")
         ]
         for row in self.rows:
             (low, high), (slow, fast) = row.interval, self.speedup_interval(row.model, row.batch_size)
@@ -162,13 +162,13 @@ class Comparison:
                 (
                     row.model,
                     str(row.batch_size),
+                    f"{self.speedup(row.model, row.batch_size):.2f}x",
+                    f"{slow:.2f}-{fast:.2f}",
+                    "" if fewer is None else f"{fewer:.2f}x",
                     f"{1e3 * row.median:.3f}",
                     f"{1e3 * low:.3f}-{1e3 * high:.3f}",
                     f"{1e3 * row.p90:.3f}",
                     f"{row.throughput:,.0f}",
-                    f"{self.speedup(row.model, row.batch_size):.2f}x",
-                    f"{slow:.2f}-{fast:.2f}",
-                    "" if fewer is None else f"{fewer:.2f}x",
                 )
             )
         return lines
