@@ -8,7 +8,7 @@ functional convolutions, standardised weights and shared layers are counted like
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from math import prod
@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from .errors import ModelError
 from .modes import attention_in_steps, call, examples, undisturbed
@@ -295,7 +294,7 @@ class WeightOps(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if result is not NotImplemented:
                 return result
         output = func(*args, **kwargs)
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = list(_tensors_in((*args, *kwargs.values())))
         owned = [self._owners[id(tensor)] for tensor in tensors if id(tensor) in self._owners]
         if rule is not None:
             self._report(packet, rule(output, *args, **kwargs), output)
@@ -326,11 +325,20 @@ class WeightOps(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _follow(self, output: Any, owned: list[tuple[Tensor, str | None]]) -> None:
         named = [(tensor, name) for tensor, name in owned if name is not None]
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, Tensor) and id(leaf) not in self._owners:
+        for leaf in _tensors_in((output,)):
+            if id(leaf) not in self._owners:
                 alike = [entry for entry in named if entry[0].shape == leaf.shape]
                 best = max(alike or named, key=lambda entry: entry[0].numel(), default=(leaf, None))
                 self._owners[id(leaf)] = (leaf, best[1])
+
+
+def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    """All tensors among an op's arguments or results, which may be lists and tuples."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors_in(value)
 
 
 class _Counter:

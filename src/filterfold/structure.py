@@ -154,6 +154,8 @@ def plain_sizes(value: Any) -> Any:
     """
     if isinstance(value, int) and not isinstance(value, bool):
         return value
+    if type(value) is tuple and value and set(map(type, value)) == {int}:
+        return value
     if isinstance(value, tuple | list) and value:
         items = tuple(plain_sizes(item) for item in value)
         return None if any(item is None for item in items) else items

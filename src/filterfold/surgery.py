@@ -55,34 +55,62 @@ class _Journal:
             self._actions.pop()()
 
 
-class Cuttings:
-    """What a rehearsal has cut, so that the cut itself need not do it again; for one plan and one model.
+@dataclass(frozen=True, slots=True)
+class _Cutting:
+    """One tensor that was cut: its data, how often it had been written into, by what it was cut, and the outcome."""
 
-    Given to `apply`, it collects the new tensors, and gives them out when the same cuts are applied to the same data.
+    before: Tensor
+    version: int
+    edit: Edit
+    after: Tensor
+
+    def holds(self, tensor: Tensor, edit: Edit) -> bool:
+        """Whether cutting the tensor now would come to the same."""
+        return self.version == tensor._version and _same_data(self.before, tensor) and _same_edit(self.edit, edit)
+
+
+class Cuttings:
+    """What a rehearsal has cut, so that the cut itself need not do it again; for one model.
+
+    Given to `apply`, it collects the new tensors, and gives them out when the same data is to be cut in the same way.
     A tensor that was written into in between, or that had other data for the rehearsal, is cut anew.
     """
 
     def __init__(self) -> None:
         """Empty."""
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget everything: another plan will be rehearsed."""
         self._cuts: tuple[Cut, ...] | None = None
         self._edits: dict[str, Edit] = {}
-        self._tensors: dict[str, tuple[Tensor, int, Tensor]] = {}
+        self._tensors: dict[str, _Cutting] = {}
 
     def edits(self, plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Edit]:
-        """`edits_of`, computed once."""
-        if plan.cuts is not self._cuts:
-            self._cuts, self._tensors = plan.cuts, {}
-            self._edits = edits_of(plan, tensors)
-        return self._edits
+        """`edits_of`, computed once for the first plan since the beginning."""
+        if self._cuts is None:
+            self._cuts, self._edits = plan.cuts, edits_of(plan, tensors)
+        return self._edits if plan.cuts is self._cuts else edits_of(plan, tensors)
 
     def cut(self, name: str, tensor: Tensor, edit: Edit, kind: Kind) -> Tensor:
         """`cut_tensor`, once for the same data."""
-        before, version, after = self._tensors.get(name, (None, -1, None))
-        if before is not None and after is not None and version == tensor._version and _same_data(before, tensor):
-            return after
+        known = self._tensors.get(name)
+        if known is not None and known.holds(tensor, edit):
+            return known.after
         after = cut_tensor(tensor, edit, kind)
-        self._tensors.setdefault(name, (tensor.detach(), tensor._version, after))
+        if known is None:
+            self._tensors[name] = _Cutting(tensor.detach(), tensor._version, edit, after)
         return after
+
+
+def _same_edit(first: Edit, second: Edit) -> bool:
+    """Whether two edits only drop positions, and the same ones."""
+    if first is second:
+        return True
+    return first.keys() == second.keys() and all(
+        len(cut.source) == len(second[axis].source) == 0 and torch.equal(cut.keep, second[axis].keep)
+        for axis, cut in first.items()
+    )
 
 
 def _same_data(first: Tensor, second: Tensor) -> bool:

@@ -165,6 +165,8 @@ def rehearse(
     model does not run as it is.
     """
     model = unwrap(model)
+    if cuttings is not None:
+        cuttings.begin()
     judge = _Judge(plan, groups, model, repair, cuttings, count and batch_of(example_inputs) == 1)
 
     def trial_with(generic: bool) -> Callable[[torch.dtype | None], _Errors]:
@@ -336,7 +338,7 @@ class _Judge:
         part = Plan(tuple(self.inexact))
         tensors = dict(named_tensors(self.model))
         cuts = rebased(self.exact, edits_of(part, tensors), tensors)
-        receipt = apply(part, self.model)
+        receipt = apply(part, self.model, cuttings=self.cuttings)
         try:
             yield part, cuts
         finally:

@@ -32,13 +32,23 @@ class Forecast:
             if group.name in cuts:
                 table[row, : group.size] = cuts[group.name].assignment
         self._ends_in = np.where(assembly.group_of < 0, 0, table[assembly.group_of, assembly.unit_of])
+        self._folds = any(cut.folds for cut in plan.cuts)
+        self._survivors: dict[tuple[int, ...], tuple[Axis, NDArray[np.bool_]]] = {}
 
     def survives(self, axis: Axis, size: int) -> NDArray[np.bool_]:
         """Which of an axis's positions are there after the cut; of folded ones, the first of each kind."""
+        key = (size, *map(id, axis or ()))
+        if key not in self._survivors:
+            self._survivors[key] = axis, self._find_survivors(axis, size)
+        return self._survivors[key][1]
+
+    def _find_survivors(self, axis: Axis, size: int) -> NDArray[np.bool_]:
         kept = np.ones(size, dtype=bool)
         for vector in axis or ():
             group, end = self._assembly.group_of[vector], self._ends_in[vector]
             kept &= end != DROPPED
+            if not self._folds:
+                continue
             unit = self._assembly.unit_of[vector]
             first: dict[tuple[int, int], int] = {}
             if len(np.unique(np.stack([group, end], 1), axis=0)) < len(np.unique(np.stack([group, unit], 1), axis=0)):
