@@ -24,6 +24,7 @@ from .groups import ChannelGroup
 from .latency import measure_latency
 from .plan import Cut, Plan, Slice
 from .prune import PruneResult, prune
+from .reconstruction import Repair, reestimate, repair
 from .selection import LatencyBudget, from_clusters, select
 from .surgery import Receipt, apply
 from .verify import Verification, masked, verify
@@ -45,6 +46,7 @@ __all__ = [
     "Plan",
     "PruneResult",
     "Receipt",
+    "Repair",
     "Schedule",
     "Slice",
     "Verification",
@@ -57,6 +59,8 @@ __all__ = [
     "measure",
     "measure_latency",
     "prune",
+    "reestimate",
+    "repair",
     "save",
     "score",
     "select",
