@@ -87,18 +87,23 @@ def table(title: str | None, columns: Iterable[str], rows: Iterable[Iterable[str
 
 
 def drawn(columns: Iterable[str], rows: Iterable[Iterable[str]], texts: int = 1) -> Group:
-    """What `table` prints: on a narrow terminal words wrap, then long names break, then columns go below one another.
+    """What `table` prints: on a narrow terminal texts wrap, then long names break, then columns go below one another.
 
     No figure is ever cut off or broken.
     """
     columns, cells = list(columns), [list(row) for row in rows]
-    words = [" ".join([name, *(row[place] for row in cells)]).split() for place, name in enumerate(columns)]
-    needed = [max(map(len, own), default=1) for own in words]
+    needed = [_needed(name, [row[place] for row in cells], place < texts) for place, name in enumerate(columns)]
     blocks = [list(range(len(columns)))]
     if not _fit(needed):
         needed = [min(width, _NAME) if place < texts else width for place, width in enumerate(needed)]
         blocks = _blocks(needed, texts)
     return Group(*(_picture(columns, cells, needed, texts, block) for block in blocks))
+
+
+def _needed(name: str, cells: Sequence[str], text: bool) -> int:
+    """The least width of a column: headings and texts wrap between words, figures don't."""
+    words = name.split() + (" ".join(cells).split() if text else list(cells))
+    return max(map(len, words), default=1)
 
 
 _NAME = 24

@@ -25,9 +25,15 @@ Examples:
   filterfold watch runs/vgg16-cifar10 --once
 """
 
-HEADINGS = ("Trial", "seed", "", "epoch", "loss", "top-1 %", "MACs", "training s", "")
+HEADINGS = ("Trial", "seed", "", "epoch", "loss", "top-1 %", "MACs", "train s")
 AROUND = 6
 """Lines of a terminal that are not rows of the table."""
+
+WIDE = 110
+"""Columns of a terminal from which notes stand beside the figures; else those of the first trials stand below."""
+
+NOTES = 4
+"""Notes that stand below at most."""
 
 
 def watch(
@@ -47,20 +53,25 @@ def watch(
         console.print(_picture(now, None))
         return
     with Live(_picture(now, console.height), console=console, auto_refresh=False) as screen:
-        while any(one.status != "finished" for one in now):
+        while any(one.status not in ("finished", "failed") for one in now):
             time.sleep(every)
             now = standings(run)
             screen.update(_picture(now, console.height), refresh=True)
 
 
 def _picture(now: list[Standing], height: int | None) -> Group:
-    shown = now if height is None else now[: max(1, height - AROUND)]
+    noted = [one for one in now if one.note and one.status != "finished"]
+    beside = console.width >= WIDE
+    below = [] if beside else noted[:NOTES]
+    shown = now if height is None else now[: max(1, height - AROUND - len(below))]
     totals = Counter(one.status for one in now)
     line = f"{totals['finished']} of {len(now)} trials finished"
     line += "".join(f", {totals[status]} {status}" for status in ("running", "interrupted", "failed") if totals[status])
     if len(shown) < len(now):
         line += f"; {len(now) - len(shown)} more don't fit on the screen"
-    return Group(Text(line), drawn(HEADINGS, map(_row, shown)))
+    rows = [_row(one) + ([one.note] if beside else []) for one in shown]
+    notes = [Text(f"{one.label} seed {one.seed}: {one.note}", no_wrap=True, overflow="ellipsis") for one in below]
+    return Group(Text(line), drawn((*HEADINGS, "") if beside else HEADINGS, rows), *notes)
 
 
 def _row(one: Standing) -> list[str]:
@@ -70,4 +81,4 @@ def _row(one: Standing) -> list[str]:
     ]
     macs = "" if one.macs is None else count(one.macs)
     seconds = "" if one.seconds is None else f"{one.seconds:.1f}"
-    return [one.label, str(one.seed), one.status, epoch, *figures, macs, seconds, one.note]
+    return [one.label, str(one.seed), one.status, epoch, *figures, macs, seconds]
