@@ -79,6 +79,7 @@ def test_a_comparison_is_logged_trial_by_trial(tmp_path: Path) -> None:
         assert [value for _, value in found["train/macs"]] == [row["macs"] for row in record["history"]]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of SQLAlchemy, about MLflow's use of it
 def test_mlflow_holds_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tracker = pytest.importorskip("mlflow.tracking")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -89,12 +90,29 @@ def test_mlflow_holds_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for epoch in (1, 2):  # two processes, one run
         with tracking(["mlflow"], tmp_path / "run", "trial") as (found,):
             found.row({**row, "epoch": epoch})
+            found.final({"top1": 90.0 + epoch})
     client = tracker.MlflowClient(f"sqlite:///{tmp_path / 'run' / 'mlruns.db'}")
     (run,) = client.search_runs([client.get_experiment_by_name("run").experiment_id])
     assert [(one.step, one.value) for one in client.get_metric_history(run.info.run_id, "train/loss")] == [
         (1, 1.5),
         (2, 1.5),
     ]
+    assert run.data.metrics["final/top1"] == 92.0
+    assert (run.info.run_name, run.info.status) == ("trial", "FINISHED")
+
+
+def test_mlflow_without_a_place_to_keep_figures_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    def find_spec(name: str) -> object | None:
+        return None if name == "sqlalchemy" else object()
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(ConfigError, match="mlflow-skinny keeps nothing itself; pip install mlflow, or set MLFLOW_"):
+        check_trackers(["mlflow"])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://localhost:5000")
+    check_trackers(["mlflow"])
 
 
 def test_refusals() -> None:

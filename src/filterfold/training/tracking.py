@@ -21,6 +21,8 @@ MLRUNS = "mlruns"
 """Folders in a run folder: TensorBoard's event files, one folder for each trial; MLflow's store, unless
 `MLFLOW_TRACKING_URI` names a server."""
 
+SERVER = "MLFLOW_TRACKING_URI"
+
 
 class Tracker(Protocol):
     """Something that figures are handed to."""
@@ -79,7 +81,7 @@ class MLflow:
         from mlflow.tracking import MlflowClient
 
         folder.mkdir(parents=True, exist_ok=True)
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(folder / MLRUNS).resolve()}.db"
+        uri = os.environ.get(SERVER) or f"sqlite:///{(folder / MLRUNS).resolve()}.db"
         self.client: Any = MlflowClient(tracking_uri=uri)
         title = folder.resolve().name
         known = self.client.get_experiment_by_name(title)
@@ -117,6 +119,8 @@ def check_trackers(names: Sequence[str]) -> None:
             raise ConfigError(f"no tracker {name!r}; there are {' and '.join(TRACKERS)}")
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"tracker {name!r} is not installed; pip install {name}")
+    if "mlflow" in names and not os.environ.get(SERVER) and importlib.util.find_spec("sqlalchemy") is None:
+        raise ConfigError(f"mlflow-skinny keeps nothing itself; pip install mlflow, or set {SERVER} to a server")
 
 
 @contextmanager
