@@ -62,16 +62,25 @@ def lead_or_follow(command: Callable[[], object], work: Callable[[Any], object])
 def handed_out(job: Any) -> Iterator[None]:
     """Let the waiting ranks, if there are any, do in a `with` block what this one does in it.
 
-    **Raises:** `TrainingError` if the job can't be sent.
+    **Raises:** `TrainingError` if the job can't be sent; `SystemExit` if another rank is gone: nothing can be done but
+    to start again from the checkpoint.
     """
+    global _waiting
     if not _waiting:
         yield
         return
     ranks.agreed(_packed(job))
     try:
         yield
-    except Exception:
-        _all_gave_up()
+    except Exception as error:
+        try:
+            _all_gave_up()
+        except RuntimeError:
+            _waiting = False
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise SystemExit(
+                f"filterfold: another process is gone ({reason}); the same command goes on from here"
+            ) from error
         raise
 
 
