@@ -25,12 +25,12 @@ from .controls import drop, write_back
 from .cutting import cut_through
 from .grouping import ClusterRow, read_row, regroup, summary
 from .plateau import Plateau
-from .pulled import Pulled, pulled
+from .pulled import Pulled, add_gradients, pulled
 from .ranks import check_wrappers, renew
 from .remedy import Remedy, check, mend, remembered
 from .result import CENTROID, EXACT, FOLD, CutResult, observed, relative_change
 from .schedule import Schedule
-from .targets import Target, active
+from .targets import Target, active, check_sizes
 
 _STRENGTH = {"cosine": 1e-3, "centripetal": 0.05}
 _LOG = logging.getLogger("filterfold.online")
@@ -178,6 +178,10 @@ class OnlineFilterClustering:
             return torch.zeros((), device=self._device)
         return self.strength * total
 
+    def add_gradients(self) -> None:
+        """Add to the gradients what `loss()` would, for loops whose loss is out of reach."""
+        add_gradients(self._pulls, self.strength)
+
     def merge_gradients(self) -> None:
         """With `pull="centripetal"`: let the filters of a cluster follow one common gradient, and drift together.
 
@@ -269,14 +273,7 @@ class OnlineFilterClustering:
                 f"online clustering: the state is of method {state.get('method')!r}, this is {self.method!r}"
             )
         self._look()
-        if dict(state["sizes"]) != self._sizes:
-            wrong = next(
-                name for name in {**state["sizes"], **self._sizes} if state["sizes"].get(name) != self._sizes.get(name)
-            )
-            raise CheckpointError(
-                f"online clustering: group {wrong!r} has {self._sizes.get(wrong)} units, the state says "
-                f"{state['sizes'].get(wrong)}: restore the model before it"
-            )
+        check_sizes(state["sizes"], self._sizes)
         self._full = {name: int(size) for name, size in state["full"].items()}
         self.labels = {name: labels.clone() for name, labels in state["labels"].items()}
         self.history = [read_row(row) for row in state["history"]]

@@ -50,3 +50,16 @@ def pulled(groups: Sequence[ChannelGroup], labels: Mapping[str, Tensor], tensors
             place = None if positions is None else positions.to(device)
             found.append(Pulled(parameter, piece.axis, place, own.to(device), averager(own).to(device), own_sign))
     return found
+
+
+def add_gradients(pulls: Sequence[Pulled], strength: float) -> None:
+    """Add the gradient of strength · Σ value to the parameters' gradients.
+
+    Nothing is run backward through them, so that hooks on them (a loss scaler's, DDP's) stay quiet.
+    """
+    if not pulls or not strength:
+        return
+    parameters = list({id(entry.parameter): entry.parameter for entry in pulls}.values())
+    total = torch.stack([entry.value().double() for entry in pulls]).sum()
+    for parameter, gradient in zip(parameters, torch.autograd.grad(strength * total, parameters), strict=True):
+        parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from ..errors import ConfigError, SelectionError
+from ..errors import CheckpointError, ConfigError, SelectionError
 from ..groups import ChannelGroup
 
 WIDE, EVEN = 128, 16
@@ -108,3 +108,13 @@ def active(groups: Sequence[ChannelGroup], target: Target, ignore: Sequence[str]
         and any(piece.role in ("filter", "depthwise") for piece in group.producers)
         and not any(fnmatchcase(group.name, pattern) for pattern in ignore)
     )
+
+
+def check_sizes(there: Mapping[str, int], here: Mapping[str, int]) -> None:
+    """**Raises:** `CheckpointError` naming the first group that a state and a network do not agree on."""
+    for name in {**there, **here}:
+        if there.get(name) != here.get(name):
+            raise CheckpointError(
+                f"online clustering: group {name!r} has {here.get(name)} units, the state says {there.get(name)}: "
+                "restore the model before it"
+            )
