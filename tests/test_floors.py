@@ -31,6 +31,7 @@ SIBLINGS = {
     ("__main__", "cli"),
     ("axes", "structure"),
     ("borrowing", "structure"),
+    ("cost", "structure"),
     ("export", "structure"),
     ("verify", "surgery"),
     ("verify", "oracles"),

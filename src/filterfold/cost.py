@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import ModelError
 from .modes import attention_in_steps, call, examples, undisturbed
+from .structure import named_tensors
 
 aten = torch.ops.aten
 
@@ -266,7 +267,7 @@ class WeightOps(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._seen = seen
         # id -> (tensor, name): holding the tensor keeps its id from being used again
         self._owners: dict[int, tuple[Tensor, str | None]] = {}
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        for name, tensor in named_tensors(model):
             self._owners.setdefault(id(tensor), (tensor, name))
         self._attention = ExitStack()
         self._entered = 0
@@ -389,8 +390,10 @@ class Counting(WeightOps):  # type: ignore[no-untyped-call]
     def cost(self) -> Cost:
         """The cost so far, with the sizes that the model has now."""
         model, counter = self._model, self._counter
-        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        layers = counter.layers({name: tuple(buffer.shape) for name, buffer in model.named_buffers()} | shapes)
+        first = {id(tensor): (name, tensor) for name, tensor in reversed(list(named_tensors(model)))}
+        tensors = dict(reversed(list(first.values())))
+        shapes = {name: tuple(t.shape) for name, t in tensors.items() if isinstance(t, nn.Parameter)}
+        layers = counter.layers({name: tuple(tensor.shape) for name, tensor in tensors.items()})
         return Cost(
             macs=sum(layer.macs for layer in layers),
             parameters=sum(prod(shape) for shape in shapes.values()),

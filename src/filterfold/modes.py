@@ -29,7 +29,8 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, training in before:
-            module.training = training
+            if module.training is not training:
+                module.training = training
 
 
 _INTERNAL = frozenset(vars(nn.Module())) - {"_buffers"}

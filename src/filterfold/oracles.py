@@ -41,7 +41,8 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[None]:
     tensors = dict(named_tensors(unwrap(model)))
     with _replacing() as place:
         for cut in plan.cuts:
-            for part in _once(cut.producers, tensors):
+            blends = cut.folds or cut.blend or any(part.weight for part in cut.producers)
+            for part in _once(cut.producers, tensors) if blends else ():
                 place(tensors[part.tensor], _unified(tensors[part.tensor], part, cut))
             for part in _once(cut.consumers, tensors):
                 place(tensors[part.tensor], _scaled(tensors[part.tensor], part, cut))
@@ -163,21 +164,14 @@ def _unified(tensor: Tensor, part: Slice, cut: Cut) -> Tensor:
 
 def _scaled(tensor: Tensor, part: Slice, cut: Cut) -> Tensor:
     """Kernels that read a dropped unit become zero, the others are multiplied by their unit's gain."""
-    units = np.asarray(part.units)
-    own, dropped = units >= 0, np.asarray(cut.assignment) == DROPPED
-    data, given = tensor.data, part.weight or cut.gain
-    if given:
-        factor = torch.from_numpy(np.where(own, np.asarray(given)[units], 1.0)).to(tensor.device, tensor.dtype)
-        data = data * factor.view([-1 if axis == part.axis % data.dim() else 1 for axis in range(data.dim())])
-    unread = own & dropped[units]
-    if not unread.any():
+    units, data = np.asarray(part.units), tensor.data
+    own, gain = units >= 0, np.asarray(part.weight or cut.gain or np.ones(cut.size))
+    unit_factor = np.where(np.asarray(cut.assignment) == DROPPED, 0.0, gain)
+    factor = np.where(own, unit_factor[units], 1.0)
+    if (factor == 1).all():
         return data
-    axis = part.axis % data.dim()
-    block = int(np.gcd.reduce([len(unread), *(np.flatnonzero(np.diff(unread)) + 1)]))  # each wholly read or unread
-    result = data.clone()
-    gone = torch.from_numpy(np.flatnonzero(unread[::block])).to(tensor.device)
-    result.unflatten(axis, (-1, block)).index_fill_(axis, gone, 0)  # type: ignore[no-untyped-call]
-    return result
+    shape = [-1 if axis == part.axis % data.dim() else 1 for axis in range(data.dim())]
+    return data * torch.from_numpy(factor).to(tensor.device, tensor.dtype).view(shape)
 
 
 def _shuffled(cells: Sequence[object], generator: torch.Generator) -> list[int]:

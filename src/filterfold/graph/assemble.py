@@ -88,7 +88,7 @@ def _connect(joins: list[tuple[Ints, Ints]], size: int) -> tuple[Ints, int]:
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    pairs = [np.broadcast_arrays(a, b) for a, b in joins]
+    pairs = [(a, b) if a.shape == b.shape else np.broadcast_arrays(a, b) for a, b in joins]
     first = np.concatenate([np.zeros(0, np.int64), *(a.ravel() for a, _ in pairs)])
     second = np.concatenate([np.zeros(0, np.int64), *(b.ravel() for _, b in pairs)])
     graph = coo_array((np.ones(len(first), np.int8), (first, second)), shape=(size, size))
