@@ -83,6 +83,17 @@ def test_a_set_of_trials_is_timed_once_and_a_larger_set_anew(bench: Bench, clock
     assert len({record["timing"]["together_with"] for record in again if record["timing"]}) == 1
 
 
+def test_records_without_their_networks_keep_their_times(
+    bench: Bench, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    there, gone = finish(bench, 0, 1.0), finish(bench, 1, 2.0)
+    bench.model_file(gone["id"]).unlink()
+    with caplog.at_level("INFO", "filterfold.experiment"):
+        timed = timing.measure_together([there, gone], bench, rounds=1)
+    assert [record["id"] for record in timed] == [there["id"]]
+    assert "1 of 2 networks are not in the run folder" in caplog.text
+
+
 def test_interrupted_timing_goes_on(bench: Bench, clock: Clock) -> None:
     finished = [finish(bench, 0, 0.5), finish(bench, 1, 0.25)]
     bench.deadline = Deadline(1.0, clock=lambda: clock.now)

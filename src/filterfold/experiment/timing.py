@@ -84,7 +84,8 @@ def measure_together(
 
     **Arguments:**
 
-    - `finished`: records of finished trials; their networks lie in the bench's run folder.
+    - `finished`: records of finished trials. Those whose networks are not in the bench's run folder (records alone
+      were handed on) keep the times that they have.
     - `rounds`: passes of each network over the test set; None: `ROUNDS`, more where that is a matter of seconds.
     - `batch_sizes`: images a call, besides the whole test set. Those whose images take over `BATCH_BYTES` are left out.
 
@@ -92,6 +93,10 @@ def measure_together(
 
     **Raises:** `Stopped` when the time is up; the passes made so far are kept for the next call.
     """
+    known = len(finished)
+    finished = [record for record in finished if bench.model_file(record["id"]).exists()]
+    if len(finished) < known:
+        log.info("timing: %d of %d networks are not in the run folder and are left out", known - len(finished), known)
     key = hashlib.sha256(" ".join(sorted(record["id"] for record in finished)).encode()).hexdigest()[:16]
     if not finished or all(_is_timed(record, key, batch_sizes) for record in finished):
         return []
