@@ -117,6 +117,7 @@ def online(folder: Path) -> dict[str, Any]:
         "observed": seen,
         "wrote": path.exists(),
         "resumed": digest(again),
+        "checkpoint": str(path),
     }
 
 

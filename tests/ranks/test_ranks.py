@@ -18,7 +18,7 @@ from filterfold.structure import snapshot
 from filterfold.training import Recipe, evaluate, train
 
 from .conftest import HERE, Launch
-from .program import Watch, plain
+from .program import Watch, digest, plain
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +63,10 @@ def test_two_processes_cut_alike_and_end_where_one_does(both: list[dict[str, Any
     assert (first["observed"], second["observed"]) == ([1, 2, 3], [])
     assert (first["wrote"], second["wrote"]) == (True, False)
     assert first["resumed"] == second["resumed"] == first["weights"]
+    alone = zoo.build("vgg_small", channels=1, image_size=8, width=0.5)  # one process takes up what two have left
+    callbacks = [OnlineCallback(keep=0.5), Watch()]
+    train(alone, digits, recipe, callbacks=callbacks, checkpoint=first["checkpoint"], device="cpu")  # type: ignore[arg-type]
+    assert digest(alone) == first["weights"]
 
 
 def test_a_plain_loop_recovers_after_a_cut(both: list[dict[str, Any]]) -> None:
