@@ -119,6 +119,15 @@ def plain(x: float) -> str:
     return f"{x:g}"
 
 
+def points(x: float) -> str:
+    """A margin with its unit.
+
+    >>> points(0.5), points(1)
+    ('0.5 points', '1 point')
+    """
+    return f"{plain(x)} point" + ("" if x == 1 else "s")
+
+
 def significant(x: float, digits: int) -> str:
     """So many significant digits, never in scientific notation unless tiny."""
     if x == 0:

@@ -14,7 +14,7 @@ from importlib.resources import files
 from . import costs, tables
 from .colours import Look, variables
 from .drawing import Plot
-from .numbers import plain, signed, times
+from .numbers import plain, points, signed, times
 from .readings import Reading
 from .study import MEASURES, SECONDS, TESTED, TOP1, TOP5, Study
 from .table import Table
@@ -90,7 +90,7 @@ def _header(chapters: Sequence[Chapter], sections: Sequence[str], title: str) ->
     controls = dict.fromkeys(c.study.control for c in chapters if c.study.control)
     if controls:
         facts.append(f"control: {', '.join(controls)}")
-        facts.append(f"margin: {plain(chapters[0].margin)} points of top-1")
+        facts.append(f"margin: {points(chapters[0].margin)} of top-1")
     spans = "".join(f"<span>{text(fact)}</span>" for fact in facts)
     links = "".join(f'<a href="#{_id(0, name)}">{name}</a>' for name in sections)
     if len(chapters) > 1:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from .. import stats
 from .costs import speeds, wasted_by_label
-from .numbers import number, p_words, plain, signed, times
+from .numbers import number, p_words, points, signed, times
 from .study import MACS, SECONDS, TOP1, TOP5, Group, Study
 from .verdict import ALPHA, Judgement, power_words
 
@@ -161,13 +161,13 @@ def _no_difference_is_not_equality(study: Study, judgements: Sequence[Judgement]
     p = stats.kruskal_wallis(samples).p
     if p is None or p < ALPHA:
         return []
-    margin = plain(judgements[0].margin)
+    margin = points(judgements[0].margin)
     kept = [j.group.label for j in judgements if j.accuracy in ("no worse", "better", "lower within the margin")]
     shown = f"It is shown for {', '.join(kept)}." if kept else "It is shown for none of the settings."
     text = (
         f"Kruskal–Wallis on top-1 gives {p_words(p)}. That does not show that accuracy is kept: with few trials "
         "a real "
-        f"loss goes unseen just as easily. “No worse” needs a margin fixed beforehand, here {margin} points, and a "
+        f"loss goes unseen just as easily. “No worse” needs a margin fixed beforehand, here {margin}, and a "
         "test "
         f"against that margin. {shown}"
     )

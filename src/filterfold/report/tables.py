@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .. import stats
 from . import costs
-from .numbers import MISSING, interval, mean_sd, number, p_value, plain, signed, times
+from .numbers import MISSING, interval, mean_sd, number, p_value, points, signed, times
 from .study import MEASURES, TESTED, Group, Measure, Record, Study, studies, value
 from .table import Cell, Table, heading, p_cell
 from .verdict import Judgement, judge, matched
@@ -166,7 +166,7 @@ def equivalence(judgements: Sequence[Judgement]) -> Table | None:
     found = [j for j in judgements if j.top1 and j.tost]
     if not found:
         return None
-    control, margin = found[0].control.label, plain(found[0].margin)
+    control, margin = found[0].control.label, points(found[0].margin)
     rows = []
     for j in found:
         if j.top1 is None or j.tost is None:
@@ -194,11 +194,11 @@ def equivalence(judgements: Sequence[Judgement]) -> Table | None:
         "Verdict",
     )
     notes = (
-        f"Margin {margin} points, fixed beforehand. “No worse” tests that the loss is under the margin (one-sided, "
+        f"Margin {margin}, fixed beforehand. “No worse” tests that the loss is under the margin (one-sided, "
         "Welch); "
         "“equivalent” that the difference is under it both ways. Holm over the methods.",
     )
-    return Table("equivalence", f"No worse than {control} within {margin} points?", columns, tuple(rows), notes, True)
+    return Table("equivalence", f"No worse than {control} within {margin}?", columns, tuple(rows), notes, True)
 
 
 def against_control(study: Study, measure: Measure) -> Table | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from .. import stats
-from .numbers import interval, plain, signed, times
+from .numbers import interval, points, signed, times
 from .study import MACS, SECONDS, TOP1, Group, Measure, Record, Study
 
 ALPHA = 0.05
@@ -142,7 +142,7 @@ def accuracy_words(j: Judgement) -> str:
     """One clause on accuracy, with its interval and n."""
     if j.top1 is None or j.tost is None:
         return "accuracy was not measured"
-    margin = f"{plain(j.margin)} points"
+    margin = points(j.margin)
     change = f"{signed(j.top1.value)} points top-1"
     if j.tost.low is None:
         return f"accuracy not shown to be kept ({change}; {j.top1.notes[0]})"
@@ -189,14 +189,14 @@ def headline(study: Study, judgements: Sequence[Judgement]) -> str:
     if len(judgements) == 1:
         j = judgements[0]
         return f"Against {study.control}, with {j.group.label} {pace_words(j)}, and {accuracy_words(j)}."
-    control, margin = study.control, plain(judgements[0].margin)
+    control, margin = study.control, points(judgements[0].margin)
     kept = [j for j in judgements if j.accuracy in ("no worse", "better", "lower within the margin")]
     parts = []
     if any(j.speedup for j in judgements):
         faster = [j for j in judgements if j.pace == "faster"]
         parts.append(f"{_count(faster, judgements)} shown to be faster than {control}")
     if any(j.top1 for j in judgements):
-        parts.append(f"{_count(kept, judgements)} shown to be no worse in top-1 within {margin} points")
+        parts.append(f"{_count(kept, judgements)} shown to be no worse in top-1 within {margin}")
         worse = [j for j in judgements if j.accuracy == "worse"]
         parts.append(f"{_count(worse, judgements)} shown to be worse")
     text = f"Of {len(judgements)} settings, {'; '.join(parts)}."
@@ -235,7 +235,7 @@ def _power(known: Sequence[Judgement], paired: bool) -> str | None:
     if not paired:
         needed = stats.trials_needed(spread, margin)
         text += (
-            f" To show “no worse within {plain(margin)} points” of one method that is equal takes about {needed} "
+            f" To show “no worse within {points(margin)}” of one method that is equal takes about {needed} "
             "trials a side."
         )
     return text
