@@ -207,8 +207,12 @@ def keep_units(size: int, kept: Iterable[int]) -> tuple[int, ...]:
     >>> keep_units(4, [3, 1])
     (-1, 0, -1, 1)
     """
-    rank = {unit: index for index, unit in enumerate(sorted(set(kept)))}
-    return tuple(rank.get(unit, DROPPED) for unit in range(size))
+    assignment = [DROPPED] * size
+    for index, unit in enumerate(sorted(set(kept))):
+        if not 0 <= unit < size:
+            raise PlanError(f"unit {unit} can't be kept: there are {size}")
+        assignment[unit] = index
+    return tuple(assignment)
 
 
 def _cut_to_dict(cut: Cut) -> dict[str, Any]:
