@@ -98,7 +98,37 @@ class Concat(nn.Module):
     makers = (("a.0", "a.1"),), (("b.0", "b.1"),)
 
 
-NETS: tuple[Callable[[], nn.Module], ...] = (Vgg, Raw, Residual, Depthwise, Concat)
+class Dense(nn.Module):
+    """Two dense layers as in DenseNet: each normalises, in its own way, all that came before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm0, self.norm1, self.norm2 = (nn.BatchNorm2d(size, eps=EPS) for size in (8, 14, 20))
+        self.squeeze0, self.squeeze1 = nn.Conv2d(8, 8, 1, bias=False), nn.Conv2d(14, 8, 1, bias=False)
+        self.inner0, self.inner1 = nn.BatchNorm2d(8, eps=EPS), nn.BatchNorm2d(8, eps=EPS)
+        self.grow0, self.grow1 = (nn.Conv2d(8, 6, 3, padding=1, bias=False) for _ in range(2))
+        self.head = nn.Linear(20, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.squeeze0(torch.relu(self.norm0(x)))
+        x = torch.cat((x, self.grow0(torch.relu(self.inner0(y)))), dim=1)
+        y = self.squeeze1(torch.relu(self.norm1(x)))
+        x = torch.cat((x, self.grow1(torch.relu(self.inner1(y)))), dim=1)
+        return self.head(torch.relu(self.norm2(x)).mean((2, 3)))
+
+    # a norm behind a concatenation: the place where the group's units begin in it; no filter: that of the first pair
+    makers = (
+        (("stem", "norm0"), (None, "norm1"), (None, "norm2")),
+        (("squeeze0", "inner0"),),
+        (("grow0", "norm1@8"), (None, "norm2@8")),
+        (("squeeze1", "inner1"),),
+        (("grow1", "norm2@14"),),
+    )
+
+
+NETS: tuple[Callable[[], nn.Module], ...] = (Vgg, Raw, Residual, Depthwise, Concat, Dense)
 
 
 def prepared(make: Callable[[], nn.Module], seed: int) -> nn.Module:
@@ -116,24 +146,27 @@ def prepared(make: Callable[[], nn.Module], seed: int) -> nn.Module:
 
 def make_twins(net: nn.Module, makers: tuple, like: list[int], draw: Callable[[], float], gamma_signs: bool) -> None:
     """Give unit j the function of unit like[j], times a factor, in every layer of one group."""
-    chain = any(getattr(net.get_submodule(name), "groups", 1) > 1 for name, _ in makers)
+    chain = any(name and getattr(net.get_submodule(name), "groups", 1) > 1 for name, _ in makers)
     with torch.no_grad():
         for unit, source in enumerate(like):
             if unit == source:
                 continue
             common, before = draw(), 1.0  # before: what the layer's input is multiplied by, inside a chain
             for name, norm in makers:
-                layer, scale = net.get_submodule(name), draw() if norm else common
-                sign = -1 if gamma_signs and len(makers) == 1 and norm and draw() > 1 else 1
-                layer.weight[unit] = sign * scale * layer.weight[source]
-                if layer.bias is not None:
-                    layer.bias[unit] = sign * scale * layer.bias[source]
+                if name is not None:
+                    layer, scale = net.get_submodule(name), draw() if norm else common
+                    sign = -1 if gamma_signs and len(makers) == 1 and norm and draw() > 1 else 1
+                    layer.weight[unit] = sign * scale * layer.weight[source]
+                    if layer.bias is not None:
+                        layer.bias[unit] = sign * scale * layer.bias[source]
                 if norm:
+                    norm, _, place = norm.partition("@")
+                    one, two = unit + int(place or 0), source + int(place or 0)
                     bn, factor = net.get_submodule(norm), draw() if chain else common
-                    bn.running_mean[unit] = sign * scale * before * bn.running_mean[source]
-                    bn.running_var[unit] = (scale * before) ** 2 * (bn.running_var[source] + EPS) - EPS
-                    bn.weight[unit] = sign * factor * bn.weight[source]
-                    bn.bias[unit] = factor * bn.bias[source]
+                    bn.running_mean[one] = sign * scale * before * bn.running_mean[two]
+                    bn.running_var[one] = (scale * before) ** 2 * (bn.running_var[two] + EPS) - EPS
+                    bn.weight[one] = sign * factor * bn.weight[two]
+                    bn.bias[one] = factor * bn.bias[two]
                     before = factor if chain else 1.0
 
 
