@@ -11,34 +11,15 @@
 # A piece takes under ten minutes (PIECE=9m), saves everything and can be killed at any time; the next piece goes on,
 # also on another machine that is given the run folder.
 set -euo pipefail
+. "$(dirname "$0")/pieces.sh"
+options runs/document "$@"
 
-out=runs/document once=no tiny=no
-while [ $# -gt 0 ]; do
-  case "$1" in
-    --once) once=yes ;;
-    --tiny) tiny=yes ;;
-    --out) out="${2:?--out needs a folder}"; shift ;;
-    --) shift; break ;;
-    *) echo "gpu_plan.sh: no option $1; see the head of this file" >&2; exit 2 ;;
-  esac
-  shift
-done
-
-filterfold="${FILTERFOLD:-filterfold}"
-piece="${PIECE:-9m}"
-options=(--methods dense,l1,online --out "$out" --stop-after "$piece")
 if [ "$tiny" = yes ]; then
-  options+=(--data digits --model vgg_small --width 0.25 --epochs 2 --train-limit 200 --clusters 2,4 --trials 2
+  setting=(--data digits --model vgg_small --width 0.25 --epochs 2 --train-limit 200 --clusters 2,4 --trials 2
     --device cpu --threads 1)
 else
-  options+=(--data cifar10 --model vgg16 --clusters 5,10,15,20,25,30 --trials 5 --epochs 100
+  setting=(--data cifar10 --model vgg16 --clusters 5,10,15,20,25,30 --trials 5 --epochs 100
     --device cuda --precision bf16-mixed --channels-last)
 fi
 
-while true; do
-  code=0
-  $filterfold compare "${options[@]}" "$@" || code=$?
-  if [ "$code" -ne 3 ] || [ "$once" = yes ]; then
-    exit "$code"
-  fi
-done
+pieces compare --methods dense,l1,online --out "$out" "${setting[@]}"

@@ -10,40 +10,17 @@
 #
 # A piece takes under ten minutes (PIECE=9m), saves everything and can be killed at any time; the next piece goes on.
 set -euo pipefail
+. "$(dirname "$0")/pieces.sh"
+options runs/li2017 "$@"
 
-out=runs/li2017 once=no tiny=no
-while [ $# -gt 0 ]; do
-  case "$1" in
-    --once) once=yes ;;
-    --tiny) tiny=yes ;;
-    --out) out="${2:?--out needs a folder}"; shift ;;
-    --) shift; break ;;
-    *) echo "li2017_plan.sh: no option $1; see the head of this file" >&2; exit 2 ;;
-  esac
-  shift
-done
-
-filterfold="${FILTERFOLD:-filterfold}"
-piece="${PIECE:-9m}"
 if [ "$tiny" = yes ]; then
   rows=(resnet56-b)
-  options=(--data digits --width 0.25 --epochs-scale 0.01 --train-limit 100 --device cpu --threads 1)
+  setting=(--data digits --width 0.25 --epochs-scale 0.01 --train-limit 100 --device cpu --threads 1)
 else
   rows=(vgg16-a resnet56-a resnet56-b resnet110-a resnet110-b)
-  options=(--seeds 0,1,2 --device cuda --precision bf16-mixed --channels-last)
+  setting=(--seeds 0,1,2 --device cuda --precision bf16-mixed --channels-last)
 fi
 
 for row in "${rows[@]}"; do
-  while true; do
-    code=0
-    $filterfold recipe run "$row" "${options[@]}" --out "$out/$row" --stop-after "$piece" "$@" || code=$?
-    if [ "$code" -ne 3 ]; then
-      break
-    elif [ "$once" = yes ]; then
-      exit "$code"
-    fi
-  done
-  if [ "$code" -ne 0 ]; then
-    exit "$code"
-  fi
+  pieces recipe run "$row" "${setting[@]}" --out "$out/$row"
 done
