@@ -135,7 +135,7 @@ def work(
         if tree is not None:
             state.resize(model, tree)
         run = Run(model, job.optimizer or recipe.optimizer(model), data, recipe, fabric, job.phase)
-        loop = _Loop(run, callbacks, observers, path, checkpoint_seconds, check, job.validate_every, same)
+        loop = Loop(run, callbacks, observers, path, checkpoint_seconds, check, job.validate_every, same)
         if tree is not None:
             state.take_up(path or Path("the checkpoint"), run, tree)
         for callback in callbacks:
@@ -151,7 +151,7 @@ def work(
         return run.history
 
 
-class _Loop:
+class Loop:
     """The epochs of one call of `train`."""
 
     def __init__(
@@ -185,13 +185,14 @@ class _Loop:
         run, epochs = self.run, self.run.recipe.epochs
         for epoch in track(range(run.epoch + 1, epochs + 1), run.phase, epochs - run.epoch):
             run.epoch = epoch
-            row = self._epoch()
+            row = self.epoch()
             if self._validates(epoch):
                 row["validation_top1"] = self._validate()
             run.history.rows.append(row)
             ranks.decided(lambda row=row: self._tell_and_save(row))  # type: ignore[misc]
 
-    def _epoch(self) -> Row:
+    def epoch(self) -> Row:
+        """The run's present epoch, without validation; its row."""
         run, recipe = self.run, self.run.recipe
         _seed(recipe.seed, run.epoch, ranks.rank())
         started = time.perf_counter()
