@@ -210,3 +210,34 @@ class Dense(nn.Module):
         for layer in self.layers:
             x = torch.cat((x, torch.relu(layer(x))), dim=1)
         return self.head(x.mean((2, 3)))
+
+
+def test_every_control_works_under_a_budget_with_the_widths_that_folding_has():
+    schedule = Schedule(updates=(1, 2), milestones=((2, 0.5), (3, 1.0)))
+    found = {}
+    for method in ("fold", "centroid", "l1", "l2", "random", "fpgm"):
+        torch.manual_seed(0)
+        model = zoo.build("vgg_small", channels=1, image_size=8, width=0.5)
+        x = torch.randn(2, 1, 8, 8)
+        full, kept = measure(model, x).macs, {name: value.clone() for name, value in model.state_dict().items()}
+        online = OnlineFilterClustering(model, x, macs=0.4, schedule=schedule, method=method)
+        for epoch in (1, 2):
+            online.step(epoch)
+        first = {row["group"]: row["k"] for row in reversed(online.history) if row["epoch"] == 2}  # at the cut
+        found[method] = first if method == "centroid" else {n: w[1] for n, w in online.plans[0].widths.items()}
+        online.step(3)
+        assert online.finished
+        assert online.loss().item() == 0
+        if method == "centroid":
+            assert measure(model, x).macs == full
+            assert online.plans == []
+            weight = model.features[0].weight
+            assert weight.shape == kept["features.0.weight"].shape
+            distinct = torch.unique(weight.detach().flatten(1), dim=0)
+            last = {row["group"]: row["k"] for row in online.history}
+            assert len(distinct) == last.get("features.0", len(weight))
+        else:
+            assert measure(model, x).macs <= 0.4 * full
+    changed = {name: width for name, width in found["fold"].items() if width != found["centroid"].get(name)}
+    assert changed == {}
+    assert all(widths == found["fold"] for method, widths in found.items() if method != "centroid")
