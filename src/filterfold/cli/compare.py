@@ -55,7 +55,8 @@ METHODS_HELP = (
     "largest or mean-std; CRITERION-greedy or -iterative (its variants); scratch (the small network, fresh weights); "
     "scratch-long (for as many epochs as cost what online costs); online (fold clusters while training); "
     "online-CRITERION (the same schedule, dropping by a criterion); online-centroid (nothing removed); "
-    "online…+repair, online…+distill (with that after every cut)."
+    "online…+repair, online…+distill (next kernels repaired after every cut; the uncut network as a teacher); "
+    "online…+longer, scratch+longer (more epochs, for at most .7 of the dense training's MACs)."
 )
 
 
@@ -192,7 +193,7 @@ def demo(
     keep: Annotated[float, Option(help="Share of the filters that stays.")] = 0.5,
     stop_after: Annotated[str | None, Option(help="Stop in time, to be gone on with: 30s, 1m.")] = None,
     device: Device = "cpu",
-    threads: Threads = 1,
+    threads: Annotated[int, Option(help="CPU threads.", min=1)] = 1,
 ) -> None:
     """Compare dense training, the original algorithm and online clustering on handwritten digits.
 
