@@ -181,7 +181,7 @@ def _measure(model: nn.Module, sites: Sequence[_Site], inputs: Any) -> dict[str,
     def look(name: str, module: nn.Module, data: Any, output: Tensor) -> None:
         calls[name] += 1
         links[name] = (data[0], output)
-        made[name] = float(output.double().norm())
+        made[name] = float(output.detach().cpu().double().norm())
         if name in makers:
             seen[name] = _lifted(module, data[0])
 

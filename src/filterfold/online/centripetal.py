@@ -81,6 +81,7 @@ class Centripetal:
             if group.name in labels
             for found in _of(group, labels[group.name], tensors, strength)
         ]
+        self._device = rows[0].parameter.device.type if rows else "cpu"
         self._wide = [(entry, averager(entry.labels)) for entry in rows if entry.parameter.ndim > 1]
         narrow: dict[tuple[torch.device, torch.dtype], list[_Rows]] = {}
         for entry in rows:
@@ -90,7 +91,7 @@ class Centripetal:
 
     def merge(self) -> None:
         """g_j ← mean of the cluster's gradients + ε (F_j - F̄), in place; parameters without gradient are left out."""
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(self._device, enabled=False):
             for entry, mean in self._wide:
                 gradient = entry.parameter.grad
                 if gradient is None:
