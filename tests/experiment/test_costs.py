@@ -11,7 +11,7 @@ from filterfold.experiment.bench import Bench
 from filterfold.experiment.config import Setting, Trial
 from filterfold.experiment.costs import train_images, train_macs
 from filterfold.experiment.launch import compare
-from filterfold.experiment.records import Epoch
+from filterfold.training import Row
 
 SETTING = Setting(
     "vgg_small", "digits", width=0.25, data_options={"train_limit": 300, "validation": 0},
@@ -19,7 +19,7 @@ SETTING = Setting(
 )  # fmt: skip
 
 
-def rows(*macs: int, phase: Any = "train") -> list[Epoch]:
+def rows(*macs: int, phase: Any = "train") -> list[Row]:
     return [
         {"phase": phase, "epoch": epoch, "train_loss": 1.0, "validation_top1": None, "learning_rate": 0.1,
          "seconds": 1.0, "macs": count, "events": []}

@@ -22,11 +22,10 @@ from ..errors import ConfigError
 from ..graph import trace
 from ..plan import Plan
 from ..prune import PruneResult, prune
-from ..training import train
+from ..training import Row, train
 from .bench import Bench
 from .config import SCRATCH, SCRATCH_LONG, Trial
 from .li2017 import keep_shares
-from .records import Epoch
 
 Shares = float | Mapping[str, float]
 
@@ -35,7 +34,7 @@ Shares = float | Mapping[str, float]
 class Afterwards:
     """What was done to a network: its epochs, and its cuts."""
 
-    history: list[Epoch]
+    history: list[Row]
     plans: list[Plan]
 
 
@@ -107,7 +106,7 @@ def scratch(trial: Trial, bench: Bench, epochs: int | None = None) -> tuple[nn.M
             check=bench.deadline.check_next,
             device=bench.device,
         )
-    return model, Afterwards([cast(Epoch, dict(row)) for row in rows.rows], [result.plan])
+    return model, Afterwards(rows.rows, [result.plan])
 
 
 def drawn(trial: Trial, bench: Bench, model: nn.Module, asked: Mapping[str, Any]) -> PruneResult:
@@ -115,7 +114,7 @@ def drawn(trial: Trial, bench: Bench, model: nn.Module, asked: Mapping[str, Any]
     return prune(model, bench.example, criterion="random", round_to=trial.setting.round_to, seed=trial.seed, **asked)
 
 
-def _retrain(trial: Trial, bench: Bench, model: nn.Module, epochs: int, checkpoint: str, before: int) -> list[Epoch]:
+def _retrain(trial: Trial, bench: Bench, model: nn.Module, epochs: int, checkpoint: str, before: int) -> list[Row]:
     setting = trial.setting
     usual: dict[str, Any] = {"lr": setting.retrain_lr, "schedule": "constant"}
     with bench.tracked(trial.id) as trackers:
@@ -129,7 +128,7 @@ def _retrain(trial: Trial, bench: Bench, model: nn.Module, epochs: int, checkpoi
             device=bench.device,
             phase="retrain",
         )
-    return [cast(Epoch, {**row, "epoch": row["epoch"] + before}) for row in history.rows]
+    return [{**row, "epoch": row["epoch"] + before} for row in history.rows]
 
 
 def _portion(epochs: int, number: int, rounds: int) -> int:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from ..training import Row
 from .bench import Bench
 from .config import SCRATCH, Trial
-from .records import Epoch
 
 STEP = 3
 """Passes of a training step, in forward passes: backward computes two products, for the inputs and for the weights,
 where forward computes one (Kaplan et al. 2020, section 2.1)."""
 
 
-def train_images(trial: Trial, bench: Bench, history: Iterable[Epoch]) -> int:
+def train_images(trial: Trial, bench: Bench, history: Iterable[Row]) -> int:
     """Images that the epochs of a trial went through, with those of the network that it began with."""
     return sum(_images(trial, bench, epoch) for epoch in history)
 
 
-def train_macs(trial: Trial, bench: Bench, history: Iterable[Epoch], dense: int) -> int:
+def train_macs(trial: Trial, bench: Bench, history: Iterable[Row], dense: int) -> int:
     """Multiply-accumulates of all training steps, a teacher's forward passes among them; not what cuts and pulls take.
 
     **Arguments:**
@@ -35,7 +35,7 @@ def train_macs(trial: Trial, bench: Bench, history: Iterable[Epoch], dense: int)
     return total
 
 
-def _images(trial: Trial, bench: Bench, epoch: Epoch) -> int:
+def _images(trial: Trial, bench: Bench, epoch: Row) -> int:
     """Images of one epoch: an incomplete last batch is left out, unless it is the only one."""
     setting, count = trial.setting, len(bench.data.train)
     if trial.method.startswith(SCRATCH):

@@ -14,6 +14,7 @@ from typing import Any, Literal, NotRequired, TypedDict, cast
 
 from ..errors import RecordError
 from ..storage import write_json
+from ..training import Row
 from .config import Described
 
 FORMAT = 1
@@ -56,20 +57,6 @@ class Dense(TypedDict):
     macs: int
     parameters: int
     weights: int
-
-
-class Epoch(TypedDict):
-    """One epoch. `events` are the milestones that happened in it, in words. `extra_macs`: see `training.run.Row`."""
-
-    phase: Literal["train", "retrain"]
-    epoch: int
-    train_loss: float
-    validation_top1: float | None
-    learning_rate: float
-    seconds: float
-    macs: int
-    events: list[str]
-    extra_macs: NotRequired[int]
 
 
 class ClusterUpdate(TypedDict):
@@ -124,7 +111,7 @@ class Record(Described):
     reason: str | None
     result: Result | None
     dense: Dense | None
-    history: list[Epoch]
+    history: list[Row]
     clusters_history: list[ClusterUpdate]
     timing: Timing | None
     environment: dict[str, Any]

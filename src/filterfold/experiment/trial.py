@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
@@ -26,7 +26,7 @@ from ..errors import ConfigError, RecordError
 from ..online import OnlineCallback
 from ..plan import Plan
 from ..storage import write_json
-from ..training import Callback, History, evaluate, train
+from ..training import Row, evaluate, train
 from . import records
 from .afterwards import cut_and_retrain, scratch
 from .bench import Bench
@@ -35,7 +35,7 @@ from .costs import train_images, train_macs
 from .environment import describe
 from .lengths import equal_epochs, longer_epochs
 from .locks import held
-from .records import ClusterUpdate, Dense, Epoch, Record, Result
+from .records import ClusterUpdate, Dense, Record, Result
 from .timing import measure_alone
 
 
@@ -44,7 +44,7 @@ class Trained:
     """What a way of training came to: the final network, and how it got there."""
 
     model: nn.Module
-    history: list[Epoch]
+    history: list[Row]
     plans: Sequence[Plan] = ()
     clusters: list[ClusterUpdate] = field(default_factory=list)
 
@@ -164,7 +164,7 @@ def _common(base: Trial, bench: Bench) -> Trained:
             check=bench.deadline.check_next,
             device=bench.device,
         )
-    history = _rows(trained)
+    history = trained.rows
     save(model, weights)
     write_json(about, {"history": history})
     forget(base, bench)
@@ -184,7 +184,7 @@ def _long(trial: Trial, bench: Bench) -> Trained:
             check=bench.deadline.check_next,
             device=bench.device,
         )
-    return Trained(model, _rows(history))
+    return Trained(model, history.rows)
 
 
 def _one_shot(trial: Trial, bench: Bench) -> Trained:
@@ -205,7 +205,7 @@ def _online(trial: Trial, bench: Bench) -> Trained:
             model,
             bench.data,
             bench.recipe(trial.seed) if epochs is None else bench.recipe(trial.seed, epochs=epochs),
-            callbacks=(cast(Callback, callback),),
+            callbacks=(callback,),
             observers=[tracker.row for tracker in trackers],
             checkpoint=bench.work(trial.id) / "training.safetensors",
             check=bench.deadline.check_next,
@@ -214,7 +214,7 @@ def _online(trial: Trial, bench: Bench) -> Trained:
     online = callback.online
     assert online is not None
     found = [ClusterUpdate(**row) for row in online.history]
-    return Trained(model, _rows(history), tuple(online.plans), found)
+    return Trained(model, history.rows, tuple(online.plans), found)
 
 
 def _epochs(trial: Trial, bench: Bench) -> int | None:
@@ -243,10 +243,6 @@ def _callback(trial: Trial, loader: Sequence[Any] | None = None) -> OnlineCallba
         )
     except TypeError as error:
         raise ConfigError(f"online clustering has an option that this version does not know: {error}") from error
-
-
-def _rows(history: History) -> list[Epoch]:
-    return [cast(Epoch, dict(row)) for row in history.rows]
 
 
 def _widths(plans: Sequence[Plan]) -> dict[str, list[int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .evaluate import Metrics, evaluate
 from .loop import train
 from .recipe import Recipe
-from .run import Callback, History, Run
+from .run import Callback, History, Row, Run
 from .tracking import TRACKERS, Tracker, check_trackers, tracking
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "History",
     "Metrics",
     "Recipe",
+    "Row",
     "Run",
     "Tracker",
     "check_trackers",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, Protocol, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -74,8 +74,8 @@ class Batch:
     logits: Tensor
 
 
-class Callback:
-    """Something that takes part in a run; override what is needed.
+class Callback(Protocol):
+    """Something that takes part in a run; derive from it and override what is needed, or have all its methods.
 
     A callback may change the network physically, as long as every parameter stays the same object (`surgery.apply`
     does so) and it calls `run.structure_changed()` afterwards. Cut between batches: in `on_epoch_end`.
