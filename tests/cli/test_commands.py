@@ -248,7 +248,7 @@ def _kill_in_the_middle(folder: Path) -> None:
     command = [sys.executable, "-m", "filterfold", *COMPARE, "--out", str(folder)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ))
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while time.monotonic() < deadline and process.poll() is None:
             ended = list(folder.glob("records/*.json"))
             begun = [

@@ -125,7 +125,7 @@ def test_what_another_machine_measured_is_not_mixed_in(
 def test_every_round_also_takes_each_batch_size(bench: Bench, clock: Clock) -> None:
     timed = timing.measure_together([finish(bench, 0, 0.5), finish(bench, 1, 0.25)], bench, 2, [1, 8, 512])
     there, back = [0.5, 0.25, 0.5], [0.5, 0.25, 0.5]
-    assert [(calls, size) for _, calls, size in clock.calls[::3]] == [(64, 1), (8, 8), (1, 512)] * 2
+    assert [(calls, size) for _, calls, size in clock.calls[::3]] == [(256, 1), (32, 8), (1, 512)] * 2
     assert [seconds for seconds, _, _ in clock.calls] == (there * 3 + back * 3)
     own = timed[1]["timing"]
     assert own is not None

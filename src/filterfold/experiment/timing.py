@@ -40,8 +40,8 @@ BATCH_SIZE = 128
 BATCH_SIZES = (1, 8, 64, 512)
 """What networks are called with in use, from one image at a time to as many as fit."""
 
-CALL_IMAGES = 64
-"""Images that a network sees in a round at a batch size, at least: 64 calls with one image, 8 with eight."""
+CALL_IMAGES = 256
+"""Images that a network sees in a round at a batch size, at least: 256 calls with one image, 4 with 64."""
 
 IMAGE_BYTES = 512 << 20
 """Images held ready at most; of a larger test set a part is timed and the time scaled up."""
