@@ -15,7 +15,7 @@ FLOORS: list[set[str]] = [
     {"errors", "plan", "groups", "storage", "progress", "modes", "ranks"},
     {"cost", "clustering", "stats", "structure", "zoo", "data", "replay", "recipes", "axes", "borrowing", "export"},
     {"latency"},
-    {"graph", "criteria", "selection", "surgery", "verify", "oracles", "folding", "reconstruction"},
+    {"graph", "criteria", "selection", "surgery", "verify", "judge", "oracles", "folding", "reconstruction"},
     {"prune", "online", "sensitivity", "training", "checkpoint"},
     {"experiment"},
     {"report"},
@@ -33,6 +33,9 @@ SIBLINGS = {
     ("borrowing", "structure"),
     ("cost", "structure"),
     ("export", "structure"),
+    ("verify", "judge"),
+    ("judge", "surgery"),
+    ("judge", "oracles"),
     ("verify", "surgery"),
     ("verify", "oracles"),
 }

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from filterfold import oracles
 from filterfold.borrowing import borrowed, leaves, outputs
 from filterfold.errors import VerificationError
 from filterfold.graph.trace import trace
@@ -353,3 +354,37 @@ def test_a_group_that_is_neither_exact_nor_symmetric_is_reported():
     found = rehearse(model, plan, X, groups=odd)
     assert found.ok
     assert "not mask-exact: one (unjudged)" in found.message
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_large_layers_are_masked_in_their_own_memory_only_if_nothing_else_reads_it(monkeypatch, alone):
+    monkeypatch.setattr(oracles, "_LARGE", 1)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.Flatten(), nn.Linear(4 * 9, 5), nn.Linear(5, 5))
+    if not alone:
+        model.also = nn.Parameter(model[2].weight.data.view(-1))
+    read = Slice("2.weight", 1, tuple(unit for unit in range(4) for _ in range(9)), "kernel")
+    again = Slice("3.weight", 1, (0, 1, 2, 3, 4), "kernel")
+    plan = Plan((Cut("0", (-1, 0, 1, -1), (), (read,)), Cut("2", (0, -1, -1, 1, 2), (), (again,))))
+    before = {name: (tensor.data_ptr(), tensor.detach().clone()) for name, tensor in model.state_dict().items()}
+    with masked(model, plan):
+        found = model[2].weight.detach().clone()
+        assert (model[2].weight.data_ptr() == before["2.weight"][0]) == alone
+        assert (model[3].weight[:, 1:3] == 0).all()
+    wanted = before["2.weight"][1].clone()
+    wanted[:, :9], wanted[:, 27:] = 0, 0
+    assert torch.equal(found, wanted)
+    for name, tensor in model.state_dict().items():
+        assert tensor.data_ptr() == before[name][0]
+        assert torch.equal(tensor, before[name][1])
+
+
+def test_two_groups_masked_in_the_same_memory_are_given_back_in_turn(monkeypatch):
+    monkeypatch.setattr(oracles, "_LARGE", 1)
+    model = nn.Linear(6, 2)
+    before = model.weight.detach().clone()
+    one, two = Slice("weight", 1, (0, 1, 2, -1, -1, -1), "kernel"), Slice("weight", 1, (-1, -1, -1, 0, 1, 2), "kernel")
+    cuts = Cut("one", (0, -1, 1), (), (one,)), Cut("two", (-1, 0, -1), (), (two,), gain=(1.0, 2.0, 1.0))
+    with masked(model, Plan(cuts)):
+        assert torch.equal(model.weight, before * torch.tensor([1.0, 0.0, 1.0, 0.0, 2.0, 0.0]))
+    assert torch.equal(model.weight, before)

@@ -7,6 +7,7 @@ the plan holds to be interchangeable. Neither shares any index arithmetic with s
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 from .axes import Edit
 from .plan import DROPPED, Cut, Plan, Slice
 from .structure import named_tensors, unwrap
+
+Places = np.ndarray[Any, np.dtype[np.bool_]]
+_LARGE = 1 << 22
 
 
 @contextmanager
@@ -39,13 +43,18 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[None]:
     False
     """
     tensors = dict(named_tensors(unwrap(model)))
+    memory = Counter(_address(tensor) for tensor in {id(tensor): tensor for tensor in tensors.values()}.values())
     with _replacing() as place:
         for cut in plan.cuts:
             blends = cut.folds or cut.blend or any(part.weight for part in cut.producers)
             for part in _once(cut.producers, tensors) if blends else ():
                 place(tensors[part.tensor], _unified(tensors[part.tensor], part, cut))
             for part in _once(cut.consumers, tensors):
-                place(tensors[part.tensor], _scaled(tensors[part.tensor], part, cut))
+                tensor, factor = tensors[part.tensor], _factors(part, cut)
+                if _in_place(tensor.data, memory[_address(tensor)]) and ((factor == 0) | (factor == 1)).all():
+                    place.zero(tensor, part.axis, factor == 0)
+                else:
+                    place(tensor, _scaled(tensor, part.axis, factor))
         yield
 
 
@@ -96,18 +105,46 @@ def _replacing() -> Iterator[_Replacer]:
 
 
 class _Replacer:
-    """Gives tensors other data of the same shape; `restore` puts the first data back."""
+    """Gives tensors other data of the same shape, or zeros in places; `restore` puts back what was there."""
 
     def __init__(self) -> None:
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
+        self._zeroed: list[tuple[Tensor, int, Tensor, Tensor]] = []
 
     def __call__(self, tensor: Tensor, data: Tensor) -> None:
         self._before.setdefault(id(tensor), (tensor, tensor.data))
         tensor.data = data
 
+    def zero(self, tensor: Tensor, axis: int, gone: Places) -> None:
+        """Set positions along an axis to zero, in the tensor's own memory."""
+        block = int(np.gcd.reduce([len(gone), *(np.flatnonzero(np.diff(gone)) + 1)]))  # each wholly gone or not
+        axis %= tensor.dim()
+        places = torch.from_numpy(np.flatnonzero(gone[::block]))
+        view = tensor.data.view(*tensor.shape[:axis], -1, block, *tensor.shape[axis + 1 :])
+        self._zeroed.append((view, axis, places, view.index_select(axis, places)))
+        view.index_fill_(axis, places, 0)
+
     def restore(self) -> None:
         for tensor, data in self._before.values():
             tensor.data = data
+        while self._zeroed:
+            view, axis, places, values = self._zeroed.pop()
+            view.index_copy_(axis, places, values)
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
+
+
+def _in_place(data: Tensor, users: int) -> bool:
+    """Whether to write into a tensor's own memory: it is large, and nothing else reads it.
+
+    A copy would be faster but for the new memory that it needs, and for that, in a large layer, most of the time goes.
+    """
+    alone = users == 1 and data.is_contiguous() and data.untyped_storage().nbytes() == data.nbytes
+    if data.numel() < _LARGE or data.device.type != "cpu" or not alone:
+        return False
+    return not data.is_shared()  # type: ignore[no-untyped-call]
 
 
 def _once(parts: Sequence[Slice], tensors: Mapping[str, Tensor]) -> list[Slice]:
@@ -162,15 +199,18 @@ def _unified(tensor: Tensor, part: Slice, cut: Cut) -> Tensor:
     return result
 
 
-def _scaled(tensor: Tensor, part: Slice, cut: Cut) -> Tensor:
-    """Kernels that read a dropped unit become zero, the others are multiplied by their unit's gain."""
-    units, data = np.asarray(part.units), tensor.data
-    own, gain = units >= 0, np.asarray(part.weight or cut.gain or np.ones(cut.size))
+def _factors(part: Slice, cut: Cut) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Kernels that read a dropped unit are multiplied by zero, the others by their unit's gain."""
+    units, gain = np.asarray(part.units), np.asarray(part.weight or cut.gain or np.ones(cut.size))
     unit_factor = np.where(np.asarray(cut.assignment) == DROPPED, 0.0, gain)
-    factor = np.where(own, unit_factor[units], 1.0)
+    return np.where(units >= 0, unit_factor[units], 1.0)
+
+
+def _scaled(tensor: Tensor, axis: int, factor: np.ndarray[Any, np.dtype[np.float64]]) -> Tensor:
+    data = tensor.data
     if (factor == 1).all():
         return data
-    shape = [-1 if axis == part.axis % data.dim() else 1 for axis in range(data.dim())]
+    shape = [-1 if place == axis % data.dim() else 1 for place in range(data.dim())]
     return data * torch.from_numpy(factor).to(tensor.device, tensor.dtype).view(shape)
 
 

@@ -13,7 +13,7 @@ from .registry import Evidence, criterion
 from .rows import Combine, over_filters
 
 _AT_ONCE = 1 << 16
-"""Elements at a time: what stays in the cache and below what an allocator asks the system for (4 times as fast)."""
+"""Elements at a time: what stays in the cache. New memory is what takes most of the time for a large layer."""
 
 
 @criterion("l1")
@@ -23,9 +23,11 @@ def l1(group: ChannelGroup, tensors: Evidence, combine: Combine = "sum") -> Tens
 
 
 def _l1(rows: Tensor) -> Tensor:
-    """Σ|w| of every row, a few rows at a time, so that no large |w| is ever written to memory."""
+    """Σ|w| of every row, a few rows at a time, so that |w| as a whole is never written to memory."""
     few = max(1, _AT_ONCE // max(1, rows.shape[1]))
-    return torch.cat([part.abs().sum(1) for part in torch.split(rows, few)])
+    place = torch.empty_like(rows[:few], memory_format=torch.contiguous_format)
+    parts = torch.split(rows, few)
+    return torch.cat([torch.abs(part, out=place[: len(part)]).sum(1) for part in parts])
 
 
 @criterion("l2")
