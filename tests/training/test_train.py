@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import lightning_fabric  # noqa: F401  # it puts its own in torch.compile's place, which must not happen inside a test
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from filterfold import data, zoo
 from filterfold.cost import measure
 from filterfold.data import ImageData, batches
 from filterfold.errors import ConfigError, DataError, ModelError, TrainingError
-from filterfold.training import Callback, Recipe, Run, evaluate, train
+from filterfold.training import Callback, Recipe, Run, evaluate, fabrics, train
 
 FAST = Recipe(epochs=3, batch_size=32, lr=0.05)
 
@@ -198,6 +199,27 @@ def test_compile_and_recompile(digits: ImageData, monkeypatch: pytest.MonkeyPatc
         torch.testing.assert_close(value, model.state_dict()[key])
 
 
+def test_graphs_are_recorded_anew_after_a_cut(digits: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: the recorder is replaced by one that rehearses as the real one does."""
+    recorded: list[tuple[torch.Size, bool]] = []
+
+    def rehearse(network: nn.Module, images: tuple[Tensor], **_: Any) -> None:
+        for _ in range(3):
+            network(*images).sum().backward()
+        network.zero_grad(set_to_none=True)
+        recorded.append((images[0].shape, network.training))
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", rehearse)
+    monkeypatch.setattr(fabrics, "_accelerator", lambda *_: ("cpu", ""))
+    models = [small(), small()]
+    for model, cuda_graphs in zip(models, (True, False), strict=True):
+        model.features[1].eval()  # type: ignore[index,union-attr]  # a frozen batch norm stays so
+        recipe = Recipe(epochs=3, batch_size=100, cuda_graphs=cuda_graphs)
+        train(model, digits, recipe, callbacks=[Narrow(2)], device="cpu")
+    assert recorded == [(torch.Size([100, 1, 8, 8]), True)] * 2
+    assert same(*models)  # running statistics and random state are those of before the rehearsal
+
+
 def test_an_optimizer_of_the_callers_own(digits: ImageData) -> None:
     model = small()
     head, body = list(model.classifier.parameters()), list(model.features.parameters())
@@ -212,6 +234,8 @@ def test_an_optimizer_of_the_callers_own(digits: ImageData) -> None:
 def test_validation_can_be_rare_or_left_out(digits: ImageData) -> None:
     rows = train(small(), digits, Recipe(epochs=5), validate_every=2, device="cpu").rows
     assert [row["validation_top1"] is not None for row in rows] == [False, True, False, True, True]
+    rows = train(small(), digits, Recipe(epochs=5, validate_every=3), device="cpu").rows
+    assert [row["validation_top1"] is not None for row in rows] == [False, False, True, False, True]
     history = train(small(), digits, Recipe(epochs=2), validate_every=0, device="cpu")
     assert history.best_top1 is None
     empty = data.load("digits", validation=0, train_limit=100)
@@ -237,6 +261,8 @@ def test_misfits_are_refused_before_training(digits: ImageData) -> None:
         train(small(), digits, device="gpu")
     with pytest.raises(ConfigError, match="16-mixed' needs a GPU"):
         train(small(), digits, Recipe(precision="16-mixed"), device="cpu")
+    with pytest.raises(ConfigError, match="cuda_graphs=True needs a CUDA GPU, not cpu"):
+        train(small(), digits, Recipe(cuda_graphs=True), device="cpu")
     with pytest.raises(ConfigError, match="augment='flip'"):
         train(small(), digits, Recipe(augment="flip"), device="cpu")
 
@@ -265,10 +291,12 @@ def test_a_network_with_other_outputs_while_training(digits: ImageData) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("cuda_graphs", [False, True])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
-def test_on_a_gpu(digits: ImageData, precision: Any) -> None:
+def test_on_a_gpu(digits: ImageData, precision: Any, cuda_graphs: bool) -> None:
     model = small(width=1.0)
-    recipe = Recipe(epochs=20, batch_size=50, lr=0.1, schedule="onecycle", precision=precision, channels_last=True)
+    options = {"precision": precision, "channels_last": True, "cuda_graphs": cuda_graphs}
+    recipe = Recipe(epochs=20, batch_size=50, lr=0.1, schedule="onecycle", **options)
     train(model, digits, recipe, callbacks=[Recorder(1e-5), Narrow(10)], device="cuda")
     assert next(model.parameters()).device.type == "cuda"
     assert evaluate(model, digits.test, precision=precision).top1 > 85

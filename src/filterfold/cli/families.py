@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 TRAIN = "Training"
 ONLINE = "Online clustering"
 
-LATER = ("cuda_graphs", "validate_every")
-"""Fields of the recipe that the first versions did not know: a run folder of theirs has none of them."""
-
 MODEL_HELP = (
     "vgg16, vgg_small, resnet20|32|44|56|110, timm:NAME, torchvision:NAME, package.module:factory, or file.py:factory."
 )
@@ -148,15 +145,20 @@ class RecipeOptions:
     precision: Annotated[str, Option(help="32-true, bf16-mixed or 16-mixed.", rich_help_panel=TRAIN)] = "32-true"
     channels_last: Annotated[bool, Option("--channels-last", help="Memory format.", rich_help_panel=TRAIN)] = False
     compile: Annotated[bool, Option("--compile", help="Use torch.compile.", rich_help_panel=TRAIN)] = False
+    cuda_graphs: Annotated[
+        bool, Option("--cuda-graphs", help="Replay the network as CUDA graphs (a GPU only).", rich_help_panel=TRAIN)
+    ] = False
+    validate_every: Annotated[
+        int, Option(help="Epochs from one validation to the next; 0: never.", rich_help_panel=TRAIN)
+    ] = 1
 
     def keywords(self) -> dict[str, Any]:
         """The fields of `training.Recipe` but the seed; later ones only where used, so that begun runs can go on."""
         from ..training import Recipe
 
-        chosen = asdict(Recipe(**asdict(self)))  # refuses what makes no sense
-        usual = asdict(Recipe())
-        skipped = {"seed"} | {name for name in LATER if chosen[name] == usual[name]}
-        return {name: value for name, value in chosen.items() if name not in skipped}
+        chosen = Recipe(**asdict(self)).to_dict()  # refuses what makes no sense
+        del chosen["seed"]
+        return chosen
 
 
 @dataclass(frozen=True)
