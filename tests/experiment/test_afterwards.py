@@ -120,7 +120,10 @@ def test_the_twin_may_train_for_what_the_online_method_costs(tmp_path: Path) -> 
     assert len(twin["history"]) == round(spent / now) > 4
 
 
-@pytest.mark.parametrize(("method", "least"), [("online+longer", 5), ("online-l1+longer", 5), ("scratch+longer", 9)])
+@pytest.mark.parametrize(
+    ("method", "least"),
+    [("online+longer", 5), ("online-l1+longer", 5), ("online+early+longer", 6), ("scratch+longer", 9)],
+)
 def test_what_is_cheaper_may_train_for_longer(tmp_path: Path, method: str, least: int) -> None:
     setting = replace(SETTING, recipe={"epochs": 4, "lr": 0.05}, shares={})
     record = run(Trial(method, 0, setting, keep=0.5), tmp_path)

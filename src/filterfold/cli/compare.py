@@ -56,6 +56,7 @@ METHODS_HELP = (
     "scratch-long (for as many epochs as cost what online costs); online (fold clusters while training); "
     "online-CRITERION (the same schedule, dropping by a criterion); online-centroid (nothing removed); "
     "online…+repair, online…+distill (next kernels repaired after every cut; the uncut network as a teacher); "
+    "online…+early (cuts at 5, 10 and 15 % of training); "
     "online…+longer, scratch+longer (more epochs, for at most .7 of the dense training's MACs)."
 )
 

@@ -168,7 +168,8 @@ class OnlineOptions:
     milestones: Annotated[
         str,
         Option(
-            help="When to cut: gradual (at 20, 35 and 50 % of training) or document (at 50, 60 and 70 %).",
+            help="When to cut: gradual (at 20, 35 and 50 % of training), early (5, 10, 15 %), document (50, 60, 70 %), "
+            "or plateau (as document at the latest, sooner where the loss levels off).",
             rich_help_panel=ONLINE,
         ),
     ] = "gradual"

@@ -36,11 +36,10 @@ network as long as those that are trained again, dropping filters by chance, the
 the schedule of the online method with the original criterion."""
 STRATEGIES = ("greedy", "iterative")
 """Ends of a criterion's method name: `l1-greedy`, `l1-iterative`; see `filterfold.experiment.afterwards`."""
-ADDITIONS = ("repair", "distill", "longer")
+ADDITIONS = ("repair", "distill", "early", "longer")
 """What an online method may have added, in any combination (`online-l1+repair+distill`): the next layers' kernels
-repaired after every cut; the network as it was before the first cut as a teacher; as many epochs as `LONGER` of the
-dense training pays for, which `scratch` may have as well."""
-
+repaired after every cut; the network as it was before the first cut as a teacher; the cuts of `Schedule.early`; as many
+epochs as `LONGER` of the dense training pays for, which `scratch` may have as well."""
 
 DISTILL = 0.3
 """Weight of the teacher in `+distill`."""
@@ -167,6 +166,11 @@ class Trial:
     def additions(self) -> tuple[str, ...]:
         """What is added to the method; see `ADDITIONS`."""
         return tuple(self.method.split("+")[1:])
+
+    @property
+    def schedule(self) -> Any:
+        """When an online method cuts: a name, or what `Schedule.to_dict` gives."""
+        return "early" if "early" in self.additions else self.setting.online.get("schedule", "gradual")
 
     @property
     def is_online(self) -> bool:

@@ -52,7 +52,7 @@ def _online_cost(trial: Trial, sizes: Mapping[float, int], epochs: int) -> int:
 
 
 def _schedule(trial: Trial, epochs: int) -> Schedule:
-    schedule = Schedule.of(trial.setting.online.get("schedule", "gradual"), epochs)
+    schedule = Schedule.of(trial.schedule, epochs)
     if schedule.patience is not None:
         raise ConfigError(
             f"method {trial.method!r}: what a schedule costs that waits for a plateau is not known before"

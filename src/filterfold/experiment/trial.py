@@ -225,7 +225,7 @@ def _epochs(trial: Trial, bench: Bench) -> int | None:
 
 
 def _callback(trial: Trial, loader: Sequence[Any] | None = None) -> OnlineCallback:
-    added: dict[str, Any] = {}
+    added: dict[str, Any] = {"schedule": trial.schedule}
     if "repair" in trial.additions:
         added["remedy"] = "kernels"
     if "distill" in trial.additions:
@@ -239,7 +239,7 @@ def _callback(trial: Trial, loader: Sequence[Any] | None = None) -> OnlineCallba
             method=trial.criterion or "fold",
             seed=trial.seed,
             loader=loader,
-            **{**added, **trial.setting.online},
+            **{**trial.setting.online, **added},
         )
     except TypeError as error:
         raise ConfigError(f"online clustering has an option that this version does not know: {error}") from error

@@ -24,7 +24,7 @@ class OnlineCallback:
 
     **Arguments:**
 
-    - `schedule`: "gradual", "document" or "plateau" (see `Schedule`; epochs are the run's, the loss is that of
+    - `schedule`: "gradual", "early", "document" or "plateau" (see `Schedule`; epochs are the run's, the loss is that of
       training), a `Schedule`, or its `to_dict()`.
     - `distill`: weight of a second loss from the first cut on, in which the network as it was before teaches the
       smaller one (see `Teacher`); 0: none. `temperature`: of both their logits.
