@@ -7,7 +7,8 @@ precision. The *share of the floor* is (6 × MACs × images per second) / that s
 operations, and training does it three times (forward, gradient by inputs, gradient by weights). The cut happens inside
 the run, so compiled networks are compiled again.
 
-On the GPU if there is one; on a CPU at a reduced size. Writes results/training_speed.json.
+On the GPU if there is one; on a CPU at a reduced size, and there in processor time (of all threads, divided by their
+number), which other work on the machine changes less than wall time; the load average is noted. Writes results/training_speed.json.
 
     python benchmarks/training_speed.py [--device cuda] [--widths 1,0.25] [--steps 100] [--rounds 5] [--batch 128]
 """
@@ -70,7 +71,10 @@ def main() -> None:
         "batch": options.batch,
         "rounds": options.rounds,
         "seed": SEED,
+        "clock": "processor time" if device == "cpu" else "wall time",
         "load_average_before": os.getloadavg(),
+        "environment": describe(device),
+        "command": command(),
         "results": [],
     }
     for width in map(float, options.widths.split(",")):
@@ -78,9 +82,8 @@ def main() -> None:
         for row in measure(width, chosen, device, options.batch, steps, options.rounds):
             report["results"].append(row)
             print(line(row), flush=True)
-    report["load_average_after"] = os.getloadavg()
-    report["environment"], report["command"] = describe(device), command()
-    write_json(options.output, report)
+        report["load_average_after"] = os.getloadavg()
+        write_json(options.output, report)
     print("written:", options.output)
 
 
@@ -97,11 +100,12 @@ class Runner:
     run: Any
     loop: Any
     images: int
+    device: str
 
     def speed(self) -> float:
         """Images per second of one epoch."""
         self.run.epoch += 1
-        return float(self.images / self.loop.epoch()["seconds"])
+        return self.images / seconds(self.loop.epoch, self.device)
 
     def cut(self) -> float:
         """Cut half of every layer; seconds, with those of the first epoch after it (compilation)."""
@@ -135,7 +139,7 @@ def start(mode: str, width: float, device: str, batch: int, steps: int) -> Runne
     fabric = fabrics.make(device, recipe, model, data.example)
     model.to(fabric.device)
     run = Run(model, recipe.optimizer(model), data, recipe, fabric, "train")
-    return Runner(mode, run, Loop(run, (), (), None, 0.0, None, 0, {}), batch * steps)
+    return Runner(mode, run, Loop(run, (), (), None, 0.0, None, 0, {}), batch * steps, device)
 
 
 def measure(width: float, modes: list[str], device: str, batch: int, steps: int, rounds: int) -> list[dict[str, Any]]:
@@ -206,13 +210,16 @@ def floor(device: str, precision: str) -> float:
 
 
 def seconds(run: Callable[[], object], device: str) -> float:
-    """Wall time of one call."""
+    """Time of one call: processor time on a CPU, wall time on a GPU."""
     import torch
 
+    if device == "cpu":
+        begin = time.process_time()
+        run()
+        return (time.process_time() - begin) / torch.get_num_threads()
     begin = time.perf_counter()
     run()
-    if device != "cpu":
-        torch.cuda.synchronize()
+    torch.cuda.synchronize()
     return time.perf_counter() - begin
 
 
