@@ -8,7 +8,8 @@ operations, and training does it three times (forward, gradient by inputs, gradi
 the run, so compiled networks are compiled again.
 
 On the GPU if there is one; on a CPU at a reduced size, and there in processor time (of all threads, divided by their
-number), which other work on the machine changes less than wall time; the load average is noted. Writes results/training_speed.json.
+number), which other work on the machine changes less than wall time; the load average is noted. Writes
+results/training_speed.json.
 
     python benchmarks/training_speed.py [--device cuda] [--widths 1,0.25] [--steps 100] [--rounds 5] [--batch 128]
 """
