@@ -15,7 +15,7 @@ from filterfold.experiment.cluster import RayCluster
 from filterfold.experiment.parallel import Parallel
 from filterfold.online import OnlineCallback
 from filterfold.structure import snapshot
-from filterfold.training import Recipe, evaluate, train
+from filterfold.training import Recipe, evaluate, fabrics, train
 
 from .conftest import HERE, Launch
 from .program import Watch, digest, plain
@@ -114,6 +114,19 @@ def test_one_or_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     for engine in (lambda: Parallel(2), RayCluster):
         with pytest.raises(ConfigError, match="torchrun has every process train the same network, so no t"):
             engine()
+
+
+def test_parameters_that_no_gradient_reaches_are_noticed() -> None:
+    images = torch.zeros(1, 1, 8, 8)
+    whole = zoo.build("vgg_small", channels=1, image_size=8, width=0.25)
+    assert not fabrics._unreached(whole, images)
+    whole.spare = torch.nn.Linear(2, 2)
+    assert fabrics._unreached(whole, images)
+    whole.spare.requires_grad_(False)
+    assert not fabrics._unreached(whole, images)
+    assert not fabrics._unreached(whole, torch.zeros(1, 3, 8, 8))  # refused later, in one line
+    assert whole.training
+    assert all(parameter.grad is None for parameter in whole.parameters())
 
 
 def test_a_program_by_itself_needs_no_agreement() -> None:

@@ -71,8 +71,11 @@ def _unreached(model: nn.Module, example: Tensor) -> bool:
     """Whether some parameter takes no part in the output, so that DDP must not wait for its gradient."""
     wanted = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     where = next(model.parameters()).device
-    with undisturbed(model), torch.enable_grad():
-        logits = model(example.to(where))
+    try:
+        with undisturbed(model), torch.enable_grad():
+            logits = model(example.to(where))
+    except (RuntimeError, ValueError, TypeError, AssertionError):
+        return False  # `check_fit` will say what is wrong
     reached: set[int] = set()
     seen: set[Any] = set()
     nodes = [logits.grad_fn] if isinstance(logits, Tensor) else []
