@@ -52,9 +52,11 @@ class EnoughError(Exception):
 
 
 def plain() -> nn.Module:
-    """No batch norm, so that the parts of a batch add up to the batch."""
+    """No batch norm, so that the parts of a batch add up to the batch; and a parameter that no gradient reaches."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
+    model.register_parameter("spare", nn.Parameter(torch.ones(2)))
+    return model
 
 
 def small() -> nn.Module:
