@@ -1,7 +1,9 @@
 """What online clustering adds to a training epoch of VGG-16: the pull in every batch, an update once an epoch.
 
-Steps with and without the pull alternate, on random images of CIFAR-10's size; medians. An epoch is taken as
-50,000 / batch steps. Writes results/online_overhead.json.
+Each pull's own work, as it is done in the library's training loop, is timed after a training step on random images of
+CIFAR-10's size, in turn; medians of processor time on a CPU, of wall time on a GPU. An epoch is taken as 50,000 / batch
+steps. Updates are counted as if each chose the widths of all layers under a budget of MACs anew, which happens twice a
+milestone only. Writes results/online_overhead.json.
 
     python benchmarks/online_overhead.py [--width 0.25] [--steps 30] [--device cpu] [--threads 2]
 """
@@ -48,7 +50,7 @@ def main() -> None:
 
 
 def measure(width: float, steps: int, device: str) -> dict:
-    """Seconds of a plain step, of the pull, of an update; their share of an epoch."""
+    """Seconds of a plain step, of the pulls, of an update; their share of an epoch."""
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -58,31 +60,45 @@ def measure(width: float, steps: int, device: str) -> dict:
     torch.manual_seed(0)
     model = build("vgg16", width=width).to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
-    online = OnlineFilterClustering(model, torch.zeros(1, 3, 32, 32, device=device), optimizer, keep=0.5)
+    example = torch.zeros(1, 3, 32, 32, device=device)
+    pulls = {
+        pull: OnlineFilterClustering(model, example, optimizer, keep=0.5, pull=pull)
+        for pull in ("cosine", "centripetal")
+    }
     images, labels = torch.randn(BATCH, 3, 32, 32, device=device), torch.randint(10, (BATCH,), device=device)
 
-    def step(pulled: bool) -> None:
+    def step() -> None:
         optimizer.zero_grad()
-        loss = cross_entropy(model(images), labels)
-        (loss + online.loss() if pulled else loss).backward()
+        cross_entropy(model(images), labels).backward()
         optimizer.step()
 
+    work = {
+        "cosine": pulls["cosine"].add_gradients,
+        "centripetal": pulls["centripetal"].merge_gradients,
+    }
+    clock = time.process_time if device == "cpu" else time.perf_counter
+
     def timed(run: Callable[[], object]) -> float:
-        begin = time.perf_counter()
+        begin = clock()
         run()
         if device != "cpu":
             torch.cuda.synchronize()
-        return time.perf_counter() - begin
+        return clock() - begin
 
-    first = timed(online.update_clusters)
-    for pulled in (False, True):
-        step(pulled)
-    plain, both = [], []
-    for _ in range(steps):
-        plain.append(timed(lambda: step(False)))
-        both.append(timed(lambda: step(True)))
-    update = [timed(online.update_clusters) for _ in range(3)]
-    extra = [two - one for one, two in zip(plain, both, strict=True)]
+    first = timed(pulls["cosine"].update_clusters)
+    pulls["centripetal"].update_clusters()
+    plain: list[float] = []
+    added: dict[str, list[float]] = {pull: [] for pull in pulls}
+    for index in range(steps + 1):
+        plain.append(timed(step))
+        for pull, own in work.items():
+            added[pull].append(timed(own))
+        if not index:  # warm-up
+            for values in (plain, *added.values()):
+                values.clear()
+    update = [timed(pulls["cosine"].update_clusters) for _ in range(3)]
+    choosing = OnlineFilterClustering(model, example, optimizer, macs=0.26)
+    chosen = timed(choosing.update_clusters), timed(choosing.update_clusters)
     batches = IMAGES / BATCH
     epoch = statistics.median(plain) * batches
     return {
@@ -90,12 +106,16 @@ def measure(width: float, steps: int, device: str) -> dict:
         "steps": steps,
         "seconds": {
             "step": spread(plain),
-            "step with pull": spread(both),
-            "pull (difference of neighbours)": spread(extra),
+            **{f"{pull} pull": spread(extra) for pull, extra in added.items()},
             "first update": first,
             "update": spread(update),
+            "update that chooses widths": chosen[0],
+            "update that keeps them": chosen[1],
         },
-        "share of an epoch": (statistics.median(extra) * batches + statistics.median(update)) / epoch,
+        "share of an epoch": {
+            pull: (statistics.median(extra) * batches + max(*update, chosen[0])) / epoch
+            for pull, extra in added.items()
+        },
     }
 
 

@@ -167,7 +167,10 @@ def test_hugging_face_levels_off_and_refuses(tmp_path) -> None:
 
 def test_gradients_added_by_hand_are_those_of_the_loss() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 8, 1), nn.ReLU()),  # its filters lie along axis 1
+        *(nn.Conv2d(8, 8, 1, groups=2), nn.ReLU(), nn.Conv2d(8, 2, 1)),
+    )
     online = OnlineFilterClustering(model, torch.zeros(1, 1, 4, 4), keep=0.5, strength=0.7)
     online.add_gradients()  # nothing yet
     assert model[0].weight.grad is None

@@ -65,18 +65,16 @@ class OnlineCallback:
         self._run = run
 
     def on_batch_loss(self, run: Any) -> Tensor | None:
-        """The clustering term and the teacher's, where there are any."""
-        online = self.online
-        pulled = online.loss() if online is not None and online.pulls else None
+        """The teacher's term, where there is one."""
         if self.teacher is None:
-            return pulled
+            return None
         with run.fabric.autocast():
-            taught = self.distill * self.teacher.loss(run.batch.images, run.batch.logits)
-        return taught if pulled is None else taught + pulled
+            return self.distill * self.teacher.loss(run.batch.images, run.batch.logits)
 
     def after_backward(self, run: Any) -> None:  # noqa: ARG002  # the protocol passes it
-        """Merge the gradients of clusters, with the centripetal pull."""
+        """The clustering term, or the merging of gradients with the centripetal pull."""
         if self.online is not None:
+            self.online.add_gradients()
             self.online.merge_gradients()
 
     def on_epoch_end(self, run: Any) -> None:

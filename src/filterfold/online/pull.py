@@ -25,19 +25,9 @@ class Pull(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, labels: Tensor, mean: Tensor, sign: Tensor | None) -> Tensor:
         """`labels` `(n,)`; `mean` `(k, n)` averages the rows of each cluster; `sign` `(n, 1)` or None."""
-        with torch.autocast(weight.device.type, enabled=False):
-            rows = weight.detach().flatten(1)
-            rows = rows if rows.dtype == torch.float64 else rows.float()
-            length = rows.norm(dim=1, keepdim=True)
-            inverse = length.clamp(min=torch.finfo(rows.dtype).tiny).reciprocal_()
-            inverse = inverse if sign is None else inverse * sign
-            unit = rows * inverse
-            own = means(unit, labels, mean.to(rows))[labels]
-            cosine = (unit * own).sum(dim=1, keepdim=True)
-            value: Tensor = ((length > 0).to(rows) - cosine).sum() / 2  # rows of length 0 have no direction
-            grad = unit.mul_(cosine).sub_(own).mul_(inverse)
-            ctx.save_for_backward(grad.to(weight.dtype).view_as(weight))
-            return value
+        value, grad = value_and_gradient(weight.detach(), labels, mean, sign)
+        ctx.save_for_backward(grad.to(weight.dtype).view_as(weight))
+        return value
 
     @staticmethod
     @once_differentiable
@@ -45,6 +35,21 @@ class Pull(torch.autograd.Function):
         """The stored gradient, scaled."""
         (grad,) = ctx.saved_tensors
         return grad * outputs[0], None, None, None
+
+
+def value_and_gradient(weight: Tensor, labels: Tensor, mean: Tensor, sign: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The pull and its gradient, shape `(n, d)` in at least 32 bits; arguments as for `pull`."""
+    with torch.autocast(weight.device.type, enabled=False):
+        rows = weight.flatten(1)
+        rows = rows if rows.dtype == torch.float64 else rows.float()
+        length = rows.norm(dim=1, keepdim=True)
+        inverse = length.clamp(min=torch.finfo(rows.dtype).tiny).reciprocal_()
+        inverse = inverse if sign is None else inverse * sign
+        unit = rows * inverse
+        own = means(unit, labels, mean.to(rows)).index_select(0, labels)
+        cosine = (unit * own).sum(dim=1, keepdim=True)
+        value: Tensor = ((length > 0).to(rows) - cosine).sum() / 2  # rows of length 0 have no direction
+        return value, unit.mul_(cosine * inverse).addcmul_(own, inverse, value=-1)
 
 
 def means(unit: Tensor, labels: Tensor, mean: Tensor) -> Tensor:

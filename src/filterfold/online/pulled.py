@@ -11,7 +11,7 @@ from torch import Tensor
 from ..folding import signs
 from ..groups import ChannelGroup
 from .grouping import ROWS, along
-from .pull import averager, pull
+from .pull import averager, pull, value_and_gradient
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +27,23 @@ class Pulled:
 
     def value(self) -> Tensor:
         """The clustering term of this parameter."""
-        rows = self.parameter.movedim(self.axis, 0) if self.axis else self.parameter
-        rows = rows if self.positions is None else rows[self.positions]
-        return pull(rows, self.labels, self.mean, self.sign)
+        return pull(self._rows(self.parameter), self.labels, self.mean, self.sign)
+
+    def add_gradient(self, strength: float) -> None:
+        """Add strength times the term's gradient to the parameter's."""
+        rows = self._rows(self.parameter.detach())
+        gradient = value_and_gradient(rows, self.labels, self.mean, self.sign)[1].to(rows.dtype).view_as(rows)
+        if self.parameter.grad is None:
+            self.parameter.grad = torch.zeros_like(self.parameter)
+        place = self.parameter.grad.movedim(self.axis, 0)
+        if self.positions is None:
+            place.add_(gradient, alpha=strength)
+        else:
+            place.index_add_(0, self.positions, gradient, alpha=strength)
+
+    def _rows(self, parameter: Tensor) -> Tensor:
+        rows = parameter.movedim(self.axis, 0) if self.axis else parameter
+        return rows if self.positions is None else rows[self.positions]
 
 
 def pulled(groups: Sequence[ChannelGroup], labels: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[Pulled]:
@@ -50,16 +64,3 @@ def pulled(groups: Sequence[ChannelGroup], labels: Mapping[str, Tensor], tensors
             place = None if positions is None else positions.to(device)
             found.append(Pulled(parameter, piece.axis, place, own.to(device), averager(own).to(device), own_sign))
     return found
-
-
-def add_gradients(pulls: Sequence[Pulled], strength: float) -> None:
-    """Add the gradient of strength · Σ value to the parameters' gradients.
-
-    Nothing is run backward through them, so that hooks on them (a loss scaler's, DDP's) stay quiet.
-    """
-    if not pulls or not strength:
-        return
-    parameters = list({id(entry.parameter): entry.parameter for entry in pulls}.values())
-    total = torch.stack([entry.value().double() for entry in pulls]).sum()
-    for parameter, gradient in zip(parameters, torch.autograd.grad(strength * total, parameters), strict=True):
-        parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
