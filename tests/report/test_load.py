@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from filterfold.errors import RecordError
-from filterfold.report import read_table
+from filterfold.report import read_table, tables
+from filterfold.report.study import MEASURES, studies
 
 
 def _write(folder: Path, text: str) -> Path:
@@ -76,3 +77,14 @@ def test_missing_file_and_columns(tmp_path):
         read_table(path, {"method": "whom"})
     with pytest.raises(RecordError, match="'colour' is no field"):
         read_table(path, {"colour": "who"})
+
+
+def test_our_own_table_of_trials_reads_back(records, tmp_path):
+    [study] = studies(records)
+    path = tmp_path / "trials.csv"
+    path.write_text(tables.trials(study).csv(), encoding="utf-8")
+    [again] = studies(read_table(path))
+    for measure in MEASURES:
+        found, theirs = again.samples(measure), study.samples(measure)
+        assert found == {label: pytest.approx(values) for label, values in theirs.items()}
+        assert len(found) == 7

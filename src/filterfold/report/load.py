@@ -17,7 +17,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "top1": ("top1", "acc1", "accuracy", "acc", "testaccuracy", "testacc"),
     "top5": ("top5", "acc5"),
     "inference_seconds": ("inference", "latency", "seconds", "time"),
-    "train_seconds": ("trainseconds", "trainingseconds", "traintime", "trainingtime"),
+    "train_seconds": ("trainseconds", "trainingseconds", "traintime", "trainingtime", "training"),
     "macs": ("macs", "flops", "flop"),
     "parameters": ("parameters", "params", "numparams"),
 }
@@ -131,6 +131,8 @@ def _record(row: Mapping[str, str], found: Mapping[str, str], path: Path, line: 
     clusters = number("clusters")
     method = row[found["method"]] if "method" in found else "clusters"
     method = method.replace("_", " ") or "unnamed"
+    if clusters is not None:
+        method = method.removesuffix(f" k={clusters:g}") or method  # labels as our own tables have them
     seed = row[found["seed"]] if "seed" in found else str(line - 1)
     return {
         "format": 1,
