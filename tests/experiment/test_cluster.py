@@ -15,7 +15,7 @@ from filterfold.experiment.bench import Bench
 from filterfold.experiment.cluster import RayCluster
 from filterfold.experiment.config import Setting, Trial, plan
 
-from .test_parallel import figures
+from .test_parallel import figures, kill_the_driver_and_go_on
 
 pytest.importorskip("ray")
 
@@ -44,6 +44,10 @@ def test_twelve_trials_two_workers_one_killed(tmp_path: Path) -> None:
     here = launch.compare(comparison, tmp_path / "here", timing_rounds=1)
     assert [figures(record) for record in outcome.records] == [figures(record) for record in here.records]
     assert not workers("ray::")
+
+
+def test_a_killed_driver_takes_its_cluster_along_and_nothing_is_lost_or_done_twice(tmp_path: Path) -> None:
+    kill_the_driver_and_go_on(tmp_path / "run", "--engine", "ray", "--parallel", "1", "--threads", "1")
 
 
 def test_a_node_that_does_not_see_the_run_folder_sends_what_it_made(
