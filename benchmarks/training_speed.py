@@ -155,6 +155,8 @@ def measure(width: float, modes: list[str], device: str, batch: int, steps: int,
     for state in ("dense", "half cut"):
         if state == "half cut":
             first = {runner.mode: runner.cut() for runner in runners}
+            for runner in runners:  # a cut makes PyTorch forget what is compiled, also of the other runs
+                runner.speed()
         speeds: dict[str, list[float]] = {mode: [] for mode in modes}
         shares: dict[str, list[float]] = {mode: [] for mode in modes}
         floors: dict[str, list[float]] = {}
