@@ -145,7 +145,7 @@ def run(
         _show(_write(recipe, found, folder))
     for record in outcome.failed:
         say(f"failed: {record['label']} seed {record['seed']}: {record['reason']}")
-    say(f"records, networks and table: {folder}")
+    say(f"records, networks and table: {folder} (filterfold report {folder} makes a page with plots and tests)")
     if not outcome.complete:
         say("stopped in time; the same command goes on from here" if not outcome.failed else "some trials failed")
         raise typer.Exit(FAILED if outcome.failed and outcome.timed else UNFINISHED)
