@@ -19,4 +19,4 @@ step() {
 
 step --macs 0.256 --methods online
 step --keep 0.5 --methods \
-    dense,l1,scratch,scratch-long,scratch+longer,online,online-l1,online-random,online-fpgm,online-centroid,online+repair,online+distill,online+longer
+    dense,l1,scratch,scratch-long,scratch+longer,online,online-l1,online-random,online-fpgm,online-centroid,online+repair,online+distill,online+longer,online+early+longer

@@ -122,7 +122,7 @@ def test_ctrl_c_ends_the_workers_and_the_same_command_goes_on(tmp_path: Path) ->
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "filterfold", "compare", "--model", "vgg_small", "--data", "digits"]
     command += ["--width", "0.25", "--train-limit", "400", "--epochs", "40", "--methods", "dense", "--trials", "6"]
-    command += ["--parallel", "2", "--threads", "2", "--out", str(folder)]
+    command += ["--parallel", "2", "--threads", "2", "--latency-batches", "none", "--out", str(folder)]
     driver = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0, preexec_fn=heed_ctrl_c
     )
