@@ -5,18 +5,19 @@
 # widths that clustering chooses. All controls of the same schedule, the original algorithm with 3 epochs of retraining,
 # the small network from scratch for the same epochs, for what `online` costs, and for .7 of what the dense one costs.
 # About an hour and a half a seed on one core; what is done is not done again, so it may be stopped at any time.
+# Inference is timed when all trials are done, together with nothing else.
 #
-#     bash benchmarks/ablation.sh [seeds, default 3] [run folder, default results/ablation]
+#     bash benchmarks/ablation.sh [seeds, default 3] [run folder, default results/ablation] [trials at a time, default 1]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-seeds=${1:-3} out=${2:-results/ablation}
+seeds=${1:-3} out=${2:-results/ablation} parallel=${3:-1}
 
 step() {
     filterfold compare --data cifar10 --train-limit 25000 --model vgg16 --width 0.25 --epochs 10 --lr 0.15 \
         --schedule onecycle --channels-last --retrain-epochs 3 --retrain-lr 0.01 --threads 1 --device cpu \
-        --trials "$seeds" --out "$out" "$@"
+        --trials "$seeds" --out "$out" --parallel "$parallel" "$@"
 }
 
-step --macs 0.256 --methods online
+step --macs 0.256 --methods online --latency-batches none
 step --keep 0.5 --methods \
     dense,l1,scratch,scratch-long,scratch+longer,online,online-l1,online-random,online-fpgm,online-centroid,online+repair,online+distill,online+longer,online+early+longer

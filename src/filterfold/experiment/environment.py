@@ -72,7 +72,9 @@ def device_name(device: str) -> str:
 
 def command() -> str:
     """The command line of this process, as it could be typed again."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    program = Path(sys.argv[0])
+    name = program.parent.name if program.name == "__main__.py" else program.name  # python -m filterfold
+    return shlex.join([name, *sys.argv[1:]])
 
 
 def _version(name: str) -> str | None:
@@ -83,11 +85,14 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> tuple[str | None, bool | None]:
-    """Commit of the checkout that this very file is tracked in, and whether tracked files differ from it."""
+    """Commit of the checkout that this very file is tracked in, and whether tracked files differ from it.
+
+    Records under `results/` don't count: a benchmark that goes on from committed records changes them.
+    """
     here = Path(__file__).resolve()
     if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
         return None, None
-    status = _git(here.parent, "status", "--porcelain", "--untracked-files=no")
+    status = _git(here.parent, "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)results")
     return _git(here.parent, "rev-parse", "HEAD"), None if status is None else bool(status)
 
 
