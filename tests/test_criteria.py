@@ -265,8 +265,9 @@ def test_nothing_is_left_behind(net, groups, name, outer):
     state = {key: value.clone() for key, value in net.state_dict().items()}
     random = torch.get_rng_state()
     shuffled = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*images()), batch_size=3, shuffle=True)
+    scored = groups[1:] if name == "reconstruction" else groups  # which can't solve a transposed convolution
     with outer():
-        score(groups, net, name, loader=shuffled)
+        score(scored, net, name, loader=shuffled)
     assert torch.equal(torch.get_rng_state(), random)
     assert [module.training for module in net.modules()] == [True, True, False, True, True]
     assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())

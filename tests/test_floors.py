@@ -33,6 +33,7 @@ SIBLINGS = {
     ("borrowing", "structure"),
     ("cost", "structure"),
     ("export", "structure"),
+    ("criteria", "reconstruction"),
     ("verify", "judge"),
     ("judge", "surgery"),
     ("judge", "oracles"),

@@ -3,7 +3,7 @@
 `score` is the verb, `CRITERIA` the registry, `@criterion("name")` adds to it.
 """
 
-from . import activations, gradients, weights
+from . import activations, gradients, reconstruction, weights
 from .registry import CRITERIA, Criterion, criterion
 from .rows import COMBINE, combined, filters, unit_rows
 from .scoring import score
@@ -17,6 +17,7 @@ __all__ = [
     "criterion",
     "filters",
     "gradients",
+    "reconstruction",
     "score",
     "unit_rows",
     "weights",

@@ -12,7 +12,9 @@ scales the kept channels by least squares, and of channel pruning (He et al., IC
 as here; both choose the channels by the same error, here any cut may come first, folds too.
 """
 
+from .equations import ridged
 from .norms import reestimate
+from .readers import Inputs, observed, unsolvable
 from .repair import Repair, RepairedLayer, repair
 
-__all__ = ["Repair", "RepairedLayer", "reestimate", "repair"]
+__all__ = ["Inputs", "Repair", "RepairedLayer", "observed", "reestimate", "repair", "ridged", "unsolvable"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ class Sums:
 
     def add(self, module: nn.Module, groups: int, data: Tensor, output: Tensor, wanted: Tensor) -> None:
         """Add one batch."""
-        for x, y, t in _rows(module, groups, exact(data), output, wanted):
+        for x, y, t in rows(module, groups, exact(data), output, wanted):
             r = t - y
             new = [x.mT @ x, x.mT @ r, *(v.sum(1) for v in (x, r, r.square(), t, t.square()))]
             self.totals = [old + value for old, value in zip(self.totals, new, strict=True)] if self.totals else new
@@ -38,10 +39,7 @@ class Sums:
         if centred:
             gram = gram - x[:, :, None] * x[:, None, :] / n
             cross = cross - x[:, :, None] * r[:, None, :] / n
-        scale = gram.diagonal(dim1=1, dim2=2).mean(1)
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # inputs that are never on: nothing to solve
-        eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-        shift = torch.cholesky_solve(cross, torch.linalg.cholesky(gram + (ridge * scale)[:, None, None] * eye))
+        shift = torch.cholesky_solve(cross, torch.linalg.cholesky(ridged(gram, ridge)))
         gained = float(2 * (shift * cross).sum() - (shift * (gram @ shift)).sum())
         if bias is not None:
             offset = (r - (x[:, :, None] * shift).sum(1)) / n
@@ -57,34 +55,39 @@ class Sums:
         return mean.flatten() + (0 if bias is None else bias), var.flatten()
 
 
-def _rows(module: Any, groups: int, *values: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Input, output and wanted output, piece by piece, as `(groups, positions, features)`."""
-    data, output, wanted = values
+def rows(module: Any, groups: int, data: Tensor, *outputs: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Unfolded inputs, and tensors of the outputs' shape, piece by piece, as `(groups, positions, features)`."""
     if isinstance(module, nn.Linear):
-        flat = [value.reshape(1, -1, value.shape[-1]) for value in values]
+        flat = [value.reshape(1, -1, value.shape[-1]) for value in (data, *outputs)]
         step = max(1, _ELEMENTS // flat[0].shape[-1])
         for start in range(0, flat[0].shape[1], step):
-            x, y, t = (value[:, start : start + step] for value in flat)
-            yield x, y, t
+            yield tuple(value[:, start : start + step] for value in flat)
         return
     if data.dim() == spatial(module) + 1:  # no batch axis
-        data, output, wanted = data[None], output[None], wanted[None]
+        data, outputs = data[None], tuple(value[None] for value in outputs)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     data = functional.pad(data, module._reversed_padding_repeated_twice, mode=mode)
     sizes = [tuple(size) for size in (module.kernel_size, module.dilation, module.stride)]
     if spatial(module) == 1:
         data, sizes = data[:, :, None], [(1, *size) for size in sizes]
     kernel, dilation, stride = sizes
-    positions = output[0, 0].numel()
+    space = zip(data.shape[2:], kernel, dilation, stride, strict=True)
+    positions = prod((size - d * (k - 1) - 1) // s + 1 for size, k, d, s in space)
     step = max(1, _ELEMENTS // max(1, positions * module.weight[0].numel() * groups))
     for start in range(0, len(data), step):
-        piece = slice(start, start + step)
-        columns = functional.unfold(data[piece], kernel, dilation, stride=stride)
-        x, y, t = (
+        columns = functional.unfold(data[start : start + step], kernel, dilation, stride=stride)
+        yield tuple(
             value.reshape(len(value), groups, -1, positions).permute(1, 0, 3, 2).flatten(1, 2)
-            for value in (columns, output[piece], wanted[piece])
+            for value in (columns, *(value[start : start + step] for value in outputs))
         )
-        yield x, y, t
+
+
+def ridged(gram: Tensor, ridge: float) -> Tensor:
+    """XᵀX of every group with `ridge` times its mean diagonal added to the diagonal."""
+    scale = gram.diagonal(dim1=1, dim2=2).mean(1)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # inputs that are never on: nothing to solve
+    eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    return gram + (ridge * scale)[:, None, None] * eye
 
 
 def spatial(module: nn.Module) -> int:

@@ -18,7 +18,8 @@ from ..progress import track
 from ..structure import named_tensors, unwrap
 from .calibration import ReachedError, gathered, random_state_kept, run
 from .equations import Sums, exact, spatial
-from .norms import is_tracked, measure_norms
+from .norms import measure_norms
+from .readers import unsolvable, watched
 
 _LOG = logging.getLogger("filterfold.reconstruction")
 
@@ -157,12 +158,12 @@ def _sites(pruned: nn.Module, original: nn.Module, plan: Plan, inputs: Any) -> t
             module = pruned.get_submodule(name)
         except AttributeError:
             raise PlanError(f"the plan cuts {tensor}, which the pruned network does not have") from None
-        reason = _unsolvable(module, leaf, pruned)
+        reason = unsolvable(module, leaf, pruned)
         if reason is None:
             modules[name] = module
         else:
             skipped[tensor] = reason
-    calls, norms = _watched(pruned, modules, inputs)
+    calls, norms = watched(pruned, modules, inputs)
     sites = []
     for name in dict.fromkeys(calls):
         if calls.count(name) > 1:
@@ -172,44 +173,6 @@ def _sites(pruned: nn.Module, original: nn.Module, plan: Plan, inputs: Any) -> t
         sites.append(_Site(name, modules[name], twins[name], own, norms.get(name)))
     skipped |= {name: "is not called as a module" for name in modules if name not in calls}
     return sites, skipped
-
-
-def _unsolvable(module: nn.Module, leaf: str, model: nn.Module) -> str | None:
-    """Why a layer can't be solved, or None."""
-    kinds = (nn.Conv1d, nn.Conv2d, nn.Linear)
-    if not any(type(module).forward is kind.forward for kind in kinds):
-        return f"{type(module).__name__} is no plain convolution or linear layer"
-    if leaf != "weight" or "weight" not in module._parameters:
-        return "its weight is computed from others"
-    names = [name for name, value in model.named_parameters(remove_duplicate=False) if value is module.weight]
-    return f"its weight is shared: {', '.join(names)}" if len(names) > 1 else None
-
-
-def _watched(model: nn.Module, modules: Mapping[str, nn.Module], inputs: Any) -> tuple[list[str], dict[str, nn.Module]]:
-    """The layers' names in the order in which they run, and the batch norms that read their outputs directly."""
-    calls: list[str] = []
-    norms: dict[str, nn.Module] = {}
-    made: list[tuple[str, Any]] = []
-
-    def layer(name: str) -> Any:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            calls.append(name)
-            made.append((name, output))
-
-        return hook
-
-    def norm(module: nn.Module, args: Any) -> None:
-        norms.update({name: module for name, output in made if args and args[0] is output})
-
-    handles = [module.register_forward_hook(layer(name)) for name, module in modules.items()]
-    found = [module for module in model.modules() if is_tracked(module)]
-    handles += [module.register_forward_pre_hook(norm) for module in found]
-    try:
-        run(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls, norms
 
 
 def _seen(model: nn.Module, module: nn.Module, inputs: Any) -> tuple[Tensor, Tensor]:
