@@ -1,22 +1,24 @@
 """Without training after the cut: dropping and folding, batch norms measured anew, kernels repaired; top-1 of each.
 
 For every share of filters kept in every layer, of a trained network on CIFAR-10's test set: L1 dropping as it is, with
-batch norms measured anew, and with repair; folding with the last two. Calibration on training images without
-augmentation, drawn anew for each seed.
+batch norms measured anew, and with repair; folding and dropping by reconstruction error with the last two. Then these
+two with as many multiply-accumulates, but widths for each layer (`budget`): from how well it clusters, or from the
+errors. Calibration on training images without augmentation, drawn anew for each seed.
 
     python benchmarks/without_training.py SHARED                # ResNet-56 of SHARED/weights
     python benchmarks/without_training.py SHARED --model vgg16 --width 0.25 --weights dense.safetensors …
                                           [--shares 0.9,0.7,0.5,0.3] [--images 10000] [--calibration 1000] [--seeds 0]
 
-Writes results/without_training_MODEL.json.
+Writes results/without_training_MODEL.json, row by row; what stands there for the same options is not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,35 +58,57 @@ def main() -> None:
     given = options.weights or [options.shared / "weights" / f"{options.model}-cifar10.safetensors"]
     normalization = "dataset" if options.weights else "imagenet"  # that of SHARED/weights
     images = data.load(str(options.shared / "data" / "cifar10"), normalization=normalization)
-    rows = []
+    settings = {
+        "model": options.model,
+        "width": options.width,
+        "test_images": min(options.images, len(images.test)),
+        "calibration_images": options.calibration // options.batch * options.batch,
+        "ridge": options.ridge,
+    }
+    done = Rows(out, settings, environment)
     for weights in given:
         model = zoo.build(options.model, width=options.width)
         ff.load_weights(model, weights)
         for seed in map(int, options.seeds.split(",")):
             order = data.batches(images.train, options.batch, shuffle=True, seed=seed)
             calibration = [batch for batch, _ in zip(order, range(options.calibration // options.batch), strict=False)]
-            for row in compare(model, images.test, calibration, seed, options):
-                rows.append({"weights": weights.name, "seed": seed} | row)
-                print(rows[-1], flush=True)
-    report = {
-        "what": "top-1 after cutting every layer to a share of its filters, no training after the cut",
-        "model": options.model,
-        "width": options.width,
-        "command": command(),
-        "test_images": min(options.images, len(images.test)),
-        "calibration_images": options.calibration // options.batch * options.batch,
-        "ridge": options.ridge,
-        "rows": rows,
-        "environment": environment,
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, report)
+            compare(model, images.test, calibration, {"weights": weights.name, "seed": seed}, options, done)
     print("written:", out)
 
 
+class Rows:
+    """The rows of the report: those that are there already, and new ones, written down at once.
+
+    Each names the run that it is of, by its place in `runs`.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], environment: dict[str, Any]) -> None:
+        found = json.loads(path.read_text()) if path.exists() else {}
+        if any(found.get(name, value) != value for name, value in settings.items()):
+            raise SystemExit(f"{path} is of other options; give another --out")
+        self.path, self.settings = path, settings
+        self.rows: list[dict[str, Any]] = found.get("rows", [])
+        self.runs = [*found.get("runs", []), {"command": command(), "environment": environment}]
+
+    def add(self, key: dict[str, Any], measured: Callable[[], dict[str, Any]]) -> None:
+        """Measure a row, if it is not there."""
+        if any(all(row.get(name) == value for name, value in key.items()) for row in self.rows):
+            return
+        self.rows.append(key | measured() | {"run": len(self.runs) - 1})
+        print(self.rows[-1], flush=True)
+        what = "top-1 after cutting a trained network, no training after the cut"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, {"what": what, **self.settings, "rows": self.rows, "runs": self.runs})
+
+
 def compare(
-    model: nn.Module, test: Any, calibration: list[Any], seed: int, options: argparse.Namespace
-) -> Iterator[dict[str, Any]]:
+    model: nn.Module,
+    test: Any,
+    calibration: list[Any],
+    key: dict[str, Any],
+    options: argparse.Namespace,
+    done: Rows,
+) -> None:
     """Top-1 of the dense network, and of every way to cut it at every share."""
     model = model.eval()
 
@@ -99,31 +123,31 @@ def compare(
                     break
         return 100 * right / seen
 
-    yield {"method": "dense", "keep": 1.0, "top1": top1(model)}
+    done.add({**key, "method": "dense", "keep": 1.0}, lambda: {"top1": top1(model)})
+    example = calibration[0][0][:1]
+    seed = key["seed"]
     for share in map(float, options.shares.split(",")):
-        for method, cut in (("l1", drop), ("fold", fold)):
-            for remedy in ("none", "batch norm", "repair"):
-                if (method, remedy) == ("fold", "none"):
-                    continue
-                found = one(model, cut, remedy, share, calibration, top1, seed, options)
-                yield {"method": method, "remedy": remedy, "keep": share, **found}
+        for method, remedies in WAYS.items():
+            for remedy in remedies:
+
+                def measured(share: float = share, method: str = method, remedy: str = remedy) -> dict[str, Any]:
+                    network = copy.deepcopy(model)
+                    plan = CUTS[method](network, example, share, seed, calibration)
+                    return one(network, model, plan, remedy, calibration, top1, options)
+
+                done.add({**key, "method": method, "remedy": remedy, "keep": share}, measured)
 
 
 def one(
+    network: nn.Module,
     model: nn.Module,
-    cut: Callable[..., Plan],
+    plan: Plan,
     remedy: str,
-    share: float,
     calibration: list[Any],
     top1: Measure,
-    seed: int,
     options: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Cut a copy, apply the remedy, measure."""
-    network = copy.deepcopy(model)
-    example = calibration[0][0][:1]
-    before = ff.measure(network, example).macs
-    plan = cut(network, example, share, seed)
+    """Apply the remedy to the cut network, measure."""
     started = time.perf_counter()
     if remedy == "batch norm":
         reestimate(network, calibration, batches=len(calibration))
@@ -137,19 +161,72 @@ def one(
             ]
         }
     seconds = time.perf_counter() - started
-    macs = ff.measure(network, example).macs / before
+    example = calibration[0][0][:1]
+    macs = ff.measure(network, example).macs / ff.measure(model, example).macs
     return {"macs": macs, "top1": top1(network), "remedy_seconds": seconds, **errors}
 
 
-def drop(network: nn.Module, example: Tensor, share: float, seed: int) -> Plan:
+def drop(network: nn.Module, example: Tensor, share: float, seed: int, _calibration: list[Any]) -> Plan:
     """Drop the filters of smallest L1 norm in every group."""
     return ff.prune(network, example, keep=share, verify=False, seed=seed).plan
 
 
-def fold(network: nn.Module, example: Tensor, share: float, seed: int) -> Plan:
+def fold(network: nn.Module, example: Tensor, share: float, seed: int, _calibration: list[Any]) -> Plan:
     """Fold clusters of filters in every group."""
-    online = OnlineFilterClustering(network, example, keep=share, round_to=1, verify=False, seed=seed)
+    return folded(network, example, seed, keep=share)
+
+
+def fold_to_budget(network: nn.Module, example: Tensor, share: float, seed: int, _calibration: list[Any]) -> Plan:
+    """Fold clusters, with widths from how well each group clusters, to the cost of the uniform cut."""
+    return folded(network, example, seed, macs=uniform_cost(network, example, share))
+
+
+def folded(network: nn.Module, example: Tensor, seed: int, **budget: Any) -> Plan:
+    """Fold clusters of filters within a budget."""
+    online = OnlineFilterClustering(network, example, round_to=1, verify=False, seed=seed, **budget)
     return online.cluster_and_prune().plan
+
+
+def lose_least(network: nn.Module, example: Tensor, share: float, seed: int, calibration: list[Any]) -> Plan:
+    """Drop the filters that the next layers can best do without, in every group."""
+    options: dict[str, Any] = {"criterion": "reconstruction", "loader": calibration, "verify": False, "seed": seed}
+    return ff.prune(network, example, keep=share, **options).plan
+
+
+def lose_least_to_budget(network: nn.Module, example: Tensor, share: float, seed: int, calibration: list[Any]) -> Plan:
+    """Drop those filters of all groups together, to the cost of the uniform cut."""
+    options: dict[str, Any] = {
+        "criterion": "reconstruction",
+        "loader": calibration,
+        "verify": False,
+        "seed": seed,
+        "scope": "global",
+    }
+    return ff.prune(network, example, macs=uniform_cost(network, example, share), **options).plan
+
+
+def uniform_cost(network: nn.Module, example: Tensor, share: float) -> float:
+    """Share of the multiply-accumulates that is left when every group keeps the same share of its filters."""
+    plain = copy.deepcopy(network)
+    ff.prune(plain, example, keep=share, verify=False)
+    return ff.measure(plain, example).macs / ff.measure(network, example).macs
+
+
+CUTS: dict[str, Callable[..., Plan]] = {
+    "l1": drop,
+    "fold": fold,
+    "reconstruction": lose_least,
+    "fold, budget": fold_to_budget,
+    "reconstruction, budget": lose_least_to_budget,
+}
+WAYS = {
+    "l1": ("none", "batch norm", "repair"),
+    "fold": ("batch norm", "repair"),
+    "reconstruction": ("batch norm", "repair"),
+    "fold, budget": ("repair",),
+    "reconstruction, budget": ("repair",),
+}
+"""Method → what is done after the cut."""
 
 
 if __name__ == "__main__":
