@@ -165,20 +165,26 @@ def test_hugging_face_levels_off_and_refuses(tmp_path) -> None:
         run(HuggingFaceCallback(inputs, keep=0.5, schedule="plateau", monitor="none"))
 
 
-def test_gradients_added_by_hand_are_those_of_the_loss() -> None:
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("precision", [torch.float64, torch.bfloat16])
+def test_gradients_added_by_hand_are_those_of_the_loss(layout: torch.memory_format, precision: torch.dtype) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
         *(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 8, 1), nn.ReLU()),  # its filters lie along axis 1
-        *(nn.Conv2d(8, 8, 1, groups=2), nn.ReLU(), nn.Conv2d(8, 2, 1)),
+        *(nn.Conv2d(8, 8, 2, groups=2), nn.ReLU(), nn.Conv2d(8, 2, 1)),
     )
-    online = OnlineFilterClustering(model, torch.zeros(1, 1, 4, 4), keep=0.5, strength=0.7)
+    with torch.no_grad():
+        model[0].weight[3] = 0  # has no direction
+    model = model.to(precision, memory_format=layout)
+    images = torch.ones(2, 1, 4, 4, dtype=precision)
+    online = OnlineFilterClustering(model, images[:1], keep=0.5, strength=0.7)
     online.add_gradients()  # nothing yet
     assert model[0].weight.grad is None
     online.update_clusters()
-    (model(torch.ones(2, 1, 4, 4)).mean() + online.loss()).backward()
+    (model(images).mean() + online.loss()).backward()
     wanted = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
-    model(torch.ones(2, 1, 4, 4)).mean().backward()
+    model(images).mean().backward()
     online.add_gradients()
     for parameter, gradient in zip(model.parameters(), wanted, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)

@@ -53,7 +53,9 @@ class CutOptions:
         float | None, Option(help="Share of the time, measured on this device, that may remain.", rich_help_panel=CUT)
     ] = None
     latency_batch: Annotated[int, Option(help="Images at a time for --latency.", rich_help_panel=CUT, min=1)] = 64
-    criterion: Annotated[str, Option(help="l1, l2, random, fpgm, taylor, reconstruction, …", rich_help_panel=CUT)] = "l1"
+    criterion: Annotated[str, Option(help="l1, l2, random, fpgm, taylor, reconstruction, …", rich_help_panel=CUT)] = (
+        "l1"
+    )
     scope: Annotated[str, Option(help="Rank filters by layer or all together: layer, global.", rich_help_panel=CUT)] = (
         "layer"
     )

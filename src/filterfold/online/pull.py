@@ -42,24 +42,51 @@ def value_and_gradient(weight: Tensor, labels: Tensor, mean: Tensor, sign: Tenso
     with torch.autocast(weight.device.type, enabled=False):
         rows = weight.flatten(1)
         rows = rows if rows.dtype == torch.float64 else rows.float()
-        length = rows.norm(dim=1, keepdim=True)
-        inverse = length.clamp(min=torch.finfo(rows.dtype).tiny).reciprocal_()
-        inverse = inverse if sign is None else inverse * sign
+        inverse = _inverse(rows, sign)
         unit = rows * inverse
         own = means(unit, labels, mean.to(rows)).index_select(0, labels)
         cosine = (unit * own).sum(dim=1, keepdim=True)
-        value: Tensor = ((length > 0).to(rows) - cosine).sum() / 2  # rows of length 0 have no direction
+        value: Tensor = ((inverse != 0).to(rows) - cosine).sum() / 2  # rows of length 0 have no direction
         return value, unit.mul_(cosine * inverse).addcmul_(own, inverse, value=-1)
 
 
-def means(unit: Tensor, labels: Tensor, mean: Tensor) -> Tensor:
+def add_gradient(
+    grad: Tensor, rows: Tensor, labels: Tensor, mean: Tensor, sign: Tensor | None, strength: float, room: Tensor
+) -> None:
+    """Add strength times the gradient to `grad`, in place and without new memory: it is done after every batch.
+
+    **Arguments:**
+
+    - `grad`, `rows`: shape `(n, d)`, both float32 or float64. The others as for `pull`.
+    - `room`: shape `(3, n · d)` or longer, to work in.
+    """
+    with torch.autocast(rows.device.type, enabled=False):
+        unit, own, centres = (part[: rows.numel()].view_as(rows) for part in room)
+        inverse = _inverse(rows, sign)
+        torch.mul(rows, inverse, out=unit)
+        torch.index_select(means(unit, labels, mean, centres[: len(mean)]), 0, labels, out=own)
+        grad.addcmul_(own, inverse, value=-strength)
+        cosine = own.mul_(unit).sum(dim=1, keepdim=True)
+        grad.addcmul_(unit, cosine * inverse, value=strength)
+
+
+def _inverse(rows: Tensor, sign: Tensor | None) -> Tensor:
+    """±1 / ‖w_j‖ in a column, 0 for a row of length 0."""
+    length = rows.norm(dim=1, keepdim=True)
+    inverse = torch.where(length > torch.finfo(rows.dtype).tiny, length.reciprocal(), 0)
+    return inverse if sign is None else inverse * sign
+
+
+def means(unit: Tensor, labels: Tensor, mean: Tensor, out: Tensor | None = None) -> Tensor:
     """Means of the rows `(n, d)` of each cluster, shape `(k, d)`; `mean` is what `averager` gives.
 
     On a CPU rows are added one by one, which is cheaper than a product; on a GPU that would not be deterministic.
+    The largest entry of each row of `mean` is then enough, shape `(k, 1)`.
     """
+    out = unit.new_empty(len(mean), unit.shape[1]) if out is None else out
     if unit.device.type != "cpu":
-        return mean @ unit
-    return unit.new_zeros(len(mean), unit.shape[1]).index_add_(0, labels, unit).mul_(mean.amax(dim=1, keepdim=True))
+        return torch.mm(mean, unit, out=out)
+    return out.zero_().index_add_(0, labels, unit).mul_(mean.amax(dim=1, keepdim=True))
 
 
 def pull(weight: Tensor, labels: Tensor, mean: Tensor, sign: Tensor | None = None) -> Tensor:
