@@ -157,7 +157,8 @@ def test_additions_reach_the_trial(tmp_path) -> None:
     )
     bench = Bench(setting, tmp_path, "cpu")
     top1 = {}
-    for method in ("online", "online+repair", "online-l1+repair+distill"):
+    methods = ("online", "online+repair", "online-l1+repair+distill", "online+centripetal", "online+unpulled")
+    for method in methods:
         record = run_trial(Trial(method, 0, setting, keep=0.5), bench)
         assert record["result"] is not None
         top1[method] = record["history"][-1]["train_loss"]
@@ -165,5 +166,5 @@ def test_additions_reach_the_trial(tmp_path) -> None:
         assert taught == ([0, record["dense"]["macs"], record["dense"]["macs"]] if "distill" in method else [0, 0, 0])
         steps = sum(3 * macs for macs in (record["dense"]["macs"], *(row["macs"] for row in record["history"][:-1])))
         assert record["result"]["train_macs"] == 256 * (steps + sum(taught))
-    assert len(set(top1.values())) == 3
+    assert len(set(top1.values())) == len(methods)
     assert 0 < DISTILL < 1

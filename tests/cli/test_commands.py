@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from filterfold.checkpoint import inspect, load
 from filterfold.cli import app
+from filterfold.cli.families import OnlineOptions
 from filterfold.cost import measure
 from filterfold.data import load as load_data
 from filterfold.experiment.records import Record, read_all
@@ -291,3 +292,10 @@ def test_settings_that_an_older_version_did_not_know_do_not_part_it_from_its_run
         "epochs", "batch_size", "lr", "momentum", "nesterov", "weight_decay", "decay_norms", "schedule", "step_every",
         "step_factor", "warmup", "label_smoothing", "augment", "precision", "channels_last", "compile", "deterministic",
     }  # fmt: skip
+
+
+def test_a_pull_without_a_strength_has_its_own() -> None:
+    assert OnlineOptions().keywords() == {"schedule": "gradual", "strength": 1e-3}  # as in every record so far
+    assert OnlineOptions(pull="centripetal").keywords() == {"schedule": "gradual", "pull": "centripetal"}
+    assert OnlineOptions(pull="centripetal", strength=0.1).keywords()["strength"] == 0.1
+    assert OnlineOptions(pull="none").keywords() == {"schedule": "gradual", "strength": 0.0}

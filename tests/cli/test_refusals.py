@@ -107,6 +107,11 @@ TABLE = {
     "no duration": ("compare tiny --keep 0.5 --stop-after soon --out {}/new", "'soon' is no duration"),
     "no such device": ("train tiny --device tpu --out {}/new", "tpu"),
     "no such precision": ("train tiny --precision 8-bit --out {}/new", "8-bit"),
+    "no such pull": ("train tiny --method online --keep 0.5 --pull hard --out {}/new", "--pull hard: must be cosine"),
+    "a strength of nothing": (
+        "train tiny --method online --keep 0.5 --pull none --strength 1 --out {}/new",
+        "--pull none has none",
+    ),
     "no such milestones": ("train tiny --method online --keep 0.5 --milestones late --out {}/new", "late"),
     "no epochs": ("train -m vgg_small -d digits --epochs 0 --out {}/new", "epochs=0"),
     "no validation share": ("train tiny --validation some --out {}/new", "--validation some"),

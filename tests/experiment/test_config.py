@@ -106,6 +106,8 @@ def test_without_budgets_the_methods_have_their_own() -> None:
         (lambda: Trial("l1+repair", 0, SETTING, keep=0.5), "only online methods take additions"),
         (lambda: Trial("scratch+repair", 0, SETTING, keep=0.5), "only online methods take additions"),
         (lambda: Trial("online+repare", 0, SETTING, keep=0.5), r"\+repare is not one of"),
+        (lambda: Trial("online-l1+centripetal", 0, SETTING, keep=0.5), r"online alone pulls .*\(\+centripetal\)"),
+        (lambda: Trial("online+unpulled+centripetal", 0, SETTING, keep=0.5), "in one way"),
         (lambda: Trial("online+repair+repair", 0, SETTING, keep=0.5), "each at most once"),
         (lambda: Trial("online", 0, SETTING, clusters=0), "clusters = 0"),
         (lambda: Trial("l1", 0, SETTING, clusters=5), "takes no number of clusters"),

@@ -57,6 +57,7 @@ METHODS_HELP = (
     "online-CRITERION (the same schedule, dropping by a criterion); online-centroid (nothing removed); "
     "online…+repair, online…+distill (next kernels repaired after every cut; the uncut network as a teacher); "
     "online…+early (cuts at 5, 10 and 15 % of training); "
+    "online+centripetal, online+unpulled (filters brought together by the stronger rule, or not at all); "
     "online…+longer, scratch+longer (more epochs, for at most .7 of the dense training's MACs)."
 )
 

@@ -173,13 +173,33 @@ class OnlineOptions:
             rich_help_panel=ONLINE,
         ),
     ] = "gradual"
+    pull: Annotated[
+        str,
+        Option(
+            help="What brings the filters of a cluster together: cosine (a term in the loss), centripetal (common "
+            "gradients: they become identical), or none.",
+            rich_help_panel=ONLINE,
+        ),
+    ] = "cosine"
     strength: Annotated[
-        float, Option(help="Strength of the term that pulls the filters of a cluster together.", rich_help_panel=ONLINE)
-    ] = 1e-3
+        float | None,
+        Option(
+            help="Of the pull.", show_default="0.001 for cosine, 0.05 for centripetal", min=0.0, rich_help_panel=ONLINE
+        ),
+    ] = None
 
     def keywords(self) -> dict[str, Any]:
-        """Arguments of `online.OnlineCallback`."""
-        return {"schedule": self.milestones, "strength": self.strength}
+        """Arguments of `online.OnlineCallback`; later ones only where used, so that begun runs can go on."""
+        options: dict[str, Any] = {"schedule": self.milestones}
+        if self.pull not in ("cosine", "centripetal", "none"):
+            raise ConfigError(f"--pull {self.pull}: must be cosine, centripetal or none")
+        if self.pull == "none":
+            if self.strength:
+                raise ConfigError(f"--strength {self.strength}: --pull none has none")
+            return {**options, "strength": 0.0}
+        if self.pull == "cosine":
+            return {**options, "strength": 1e-3 if self.strength is None else self.strength}
+        return {**options, "pull": self.pull, **({} if self.strength is None else {"strength": self.strength})}
 
 
 DEVICE_HELP = "cpu, cuda, cuda:N, or auto: the GPU if there is one."

@@ -36,10 +36,15 @@ network as long as those that are trained again, dropping filters by chance, the
 the schedule of the online method with the original criterion."""
 STRATEGIES = ("greedy", "iterative")
 """Ends of a criterion's method name: `l1-greedy`, `l1-iterative`; see `filterfold.experiment.afterwards`."""
-ADDITIONS = ("repair", "distill", "early", "longer")
+PULLS: Mapping[str, Mapping[str, Any]] = {
+    "centripetal": {"pull": "centripetal", "strength": None},
+    "unpulled": {"strength": 0.0},
+}
+"""Additions to `online` → how filters are then brought together: by the stronger rule, or not at all."""
+ADDITIONS = ("repair", "distill", "early", "longer", *PULLS)
 """What an online method may have added, in any combination (`online-l1+repair+distill`): the next layers' kernels
 repaired after every cut; the network as it was before the first cut as a teacher; the cuts of `Schedule.early`; as many
-epochs as `LONGER` of the dense training pays for, which `scratch` may have as well."""
+epochs as `LONGER` of the dense training pays for, which `scratch` may have as well; `PULLS`, one of them."""
 
 DISTILL = 0.3
 """Weight of the teacher in `+distill`."""
@@ -337,6 +342,9 @@ def _check_method(method: str) -> None:
             raise ConfigError(f"method {whole!r}: only online methods take additions (+{name})")
         if name not in ADDITIONS or additions.count(name) > 1:
             raise ConfigError(f"method {whole!r}: +{name} is not one of +{', +'.join(ADDITIONS)}, each at most once")
+    pulls = [name for name in additions if name in PULLS]
+    if len(pulls) > 1 or (pulls and method != ONLINE):
+        raise ConfigError(f"method {whole!r}: online alone pulls filters together, in one way (+{pulls[-1]})")
     plain = next((method.removesuffix(f"-{name}") for name in STRATEGIES if method.endswith(f"-{name}")), method)
     if online or plain in CRITERIA or method in (DENSE, DENSE_LONG, SCRATCH, SCRATCH_LONG):
         return

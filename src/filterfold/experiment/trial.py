@@ -30,7 +30,7 @@ from ..training import Row, evaluate, train
 from . import records
 from .afterwards import cut_and_retrain, scratch
 from .bench import Bench
-from .config import DENSE, DENSE_LONG, DISTILL, SCRATCH, SCRATCH_LONG, Trial
+from .config import DENSE, DENSE_LONG, DISTILL, PULLS, SCRATCH, SCRATCH_LONG, Trial
 from .costs import train_images, train_macs
 from .environment import describe
 from .lengths import equal_epochs, longer_epochs
@@ -230,6 +230,8 @@ def _callback(trial: Trial, loader: Sequence[Any] | None = None) -> OnlineCallba
         added["remedy"] = "kernels"
     if "distill" in trial.additions:
         added["distill"] = DISTILL
+    for name in trial.additions:
+        added |= PULLS.get(name, {})
     try:
         return OnlineCallback(
             clusters=trial.clusters,
