@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from filterfold.errors import ConfigError
+from filterfold.errors import CheckpointError, ConfigError
 from filterfold.online import OnlineFilterClustering, Schedule
 
 pytestmark = [
@@ -138,6 +138,48 @@ def test_lightning_levels_off_and_refuses(tmp_path) -> None:
         fit(classifier(), shrinking(schedule=schedule, monitor="none"), 3, tmp_path)
     with pytest.raises(ConfigError, match="example_input_array"):
         fit(classifier(), shrinking(example_inputs=None), 1, tmp_path)
+
+
+def test_hugging_face_goes_on_from_the_checkpoint_of_a_smaller_network(tmp_path) -> None:
+    pytest.importorskip("transformers")
+    from transformers import Trainer, TrainingArguments, set_seed
+
+    from filterfold.online.huggingface import HuggingFaceCallback
+
+    module = example("hugging_face_trainer")
+    data = torch.utils.data.Subset(module.Digits(), range(80))
+    arguments = TrainingArguments(
+        str(tmp_path), num_train_epochs=5, per_device_train_batch_size=16, learning_rate=1e-3, use_cpu=True,
+        report_to="none", save_strategy="epoch", disable_tqdm=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+
+    def run(checkpoint: Path | None, *, resized: bool = True) -> tuple[Any, Any]:
+        set_seed(0)
+        model = module.Classifier()
+        callback = HuggingFaceCallback(
+            {"pixel_values": torch.zeros(1, 1, 8, 8)},
+            keep=0.5,
+            schedule=Schedule((1, 2, 3), ((2, 0.5), (4, 1.0))),
+            strength=0.3,
+        )
+        if checkpoint is not None and resized:
+            callback.resume(model, checkpoint)
+        trainer = Trainer(model, arguments, train_dataset=data, callbacks=[callback])
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        return model, callback.online
+
+    whole, first = run(None)
+    assert len(first.cuts) == 2
+    for step in (5, 15):  # after one epoch, and after three: the network is cut already
+        again, second = run(tmp_path / f"checkpoint-{step}")
+        assert second.plans == first.plans
+        assert second.history == first.history
+        weights = zip(whole.state_dict().values(), again.state_dict().values(), strict=True)
+        assert all(torch.equal(one, two) for one, two in weights)
+    with pytest.raises(ConfigError, match=r"call resume\(model, checkpoint\)"):
+        run(tmp_path / "checkpoint-5", resized=False)
+    with pytest.raises(CheckpointError, match="no such file"):
+        run(tmp_path)
 
 
 def test_hugging_face_levels_off_and_refuses(tmp_path) -> None:

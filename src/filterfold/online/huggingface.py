@@ -5,23 +5,31 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from torch import nn
 from torch.utils._pytree import tree_map
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import ConfigError
+from ..storage import load_tree, save_tree
+from ..structure import restore, snapshot
 from .filters import OnlineFilterClustering
 from .schedule import Schedule
 
 _LOG = logging.getLogger("filterfold.online")
 
+FILE = "filterfold.safetensors"
+"""In a trainer's checkpoint: the network's sizes, and the clustering's state."""
+
 
 class HuggingFaceCallback(TrainerCallback):
     """Lets a network shrink while a `Trainer` trains it, in one process.
 
-    A trainer's own checkpoints hold the weights of the smaller network but not its sizes, so it can't resume from one
-    written after a cut; `filterfold.save` the trained model.
+    A trainer's own checkpoints hold the weights of the smaller network but not its sizes; the callback writes these and
+    its own state into them (`filterfold.safetensors`). To go on from one, make the model as at first and let the
+    callback resize it: `callback.resume(model, folder)`, then `Trainer(…).train(resume_from_checkpoint=folder)`.
 
     **Arguments:**
 
@@ -47,6 +55,21 @@ class HuggingFaceCallback(TrainerCallback):
         Schedule.of(schedule, 1)  # refuses unknown names now
         self.example_inputs, self.schedule, self.monitor, self.options = example_inputs, schedule, monitor, options
         self.online: OnlineFilterClustering | None = None
+        self._state: Mapping[str, Any] | None = None
+
+    def resume(self, model: nn.Module, checkpoint: Path | str) -> None:
+        """Give a fresh model the sizes that it had when a checkpoint was written, before the trainer is made with it.
+
+        **Arguments:**
+
+        - `model`: as it was at first; changed in place. Its weights are the trainer's business.
+        - `checkpoint`: the trainer's folder, `…/checkpoint-N`.
+
+        **Raises:** `CheckpointError` if the folder was written without this callback, or is of another network.
+        """
+        state = load_tree(Path(checkpoint) / FILE)
+        restore(model, state["structure"])
+        self._state = state["online"]
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -56,8 +79,11 @@ class HuggingFaceCallback(TrainerCallback):
             raise ConfigError("HuggingFaceCallback works on one device; use OnlineFilterClustering in your own loop")
         if args.fp16 and not args.max_grad_norm:
             raise ConfigError("HuggingFaceCallback: fp16 gradients are unscaled only where max_grad_norm is set")
-        if state.global_step:
-            raise ConfigError("HuggingFaceCallback can't resume: start afresh, without resume_from_checkpoint")
+        at = int((state.epoch or 0) + 1e-6)
+        if state.global_step and (self._state is None or self._state["epoch"] != at):
+            raise ConfigError(
+                "HuggingFaceCallback: before training goes on from a checkpoint, call resume(model, checkpoint) with it"
+            )
         example = tree_map(lambda leaf: leaf.to(args.device) if hasattr(leaf, "to") else leaf, self.example_inputs)
         optimizer = kwargs["optimizer"]
         self.online = OnlineFilterClustering(
@@ -67,6 +93,15 @@ class HuggingFaceCallback(TrainerCallback):
             schedule=Schedule.of(self.schedule, math.ceil(args.num_train_epochs)),
             **self.options,
         )
+        if self._state is not None:
+            self.online.load_state_dict(self._state)
+            self._state = None
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the network's sizes and the clusters beside the trainer's own files."""
+        if self.online is not None:
+            folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+            save_tree(folder / FILE, {"structure": snapshot(self.online.model), "online": self.online.state_dict()})
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
