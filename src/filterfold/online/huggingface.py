@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from ..storage import load_tree, save_tree
 from ..structure import restore, snapshot
 from .filters import OnlineFilterClustering
@@ -67,7 +67,10 @@ class HuggingFaceCallback(TrainerCallback):
 
         **Raises:** `CheckpointError` if the folder was written without this callback, or is of another network.
         """
-        state = load_tree(Path(checkpoint) / FILE)
+        path = Path(checkpoint) / FILE
+        state = load_tree(path)
+        if not {"structure", "online"} <= set(state):
+            raise CheckpointError(f"{path}: not written by HuggingFaceCallback")
         restore(model, state["structure"])
         self._state = state["online"]
 
