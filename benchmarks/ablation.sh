@@ -5,7 +5,7 @@
 # widths that clustering chooses. All controls of the same schedule, the original algorithm with 3 epochs of retraining,
 # the small network from scratch for the same epochs, for what `online` costs, and for .7 of what the dense one costs.
 # About an hour and a half a seed on one core; what is done is not done again, so it may be stopped at any time.
-# Inference is timed when all trials are done, together with nothing else.
+# Also k filters in every layer, one seed. Inference is timed when all trials are done: let the machine be quiet then.
 #
 #     bash benchmarks/ablation.sh [seeds, default 3] [run folder, default results/ablation] [trials at a time, default 1]
 set -euo pipefail
@@ -19,5 +19,6 @@ step() {
 }
 
 step --macs 0.256 --methods online --latency-batches none
+step --clusters 5,10,20,30 --methods online --trials 1 --latency-batches none
 step --keep 0.5 --methods \
     dense,l1,scratch,scratch-long,scratch+longer,online,online-l1,online-random,online-fpgm,online-centroid,online+repair,online+distill,online+longer,online+early+longer
