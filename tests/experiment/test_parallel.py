@@ -186,11 +186,22 @@ def test_no_trials_at_a_time_are_refused() -> None:
 
 
 def children(pid: int | None = None) -> set[int]:
-    """Processes that a process has started and that are still there."""
+    """Processes that a process has started and that are still there, but for multiprocessing's resource tracker.
+
+    The first worker of a process starts the tracker, and it stays until that process ends.
+    """
     tasks = Path(f"/proc/{pid or os.getpid()}/task")
     if not tasks.is_dir():
         pytest.skip("needs /proc")
-    return {int(child) for path in tasks.glob("*/children") for child in path.read_text().split()}
+    found = {int(child) for path in tasks.glob("*/children") for child in path.read_text().split()}
+    return {child for child in found if not is_resource_tracker(child)}
+
+
+def is_resource_tracker(pid: int) -> bool:
+    try:
+        return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def alive(pid: int) -> bool:
