@@ -103,8 +103,8 @@ VGGS = {
 
 
 @pytest.mark.parametrize("name", [*VGGS, *RESNETS])
-def test_counts_of_li_et_al_to_the_unit(shared, name):
-    with (shared / "reference" / "li2017_table1.csv").open() as file:
+def test_counts_of_li_et_al_to_the_unit(reference, name):
+    with (reference / "li2017_table1.csv").open() as file:
         row = next(row for row in csv.DictReader(file) if row["model"] == name)
     if name in VGGS:
         model = zoo.build_vgg(widths=VGGS[name])

@@ -395,8 +395,8 @@ RESNET56 = {
 
 
 @pytest.mark.parametrize("name", RESNET56)
-def test_resnet56_as_li_et_al_prune_it(shared, name):
-    with (shared / "reference" / "li2017_table1.csv").open() as file:
+def test_resnet56_as_li_et_al_prune_it(reference, name):
+    with (reference / "li2017_table1.csv").open() as file:
         row = next(row for row in csv.DictReader(file) if row["model"] == name)
     ratios, skipped = RESNET56[name]
     model, example = zoo.build("resnet56"), torch.zeros(1, 3, 32, 32)

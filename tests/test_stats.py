@@ -16,9 +16,9 @@ from filterfold.stats import permutations
 
 
 @pytest.fixture(scope="module")
-def figures(shared: Path) -> dict[str, dict[str, list[float]]]:
+def figures(reference: Path) -> dict[str, dict[str, list[float]]]:
     """Column → group → values of the document's 35 trials."""
-    with (shared / "reference" / "figures_4_5.csv").open() as file:
+    with (reference / "figures_4_5.csv").open() as file:
         rows = list(csv.DictReader(file))
     columns = {"time": "inference_seconds", "top1": "top1_percent", "top5": "top5_percent"}
     groups: dict[str, dict[str, list[float]]] = {name: {} for name in columns}

@@ -51,8 +51,8 @@ def test_counts_of_li_et_al(name: str, expected_macs: int, expected_weights: int
     assert macs(model, torch.zeros(1, 3, 32, 32)) == expected_macs
 
 
-def test_counts_equal_the_reference_table(shared: Path) -> None:
-    with (shared / "reference" / "li2017_table1.csv").open() as file:
+def test_counts_equal_the_reference_table(reference: Path) -> None:
+    with (reference / "li2017_table1.csv").open() as file:
         rows = {row["model"]: row for row in csv.DictReader(file)}
     for name in ("vgg16", "resnet56", "resnet110"):
         assert weights(zoo.build(name)) == int(rows[name]["weights_exact"])

@@ -35,8 +35,8 @@ SLIPS = {"resnet34-a": {3: ("1.99e7", "2.00e7")}, "resnet34-c": {4: ("7.5", "7.4
 
 
 @pytest.fixture(scope="module")
-def table(shared: Path) -> dict[str, dict[str, str]]:
-    with (shared / "reference" / "li2017_table1.csv").open() as file:
+def table(reference: Path) -> dict[str, dict[str, str]]:
+    with (reference / "li2017_table1.csv").open() as file:
         return {row["model"]: row for row in csv.DictReader(file)}
 
 

@@ -17,8 +17,8 @@ def _write(folder: Path, text: str) -> Path:
     return path
 
 
-def test_the_reference_table(shared):
-    records = read_table(shared / "reference" / "figures_4_5.csv")
+def test_the_reference_table(reference):
+    records = read_table(reference / "figures_4_5.csv")
     assert len(records) == 35
     assert [records[0]["label"], records[34]["label"]] == ["original", "online clustering k=30"]
     assert records[34]["clusters"] == 30

@@ -185,8 +185,8 @@ def test_thin_material_still_gives_a_page(make, tmp_path, case):
     assert report.verdict(records)
 
 
-def test_a_foreign_table(shared, tmp_path):
-    page = report.from_table(shared / "reference" / "figures_4_5.csv", tmp_path)
+def test_a_foreign_table(reference, tmp_path):
+    page = report.from_table(reference / "figures_4_5.csv", tmp_path)
     text = "".join(_read(page).text)
     for figure in (".0332", ".1979", ".8722", ".0610", ".3302", ".0384", ".0222", "−0.698 points"):
         assert figure in text

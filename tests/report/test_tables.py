@@ -44,10 +44,10 @@ def test_csv_holds_full_values_and_reads_back(records):
     assert trials[0]["Clusters"] == ""
 
 
-def test_the_document_s_tests_in_tables(shared):
+def test_the_document_s_tests_in_tables(reference):
     from filterfold.report import read_table
 
-    [study] = studies(read_table(shared / "reference" / "figures_4_5.csv"))
+    [study] = studies(read_table(reference / "figures_4_5.csv"))
     p = [round(float(row["p"]), 5) for row in _rows(tables.kruskal_wallis(study))]
     assert p == [0.03318, 0.19788, 0.87222]
     dunn = tables.dunn(study)

@@ -143,8 +143,8 @@ def _judged(records):
     return study, judge(study)
 
 
-def test_what_the_document_claims_and_what_follows(shared):
-    records = read_table(shared / "reference" / "figures_4_5.csv")
+def test_what_the_document_claims_and_what_follows(reference):
+    records = read_table(reference / "figures_4_5.csv")
     study, judgements = _judged(records)
     assert study.control == "original"
     assert [j.pace for j in judgements] == ["faster"] * 6
