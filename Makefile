@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 WORKERS ?= auto
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test lint types unit docs clean
+.PHONY: demo test lint types unit quick shuffled each clean
 
 demo: .venv/installed
 	$(BIN)/filterfold demo --out runs/demo
@@ -20,7 +21,20 @@ types: .venv/installed-dev
 
 # One thread a process: the workers share the cores, and results do not depend on how many there are.
 unit: .venv/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	$(PYTEST) -n $(WORKERS) --dist worksteal
+
+# Under a minute, for the inner loop: lint, types and the slow tests are left out.
+quick: .venv/installed-dev
+	$(PYTEST) -n $(WORKERS) --dist worksteal -m "not slow"
+
+# The tests must pass in any order, and each file alone.
+shuffled: .venv/installed-dev
+	for seed in 1 2 3; do $(PYTEST) -n $(WORKERS) --shuffle $$seed || exit 1; done
+
+each: .venv/installed-dev
+	failed=; for file in $$(find tests -name 'test_*.py' | sort); do \
+	  echo "$$file"; $(PYTEST) -q -n 0 "$$file" || failed="$$failed $$file"; \
+	done; if [ -n "$$failed" ]; then echo "FAILED alone:$$failed"; exit 1; fi
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections import Counter
 from pathlib import Path
 
@@ -21,7 +22,7 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 WHERE_TO_GET_DATA = (
     "needs data/cifar10 (the Parquet files of uoft-cs/cifar10) and weights/resnet*-cifar10.safetensors"
     " (github.com/akamaster/pytorch_resnet_cifar10) in the folder that $FILTERFOLD_DATA names; looked in {folder}"
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +43,20 @@ def shared() -> Path:
 def reference() -> Path:
     """The folder with Table 1 of Li et al. (exact counts) and the 35 trials of the document's Figures 4 and 5."""
     return CHECKOUT / "docs"
+
+
+# --- order ---------------------------------------------------------------------------------------
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="files in random order, and the tests of each file")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if (seed := config.getoption("--shuffle")) is not None:
+        rng = random.Random(seed)
+        files = {item.path: rng.random() for item in items}
+        items.sort(key=lambda item: (files[item.path], rng.random()))  # by file: its fixtures are made once
 
 
 # --- what was not tested ------------------------------------------------------------------------

@@ -267,8 +267,8 @@ def test_misfits_are_refused_before_training(digits: ImageData) -> None:
         train(small(), digits, Recipe(augment="flip"), device="cpu")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_missing_gpu_is_named(digits: ImageData) -> None:
+def test_a_missing_gpu_is_named(digits: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="sees no CUDA device"):
         train(small(), digits, device="cuda")
 
