@@ -41,7 +41,7 @@ def main() -> None:
     for name in ("fresh", "bundled"):
         report[name] = compare(rows(name, options.scale), options.rounds)
         print(name, report[name])
-    from filterfold.storage import write_json
+    from filterfold.utils.io import write_json
 
     write_json(options.output, report)
     print("written:", options.output)
@@ -51,7 +51,7 @@ def rows(kind: str, scale: int):
     """The directions of every layer's filters."""
     import torch
 
-    from filterfold.clustering import directions
+    from filterfold.online.clustering import directions
 
     generator = torch.Generator().manual_seed(0)
     layers = []
@@ -68,7 +68,7 @@ def compare(layers, rounds: int) -> dict:
     """Seconds, inertia and speed-up over interleaved rounds."""
     from sklearn.cluster import KMeans
 
-    from filterfold.clustering import spherical_kmeans
+    from filterfold.online.clustering import spherical_kmeans
 
     seconds: dict[str, list[float]] = {"filterfold": [], "scikit-learn": []}
     inertia: dict[str, list[float]] = {"filterfold": [], "scikit-learn": []}

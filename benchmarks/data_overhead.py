@@ -42,8 +42,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("results/data_overhead.json"))
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(options.threads)  # before torch is imported
-    from filterfold.experiment.environment import describe
-    from filterfold.storage import write_json
+    from filterfold.utils.environment import describe
+    from filterfold.utils.io import write_json
 
     report: dict[str, Any] = {"bars": BARS, "load_average_before": os.getloadavg()}
     with tempfile.TemporaryDirectory() as cache:

@@ -33,8 +33,8 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = str(options.threads)  # before torch is imported
     import torch
 
-    from filterfold.experiment.environment import describe
-    from filterfold.storage import write_json
+    from filterfold.utils.environment import describe
+    from filterfold.utils.io import write_json
     from filterfold.zoo import build
 
     torch.set_num_threads(options.threads)

@@ -35,8 +35,8 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = str(options.threads)  # before torch is imported
     import torch
 
-    from filterfold.experiment.environment import describe
-    from filterfold.storage import write_json
+    from filterfold.utils.environment import describe
+    from filterfold.utils.io import write_json
     from filterfold.zoo import build
 
     torch.set_num_threads(options.threads)
@@ -64,7 +64,7 @@ def trial(model: Any, options: argparse.Namespace) -> dict[str, Any]:
     """One measurement: the control's and the copy's speed-up with intervals, and milliseconds per call."""
     import torch
 
-    from filterfold.latency import CONTROL, measure_latency
+    from filterfold.profiling import CONTROL, measure_latency
 
     models = {"network": model, "copy": copy.deepcopy(model)}
     found = measure_latency(

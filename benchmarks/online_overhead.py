@@ -33,7 +33,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = str(options.threads)  # before torch is imported
     import torch
 
-    from filterfold.storage import write_json
+    from filterfold.utils.io import write_json
 
     torch.set_num_threads(options.threads)
     report = measure(options.width, options.steps, options.device)

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 
 from filterfold import data, graph, zoo
-from filterfold.experiment.environment import describe
-from filterfold.report.sensitivity import write
-from filterfold.sensitivity import RATIOS, sweep
-from filterfold.storage import read_safetensors
+from filterfold.bench.report.sensitivity import write
+from filterfold.bench.sensitivity import RATIOS, sweep
+from filterfold.utils.environment import describe
+from filterfold.utils.io import read_safetensors
 
 
 def main() -> None:

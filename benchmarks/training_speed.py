@@ -60,8 +60,8 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = str(options.threads)  # before torch is imported
     import torch
 
-    from filterfold.experiment.environment import command, describe
-    from filterfold.storage import write_json
+    from filterfold.utils.environment import command, describe
+    from filterfold.utils.io import write_json
 
     torch.set_num_threads(options.threads)
     torch.backends.cudnn.benchmark = True
@@ -124,7 +124,7 @@ def start(mode: str, width: float, device: str, batch: int, steps: int) -> Runne
     import torch
 
     from filterfold.data import ImageData, Split
-    from filterfold.training import Recipe, Run, fabrics
+    from filterfold.training import Recipe, Run, fabric
     from filterfold.training.loop import Loop
     from filterfold.zoo import build
 
@@ -137,7 +137,7 @@ def start(mode: str, width: float, device: str, batch: int, steps: int) -> Runne
     torch.manual_seed(SEED)
     recipe = Recipe(epochs=1000, batch_size=batch, schedule="constant", lr=0.01, seed=SEED, **MODES[mode])
     model = build("vgg16", width=width).train()
-    fabric = fabrics.make(device, recipe, model, data.example)
+    fabric = fabric.make(device, recipe, model, data.example)
     model.to(fabric.device)
     run = Run(model, recipe.optimizer(model), data, recipe, fabric, "train")
     return Runner(mode, run, Loop(run, (), (), None, 0.0, None, 0, {}), batch * steps, device)

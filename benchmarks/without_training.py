@@ -27,11 +27,11 @@ from torch import Tensor, nn
 
 import filterfold as ff
 from filterfold import data, zoo
-from filterfold.experiment.environment import command, describe
 from filterfold.online import OnlineFilterClustering
 from filterfold.plan import Plan
-from filterfold.reconstruction import reestimate, repair
-from filterfold.storage import write_json
+from filterfold.pruning.reconstruction import reestimate, repair
+from filterfold.utils.environment import command, describe
+from filterfold.utils.io import write_json
 
 Measure = Callable[[nn.Module], float]
 

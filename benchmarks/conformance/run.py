@@ -182,7 +182,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, report: dict[str, Any]) -> None:
-    from filterfold.storage import write_json
+    from filterfold.utils.io import write_json
 
     order = {entry.name: place for place, entry in enumerate(entries())}
     report["models"] = dict(sorted(report["models"].items(), key=lambda item: order.get(item[0], len(order))))

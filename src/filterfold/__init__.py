@@ -15,25 +15,29 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import load, load_weights, save
-from .cost import Cost, measure
-from .criteria import CRITERIA, criterion, score
 from .errors import FilterfoldError
 from .graph import trace
-from .groups import ChannelGroup
-from .latency import measure_latency
-from .plan import Cut, Plan, Slice
-from .prune import PruneResult, prune
-from .reconstruction import Repair, reestimate, repair
-from .selection import LatencyBudget, from_clusters, select
-from .surgery import Receipt, apply
-from .verify import Verification, masked, verify
+from .online.folding.fold import from_clusters
+from .plan import ChannelGroup, Cut, Plan, Slice
+from .profiling import measure_latency
+from .profiling.macs import Cost, measure
+from .pruning.budgets import LatencyBudget, select
+from .pruning.criteria import CRITERIA, criterion, score
+from .pruning.prune import PruneResult, prune
+from .pruning.reconstruction import Repair, reestimate, repair
+from .surgery.apply import Receipt, apply
+from .surgery.checkpoint import load, load_weights, save
+from .surgery.judge import Verification
+from .surgery.masking import masked
+from .surgery.verify import verify
 
 if TYPE_CHECKING:
-    from .export import to_onnx, to_program
     from .online import OnlineFilterClustering, Schedule
+    from .utils.export import to_onnx, to_program
+
 
 __version__ = "0.1.0"
+
 
 __all__ = [
     "CRITERIA",
@@ -69,6 +73,7 @@ __all__ = [
     "trace",
     "verify",
 ]
+
 
 _LAZY = {"OnlineFilterClustering": "online", "Schedule": "online", "to_onnx": "export", "to_program": "export"}
 """Names whose rooms import more than PyTorch, loaded when first used."""

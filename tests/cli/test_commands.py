@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from filterfold.checkpoint import inspect, load
+from filterfold.bench.trials.records import Record, read_all
 from filterfold.cli import app
-from filterfold.cli.families import OnlineOptions
-from filterfold.cost import measure
+from filterfold.cli.options import OnlineOptions
 from filterfold.data import load as load_data
-from filterfold.experiment.records import Record, read_all
+from filterfold.profiling.macs import measure
+from filterfold.surgery.checkpoint import inspect, load
 from filterfold.training import evaluate
 from filterfold.zoo import build
 
@@ -301,7 +301,7 @@ def _example() -> Any:
 
 
 def test_settings_that_an_older_version_did_not_know_do_not_part_it_from_its_runs() -> None:
-    from filterfold.cli.families import RecipeOptions
+    from filterfold.cli.options import RecipeOptions
 
     assert set(RecipeOptions().keywords()) == {  # what the first version wrote
         "epochs", "batch_size", "lr", "momentum", "nesterov", "weight_decay", "decay_norms", "schedule", "step_every",

@@ -10,10 +10,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from filterfold.checkpoint import inspect, save
 from filterfold.cli import app
-from filterfold.cost import measure
-from filterfold.prune import prune
+from filterfold.profiling.macs import measure
+from filterfold.pruning.prune import prune
+from filterfold.surgery.checkpoint import inspect, save
 from filterfold.zoo import build
 
 runner = CliRunner()
@@ -98,7 +98,7 @@ def test_a_stopped_retraining_takes_up_the_same_widths(tmp_path: Path, monkeypat
         assert runner.invoke(app, command).exit_code == 130
         note = tmp_path / ".fast.safetensors.widths"
         first = note.read_text()
-        patch.setattr("filterfold.selection.latency.measure_latency", None)
+        patch.setattr("filterfold.pruning.budgets.latency.measure_latency", None)
         assert runner.invoke(app, command).exit_code == 130
         assert note.read_text() == first
     assert trained[0] == trained[1]

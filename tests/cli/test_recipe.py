@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from filterfold import recipes
+from filterfold.bench import recipes
+from filterfold.bench.trials.records import read_all
 from filterfold.cli import app
-from filterfold.experiment.records import read_all
 
 runner = CliRunner()
 

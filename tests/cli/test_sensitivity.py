@@ -9,12 +9,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from filterfold import recipes
-from filterfold.checkpoint import load_weights, save
+from filterfold.bench import recipes
+from filterfold.bench.report.sensitivity import sensitivity_plots
+from filterfold.bench.sensitivity import Sensitivity
 from filterfold.cli import app
 from filterfold.data import load
-from filterfold.report.sensitivity import sensitivity_plots
-from filterfold.sensitivity import Sensitivity
+from filterfold.surgery.checkpoint import load_weights, save
 from filterfold.training import Recipe, evaluate, train
 from filterfold.zoo import build
 

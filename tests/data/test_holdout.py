@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from filterfold.data.holdout import hold_out, limit
+from filterfold.data.splits import hold_out, limit
 from filterfold.errors import DataError
 
 

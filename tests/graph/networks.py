@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from filterfold import surgery
-from filterfold.graph import ChannelGroup, Traced, UnrepairableError, repair, trace
+import filterfold.surgery.apply as surgery
+from filterfold.graph import ChannelGroup, Traced, UnrepairableError, rewrite_stale_sizes, trace
 from filterfold.plan import Cut, Plan, keep_units
 
 
@@ -82,7 +82,7 @@ def cut(model: nn.Module, plan: Plan, groups: Traced, inputs: Any) -> tuple[nn.M
         small = copy.deepcopy(model)
         surgery.apply(plan, small)
         try:
-            repair(small, plan, groups, inputs)
+            rewrite_stale_sizes(small, plan, groups, inputs)
         except UnrepairableError as error:
             left = tuple(entry for entry in plan.cuts if entry.group not in error.groups)
             if len(left) == len(plan.cuts):

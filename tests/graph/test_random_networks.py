@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from filterfold import surgery
+import filterfold.surgery.apply as surgery
 from filterfold.graph import trace
 from filterfold.plan import Plan
 

@@ -17,9 +17,9 @@ from filterfold import data, zoo
 from filterfold.data import ImageData
 from filterfold.errors import CheckpointError, ConfigError
 from filterfold.plan import Cut, Plan, Slice, keep_units
-from filterfold.storage import load_tree, save_tree
-from filterfold.surgery import apply
+from filterfold.surgery.apply import apply
 from filterfold.training import Callback, History, Recipe, Run, train
+from filterfold.utils.io import load_tree, save_tree
 
 RECIPE = Recipe(epochs=5, batch_size=50, lr=0.1, schedule="cosine")
 

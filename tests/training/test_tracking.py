@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from filterfold.bench.trials.config import Setting, plan
+from filterfold.bench.trials.runner import compare
 from filterfold.data import ImageData, load
 from filterfold.errors import ConfigError
-from filterfold.experiment.config import Setting, plan
-from filterfold.experiment.launch import compare
 from filterfold.training import Recipe, check_trackers, tracking, train
 from filterfold.training.run import Row
 from filterfold.zoo import build

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from filterfold import data, zoo
-from filterfold.cost import measure
 from filterfold.data import ImageData, batches
 from filterfold.errors import ConfigError, DataError, ModelError, TrainingError
-from filterfold.training import Callback, Recipe, Run, evaluate, fabrics, train
+from filterfold.profiling.macs import measure
+from filterfold.training import Callback, Recipe, Run, evaluate, fabric, train
 
 FAST = Recipe(epochs=3, batch_size=32, lr=0.05)
 
@@ -210,7 +210,7 @@ def test_graphs_are_recorded_anew_after_a_cut(digits: ImageData, monkeypatch: py
         recorded.append((images[0].shape, network.training))
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", rehearse)
-    monkeypatch.setattr(fabrics, "_accelerator", lambda *_: ("cpu", ""))
+    monkeypatch.setattr(fabric, "_accelerator", lambda *_: ("cpu", ""))
     models = [small(), small()]
     for model, cuda_graphs in zip(models, (True, False), strict=True):
         model.features[1].eval()  # type: ignore[index,union-attr]  # a frozen batch norm stays so

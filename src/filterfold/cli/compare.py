@@ -8,18 +8,31 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Option
 
-from . import results
+from . import report
 from .display import live, say
-from .engines import EngineOptions, listed
-from .families import DataOptions, Device, ModelOptions, OnlineOptions, RecipeOptions, Threads, use_threads
+from .options import (
+    DataOptions,
+    Device,
+    EngineOptions,
+    ModelOptions,
+    OnlineOptions,
+    RecipeOptions,
+    Threads,
+    listed,
+    use_threads,
+)
 from .report import MARGIN_HELP
 
 if TYPE_CHECKING:
-    from ..experiment.config import Comparison, Setting
+    from ..bench.trials.config import Comparison, Setting
+
 
 UNFINISHED = 3
+
+
 FAILED = 1
 """Exit codes: stopped by --stop-after with work left (the same command goes on); all done, but some trial failed."""
+
 
 EXAMPLES = """
 Examples:
@@ -39,6 +52,7 @@ Examples:
   filterfold compare --data cifar10 --model vgg16 --methods dense,l1,random,largest,mean-std --keep 0.9,0.7,0.5,0.3,0.1
 """
 
+
 DEMO_EXAMPLES = """
 Examples:
 
@@ -48,6 +62,7 @@ Examples:
 
   filterfold demo --parallel 2 --log tensorboard --out runs/logged
 """
+
 
 METHODS_HELP = (
     "Comma-separated: dense; dense-long (as many epochs as training and retraining together); "
@@ -120,7 +135,7 @@ def compare(
     same command goes on, here or on another machine. Exit code 3: stopped in time with work left; 1: all is done
     but some trial failed (the next call tries it again).
     """
-    from ..experiment.config import COMPARED, CONTROLS, Setting, plan
+    from ..bench.trials.config import COMPARED, CONTROLS, Setting, plan
 
     use_threads(threads)
     setting = Setting(
@@ -156,9 +171,9 @@ def run(
     places: EngineOptions,
 ) -> None:
     """Run a comparison, show what it came to, and end with the exit code that says how far it came."""
-    from ..experiment.deadline import seconds
-    from ..experiment.environment import command
-    from ..experiment.launch import compare
+    from ..bench.trials.deadline import seconds
+    from ..bench.trials.runner import compare
+    from ..utils.environment import command
 
     how = places.keywords()  # what makes no sense is refused before anything is loaded
     with live():
@@ -172,9 +187,9 @@ def run(
             **how,
         )
         records = list(map(dict, outcome.records))
-        page = results.write(records, folder, margin) if records else None
+        page = report.write(records, folder, margin) if records else None
     if records:
-        results.show(records, margin)
+        report.show(records, margin)
     say(f"records and networks: {folder}")
     if page is not None:
         say(f"report: {page}")
@@ -202,7 +217,7 @@ def demo(
     Real data that ships with scikit-learn, a small VGG, several seeds each, about two minutes. Done a second time, it
     shows what is there. One CPU thread: the images are so small that more only get in each other's way.
     """
-    from ..experiment.config import Setting, plan
+    from ..bench.trials.config import Setting, plan
 
     use_threads(threads)
     recipe = RecipeOptions(epochs=epochs, lr=0.1, schedule="onecycle")

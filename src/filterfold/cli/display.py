@@ -14,9 +14,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..progress import show
+from ..utils.progress import show
 
 console = Console(highlight=False)
+
+
 if not console.is_terminal and "COLUMNS" not in os.environ:
     console.width = 140  # tables in files and pipes are not squeezed into Rich's 80 columns
 
@@ -25,7 +27,7 @@ class _Messages(logging.Handler):
     """The library's log as plain lines between the progress bars: warnings, and what trials come to."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno < logging.WARNING and not record.name.startswith("filterfold.experiment"):
+        if record.levelno < logging.WARNING and not record.name.startswith("filterfold.bench.trials"):
             return
         style = "yellow" if record.levelno >= logging.WARNING else None
         console.print(record.getMessage(), style=style, markup=False, soft_wrap=True)

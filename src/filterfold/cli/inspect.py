@@ -12,11 +12,12 @@ from typer import Argument, Option
 
 from ..errors import ConfigError
 from .display import count, live, say, table
-from .families import MODEL_HELP
+from .options import MODEL_HELP
 
 if TYPE_CHECKING:
-    from ..cost import Cost
-    from ..groups import ChannelGroup
+    from ..plan import ChannelGroup
+    from ..profiling.macs import Cost
+
 
 EXAMPLES = """
 Examples:
@@ -42,8 +43,8 @@ def inspect(
     """Show a model's channel groups, what couples them, what is frozen and why, and its cost."""
     import torch
 
-    from ..cost import measure
     from ..graph import trace
+    from ..profiling.macs import measure
     from ..zoo import build
 
     shape = image_shape(image)

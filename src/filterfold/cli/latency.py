@@ -12,14 +12,14 @@ from typer import Argument, Option
 
 from ..errors import ConfigError, ModelError
 from .display import live, say, table
-from .families import MODEL_HELP, Device, Threads, use_threads
 from .inspect import image_shape
-from .networks import with_weights
+from .options import MODEL_HELP, Device, Threads, use_threads, with_weights
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..latency import Comparison
+    from ..profiling import LatencyComparison
+
 
 EXAMPLES = """
 Examples:
@@ -33,7 +33,10 @@ Examples:
   filterfold latency vgg16 small.safetensors --mode eager --mode channels_last --mode compile --json > times.json
 """
 
+
 FILES = (".safetensors", ".pt", ".pth", ".bin")
+
+
 PASS = 128
 """Batch size of the pass over the whole test set, as in the document's experiment."""
 
@@ -64,8 +67,8 @@ def latency(
 
     The first network is the reference, and is timed a second time as the control, which must give 1.00x.
     """
-    from ..experiment.bench import resolve
-    from ..latency import measure_latency, wasted_widths
+    from ..bench.trials.context import resolve
+    from ..profiling import measure_latency, wasted_widths
 
     use_threads(threads)
     shape, sizes = image_shape(image), list(dict.fromkeys([*(batch or [1, 8, 64, 512]), *([PASS] if images else [])]))
@@ -125,7 +128,7 @@ def _example(shape: tuple[int, int, int], built: dict[str, nn.Module]) -> Any:
     return torch.zeros(1, *shape, device=None if parameter is None else parameter.device)
 
 
-def _show(found: Comparison, images: int) -> None:
+def _show(found: LatencyComparison, images: int) -> None:
     headings, *rows = found.table()
     seconds = _pass_seconds(found, images)
     if images:
@@ -137,13 +140,13 @@ def _show(found: Comparison, images: int) -> None:
         say(f"warning: {warning}")
 
 
-def _pass_seconds(found: Comparison, images: int) -> dict[str, str]:
+def _pass_seconds(found: LatencyComparison, images: int) -> dict[str, str]:
     """Seconds for a whole test set at batch 128, from the median call."""
     return {row.model: f"{row.median * images / PASS:.3f}" for row in found.rows if images and row.batch_size == PASS}
 
 
-def _document(found: Sequence[Comparison], images: int, wasted: dict[str, tuple[str, ...]]) -> dict[str, Any]:
-    from ..experiment.environment import command, describe
+def _document(found: Sequence[LatencyComparison], images: int, wasted: dict[str, tuple[str, ...]]) -> dict[str, Any]:
+    from ..utils.environment import command, describe
 
     return {
         "command": command(),

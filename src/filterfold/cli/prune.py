@@ -12,17 +12,28 @@ from typer import Option
 
 from ..errors import ConfigError
 from .display import change, count, live, say, table
-from .families import DataOptions, Device, ModelOptions, Overwrite, Precision, Threads, use_threads
-from .networks import WEIGHTS_HELP, refuse_existing, with_weights
+from .options import (
+    WEIGHTS_HELP,
+    DataOptions,
+    Device,
+    ModelOptions,
+    Overwrite,
+    Precision,
+    Threads,
+    refuse_existing,
+    use_threads,
+    with_weights,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..data import ImageData
-    from ..latency import Comparison
     from ..plan import Plan
-    from ..prune import PruneResult
+    from ..profiling import LatencyComparison
+    from ..pruning.prune import PruneResult
     from ..training import Recipe
+
 
 EXAMPLES = """
 Examples:
@@ -35,6 +46,7 @@ Examples:
 
   filterfold prune -m vgg16 -w vgg16.safetensors --keep 'features.0=0.5' --keep 'features.3?=0.25' --out s.safetensors
 """
+
 
 CUT = "Cut"
 
@@ -65,7 +77,7 @@ class CutOptions:
 
     def keywords(self) -> dict[str, Any]:
         """Keyword arguments of `filterfold.prune`."""
-        from ..selection import LatencyBudget
+        from ..pruning.budgets import LatencyBudget
 
         if sum(bool(budget) for budget in (self.keep, self.macs, self.parameters, self.latency)) != 1:
             raise ConfigError(
@@ -107,7 +119,7 @@ def prune(
 
     With --retrain-epochs the smaller network is trained on; a run that was stopped goes on with the same command.
     """
-    from ..experiment.bench import resolve
+    from ..bench.trials.context import resolve
     from ..training import Recipe
 
     use_threads(threads)
@@ -147,14 +159,14 @@ def prune(
 
 
 def _cut(model: nn.Module, data: ImageData, budget: dict[str, Any], seed: int, device: str) -> PruneResult:
-    from ..prune import prune
+    from ..pruning.prune import prune
 
     loader = _some_batches(data, seed, device)
     return prune(model, _example(data, device), loader=loader, seed=seed, on_failure="freeze", **budget)
 
 
 def _repair(model: nn.Module, before: nn.Module, plan: Plan, data: ImageData, seed: int, device: str) -> None:
-    from ..reconstruction import repair
+    from ..pruning.reconstruction import repair
 
     loader = _some_batches(data, seed, device)
     repair(model, before, plan, loader, batches=len(loader))  # says in the log what it did
@@ -181,7 +193,7 @@ def _as_before(kept: Path, budget: dict[str, Any]) -> dict[str, Any]:
 
 def _keep_widths(kept: Path, result: PruneResult) -> PruneResult:
     """Note the plan until retraining is done; taken up from such a note, the result has its figures again."""
-    from ..storage import write_text
+    from ..utils.io import write_text
 
     plan = _kept_plan(kept)
     if "latency" in result.plan.notes or plan is None:
@@ -219,8 +231,8 @@ def _retrain(model: nn.Module, data: ImageData, out: Path, recipe: Recipe, devic
     kept.unlink(missing_ok=True)
 
 
-def _latency(before: nn.Module, after: nn.Module, data: ImageData) -> Comparison:
-    from ..latency import measure_latency
+def _latency(before: nn.Module, after: nn.Module, data: ImageData) -> LatencyComparison:
+    from ..profiling import measure_latency
 
     device = str(next(after.parameters()).device)
     models = {"before": before, "after": after}
@@ -228,20 +240,20 @@ def _latency(before: nn.Module, after: nn.Module, data: ImageData) -> Comparison
 
 
 def _save(model: nn.Module, result: PruneResult, out: Path, stages: dict[str, float | None]) -> None:
-    from ..checkpoint import save
-    from ..experiment.environment import command, describe
+    from ..surgery.checkpoint import save
+    from ..utils.environment import command, describe
 
     about = {"command": command(), "test_top1": stages, "environment": describe()}
     save(model, out, plan=result.plan, metadata=about)
 
 
 def _export(model: nn.Module, data: ImageData, path: Path) -> None:
-    from ..export import to_onnx
+    from ..utils.export import to_onnx
 
     to_onnx(copy.deepcopy(model).cpu(), _example(data, "cpu"), path)
 
 
-def _show(result: PruneResult, stages: dict[str, float | None], latency: Comparison) -> None:
+def _show(result: PruneResult, stages: dict[str, float | None], latency: LatencyComparison) -> None:
     widths = result.plan.widths
     rows = [(name, str(old), str(new), change(old, new)) for name, (old, new) in widths.items()]
     table("Units in each group", ("group", "before", "after", ""), rows)

@@ -12,20 +12,21 @@ from typer import Argument, Option
 from ..errors import ConfigError
 from .compare import FAILED, UNFINISHED, default_folder
 from .display import live, say, table
-from .engines import EngineOptions, listed
-from .families import DataOptions, Device, Precision, Threads, use_threads
+from .options import DataOptions, Device, EngineOptions, Precision, Threads, listed, use_threads
 
 if TYPE_CHECKING:
-    from ..experiment.launch import Outcome
-    from ..experiment.recipe import Network
-    from ..recipes import PruningRecipe
-    from ..report.table import Table
+    from ..bench.recipes import PruningRecipe
+    from ..bench.report.table import Table
+    from ..bench.trials.recipe import Network
+    from ..bench.trials.runner import Outcome
+
 
 LIST_EXAMPLES = """
 Examples:
 
   filterfold recipe list
 """
+
 
 SHOW_EXAMPLES = """
 Examples:
@@ -34,6 +35,7 @@ Examples:
 
   filterfold recipe show resnet34-c > mine.toml
 """
+
 
 RUN_EXAMPLES = """
 Examples:
@@ -48,6 +50,7 @@ Examples:
 
   filterfold recipe run vgg16-a --seeds 0,1,2,3,4 --parallel 2 --log tensorboard
 """
+
 
 NAME_HELP = "A name of `filterfold recipe list`, or FILE.toml."
 
@@ -70,7 +73,7 @@ class RecipeData(DataOptions):
 
 def list_() -> None:
     """List the recipes: networks, what is removed, and the paper's figures."""
-    from ..recipes import load, names
+    from ..bench.recipes import load, names
 
     rows = []
     for recipe in map(load, names()):
@@ -85,7 +88,7 @@ def list_() -> None:
 
 def show(name: Annotated[str, Argument(help=NAME_HELP)]) -> None:
     """Print a recipe as TOML."""
-    from ..recipes import load, to_toml
+    from ..bench.recipes import load, to_toml
 
     typer.echo(to_toml(load(name)), nl=False)
 
@@ -117,8 +120,8 @@ def run(
 
     Done a second time, it goes on from where it was. Exit code 3: stopped in time with work left.
     """
-    from ..experiment.recipe import setting
-    from ..recipes import load
+    from ..bench.recipes import load
+    from ..bench.trials.recipe import setting
 
     use_threads(threads)
     recipe = load(name)
@@ -162,11 +165,11 @@ def _run(
     cache_dir: Path | None,
     places: EngineOptions,
 ) -> tuple[Outcome, list[Network]]:
-    from ..experiment.bench import Bench
-    from ..experiment.deadline import seconds
-    from ..experiment.environment import command
-    from ..experiment.launch import compare
-    from ..experiment.recipe import comparison, networks
+    from ..bench.trials.context import RunContext
+    from ..bench.trials.deadline import seconds
+    from ..bench.trials.recipe import comparison, networks
+    from ..bench.trials.runner import compare
+    from ..utils.environment import command
 
     how = places.keywords()
     with live():
@@ -179,13 +182,13 @@ def _run(
             cache_dir=cache_dir,
             **how,
         )
-        bench = Bench(chosen, folder, device, cache_dir=cache_dir)
+        bench = RunContext(chosen, folder, device, cache_dir=cache_dir)
         return outcome, networks(recipe, outcome.records, bench)
 
 
 def _write(recipe: PruningRecipe, found: list[Network], folder: Path) -> Table:
-    from ..report.paper import Measured, paper_table
-    from ..storage import write_text
+    from ..bench.report.table import Measured, paper_table
+    from ..utils.io import write_text
 
     result = paper_table(recipe, [Measured(dict(one.record), one.macs, one.weights) for one in found])
     write_text(folder / "paper_table.csv", result.csv())

@@ -1,15 +1,43 @@
-"""`filterfold report`: tables, statistics, plots and one HTML page, of a run folder or of anybody's table."""
+"""`filterfold report`: statistics and a page from records or any table of trials."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Argument, Option
 
 from ..errors import ConfigError, RecordError
-from . import results
-from .display import live, say
+from .display import live, prose, say, table
+
+
+def show(records: Iterable[Mapping[str, Any]], margin: float, control: str = "dense") -> None:
+    """Print one table for each model and data set, what it means, and which trials failed."""
+    from ..bench.report.build import verdict
+    from ..bench.report.tables import HEADINGS, summary
+
+    records = list(records)
+    rows = summary(records, control)
+    for study in dict.fromkeys(row.study for row in rows):
+        table(
+            f"{study or 'Comparison'} (mean ± sd over trials)",
+            HEADINGS,
+            [row.texts for row in rows if row.study == study],
+        )
+    for line in verdict(records, margin=margin, control=control):
+        prose(line)
+    for record in records:
+        if record["status"] == "failed":
+            prose(f"failed: {record['label']} seed {record['seed']}: {record['reason']}")
+
+
+def write(records: Iterable[Mapping[str, Any]], folder: Path, margin: float, control: str = "dense") -> Path:
+    """Write the HTML page, plots and tables of a run folder."""
+    from ..bench.report.build import build
+
+    return build(records, folder, margin=margin, control=control)
+
 
 EXAMPLES = """
 Examples:
@@ -21,7 +49,10 @@ Examples:
   filterfold report --table results.csv --column top1=score --column seed=run
 """
 
+
 MARGIN_HELP = "The largest loss of top-1, in points, that counts as 'no worse'; to be fixed beforehand."
+
+
 CONTROL_HELP = "Method that all others are held against."
 
 
@@ -40,18 +71,18 @@ def report(
         raise ConfigError("--column says how to read a --table; records need none")
     with live():
         if table is not None:
-            from ..report.load import read_table
+            from ..bench.report.study import read_table
 
             records, place = read_table(table, _columns(column or [])), out or Path(f"{table.stem}-report")
         else:
-            from ..experiment.records import read_all
+            from ..bench.trials.records import read_all
 
             assert folder is not None
             records, place = list(map(dict, read_all(folder))), out or (folder if folder.is_dir() else folder.parent)
         if place.exists() and (not place.is_dir() or (place != folder and _foreign(place))):
             raise RecordError(f"{place} is not empty and holds no report; give another --out")
-        page = results.write(records, place, margin, control)
-    results.show(records, margin, control)
+        page = write(records, place, margin, control)
+    show(records, margin, control)
     say(f"report: {page}")
 
 

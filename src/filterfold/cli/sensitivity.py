@@ -10,14 +10,24 @@ from typer import Argument, Option
 
 from ..errors import ConfigError, RecordError
 from .display import live, say, table
-from .families import MODEL_HELP, DataOptions, Device, ModelOptions, Overwrite, Threads, use_threads
-from .networks import WEIGHTS_HELP, with_weights
+from .options import (
+    MODEL_HELP,
+    WEIGHTS_HELP,
+    DataOptions,
+    Device,
+    ModelOptions,
+    Overwrite,
+    Threads,
+    use_threads,
+    with_weights,
+)
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from ..bench.sensitivity import Sensitivity, Suggestion
     from ..data import ImageData
-    from ..sensitivity import Sensitivity, Suggestion
+
 
 EXAMPLES = """
 Examples:
@@ -30,6 +40,7 @@ Examples:
 
   filterfold sensitivity vgg16 -w vgg16.safetensors --suggest macs=0.6
 """
+
 
 SWEEP = "Sweep"
 
@@ -56,7 +67,7 @@ class SweepOptions:
 
     def parsed(self) -> dict[str, Any]:
         """Arguments of `sensitivity.sweep`."""
-        from ..sensitivity import RATIOS
+        from ..bench.sensitivity import RATIOS
 
         if self.split not in ("validation", "test"):
             raise ConfigError(f"--split {self.split}: give validation or test")
@@ -93,8 +104,8 @@ def sensitivity(
     Choose on the validation split, as the default does. A sweep that was stopped goes on with the same command; one
     that is done is shown again, and --suggest reads it.
     """
-    from ..experiment.bench import resolve
-    from ..report.sensitivity import sensitivity_table, write
+    from ..bench.report.sensitivity import sensitivity_table, write
+    from ..bench.trials.context import resolve
 
     use_threads(threads)
     options, goal = sweeping.parsed(), _goal(suggest) if suggest else None
@@ -126,10 +137,10 @@ def _found(
     """The sweep: run, gone on with, or read if it is done."""
     from itertools import islice
 
+    from ..bench.sensitivity import Sensitivity, sweep
     from ..data import batches
-    from ..experiment.environment import describe
     from ..graph import trace
-    from ..sensitivity import Sensitivity, sweep
+    from ..utils.environment import describe
 
     asked = {**about, **options, "criteria": list(options["criteria"]), "ratios": list(options["ratios"])}
     asked["layers"] = list(options["layers"])
@@ -167,9 +178,9 @@ def _goal(text: str) -> dict[str, float]:
 
 
 def _suggested(network: nn.Module, data: ImageData, found: Sensitivity, goal: dict[str, float]) -> Suggestion:
-    from ..cost import measure
+    from ..bench.sensitivity import suggest
     from ..graph import trace
-    from ..sensitivity import suggest
+    from ..profiling.macs import measure
 
     example = data.example.to(next(network.parameters()).device)
     groups, cost = trace(network, example), measure(network, example)
@@ -192,8 +203,8 @@ def _write_recipe(
     chosen: Suggestion, found: Sensitivity, model: str, source: DataOptions, data: ImageData, folder: Path
 ) -> None:
     """The suggestion as a recipe; training and retraining are those of the recipes for CIFAR-10."""
-    from ..recipes import PruningRecipe, Rule, load, to_toml
-    from ..storage import write_text
+    from ..bench.recipes import PruningRecipe, Rule, load, to_toml
+    from ..utils.io import write_text
 
     rules = tuple(
         Rule(chosen.pruned[stage] + chosen.skipped[stage], ratio, chosen.skipped[stage])

@@ -1,4 +1,4 @@
-"""`filterfold train`: one network, dense or clustered while training."""
+"""`filterfold train` and `filterfold evaluate`."""
 
 from __future__ import annotations
 
@@ -13,22 +13,26 @@ from typer import Option
 from ..errors import RecordError, TrainingError
 from .compare import UNFINISHED, default_folder
 from .display import change, count, live, say, table
-from .engines import listed
-from .families import (
+from .options import (
+    WEIGHTS_HELP,
     DataOptions,
     Device,
     Log,
     ModelOptions,
     OnlineOptions,
     Overwrite,
+    Precision,
     RecipeOptions,
     Threads,
+    listed,
     use_threads,
+    with_weights,
 )
 
 if TYPE_CHECKING:
-    from ..experiment.config import Trial
-    from ..experiment.records import Record
+    from ..bench.trials.config import Trial
+    from ..bench.trials.records import Record
+
 
 EXAMPLES = """
 Examples:
@@ -68,7 +72,7 @@ def train(
 
     A run that was stopped (Ctrl-C, kill, --stop-after) goes on with the same command and ends with the same weights.
     """
-    from ..experiment.config import Setting, Trial
+    from ..bench.trials.config import Setting, Trial
 
     use_threads(threads)
     setting = Setting(
@@ -88,7 +92,7 @@ def train(
 
 def _make_room(folder: Path, overwrite: bool) -> None:
     """Refuse a folder with a finished run in it, unless it is to be replaced."""
-    from ..experiment.records import FOLDER, finished, read_all
+    from ..bench.trials.records import FOLDER, finished, read_all
 
     if overwrite or not (folder / FOLDER).is_dir():
         return
@@ -108,11 +112,11 @@ def _run(
     cache_dir: Path | None,
     trackers: Sequence[str],
 ) -> None:
-    from ..experiment.config import Comparison
-    from ..experiment.deadline import seconds
-    from ..experiment.environment import command
-    from ..experiment.launch import compare
-    from ..storage import write_atomically
+    from ..bench.trials.config import Comparison
+    from ..bench.trials.deadline import seconds
+    from ..bench.trials.runner import compare
+    from ..utils.environment import command
+    from ..utils.io import write_atomically
 
     with live():
         outcome = compare(
@@ -153,3 +157,48 @@ def _show(record: Record) -> None:
         ("training", f"{result['train_seconds']:.1f} s", ""),
     ]
     table(f"{record['label']}: {record['model']} on {record['data']}, seed {record['seed']}", ("", "", ""), rows)
+
+
+EVALUATE_EXAMPLES = """
+Examples:
+
+  filterfold evaluate --model resnet56 --weights resnet56-cifar10.safetensors --data cifar10 --normalization imagenet
+
+  filterfold evaluate --model vgg16 --weights pruned.safetensors --data cifar10
+"""
+
+
+def evaluate(
+    chosen: ModelOptions,
+    images: DataOptions,
+    weights: Annotated[Path, Option("--weights", "-w", help=WEIGHTS_HELP)],
+    batch_size: Annotated[int, Option(help="Images at a time; changes speed and memory only.", min=1)] = 500,
+    precision: Precision = "32-true",
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Evaluate a network on the test images: top-1, top-5, loss, cost."""
+    import torch
+
+    from ..bench.trials.context import resolve
+    from ..profiling.macs import measure
+    from ..training import evaluate as run
+
+    use_threads(threads)
+    device = resolve(device)
+    with live():
+        data = images.load()
+        model = with_weights(lambda: chosen.build(data), weights, device)
+        size = data.image_size
+        cost = measure(model, torch.zeros(1, data.channels, size, size, device=device))
+        found = run(
+            model, data.test, batch_size=batch_size, device=device, precision=precision, classes=len(data.classes)
+        )
+    rows = [
+        ("top-1", f"{found.top1:.2f} %"),
+        ("top-5", f"{found.top5:.2f} %"),
+        ("loss", f"{found.loss:.4f}"),
+        ("MACs", count(cost.macs)),
+        ("parameters", count(cost.parameters)),
+    ]
+    table(f"{chosen.model} with {weights} on {found.images} test images of {data.name}", ("", ""), rows)

@@ -15,7 +15,8 @@ from typer import Argument, Option
 from .display import console, count, drawn
 
 if TYPE_CHECKING:
-    from ..experiment.watching import Standing
+    from ..bench.trials.watching import Standing
+
 
 EXAMPLES = """
 Examples:
@@ -25,12 +26,17 @@ Examples:
   filterfold watch runs/vgg16-cifar10 --once
 """
 
+
 HEADINGS = ("Trial", "seed", "", "epoch", "loss", "top-1 %", "MACs", "train s")
+
+
 AROUND = 6
 """Lines of a terminal that are not rows of the table."""
 
+
 WIDE = 110
 """Columns of a terminal from which notes stand beside the figures; else those of the first trials stand below."""
+
 
 NOTES = 4
 """Notes that stand below at most."""
@@ -46,7 +52,7 @@ def watch(
     It reads the run folder and disturbs nobody. Top-1 is of the validation images while a trial runs, of the test
     images when it is finished. It ends when all trials have; Ctrl-C ends it before.
     """
-    from ..experiment.watching import standings
+    from ..bench.trials.watching import standings
 
     now = standings(run)
     if once or not console.is_terminal:

@@ -13,6 +13,7 @@ from ..errors import ConfigError
 POLICIES = ("none", "crop", "crop-flip")
 """What `augment` may be for splits in memory; streamed splits have `none` and `resized-crop-flip`."""
 
+
 PAD_SHARE = 8
 """Crops move by an eighth of the image: 4 of 32 pixels (He et al. 2016, section 4.2), 1 of 8."""
 

@@ -12,25 +12,32 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, DataError
-from . import cache
+from . import decode
 from .decode import decode_all, open_image, unreadable
-from .holdout import hold_out, limit
 from .sources import Columns, Opened, Place, locate, open_place
-from .splits import ImageData, Normalization, Split
+from .splits import ImageData, Normalization, Split, hold_out, limit
 from .streaming import StreamedSplit, sampled_statistics
 
 logger = logging.getLogger(__name__)
 
+
 IMAGENET: Normalization = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """What most published weights were trained with (PyTorch's ImageNet recipe)."""
 
+
 VALIDATION = 0.1
+
+
 TEST = 0.2
 """Shares held out of the training images where the data set has no such split."""
 
+
 Held = Split | StreamedSplit
 
+
 MEMORY_LIMIT = 2 << 30
+
+
 STREAMED_SIZE = 224
 
 
@@ -138,8 +145,8 @@ def _pools(
 ) -> tuple[tuple[str, ...], dict[str, Held]]:
     """The splits as the data set has them, decoded from the cache or from the files."""
     options = {**asdict(names), "revision": revision, "channels": channels, "size": size}
-    file = cache.file_for(place, options, cache_dir)
-    decoded = cache.read(file)
+    file = decode.file_for(place, options, cache_dir)
+    decoded = decode.read(file)
     if decoded is None or sum(images.numel() for images, _ in decoded.splits.values()) > memory_limit:
         opened = open_place(place, names, revision)
         _check_classes(place.name, opened)
@@ -150,7 +157,7 @@ def _pools(
         if side is None:
             raise DataError(f"{place.name}: the images are not squares of one size; say which size with image_size")
         decoded = _decode(place.name, opened, depth, side)
-        cache.write(file, decoded)
+        decode.write(file, decoded)
     return decoded.classes, {role: Split(*both, decoded.statistics) for role, both in decoded.splits.items()}
 
 
@@ -180,7 +187,7 @@ def _shape(name: str, opened: Opened, channels: int | None, size: int | None) ->
     return channels or (1 if modes <= {"L", "1", "LA"} else 3), side
 
 
-def _decode(name: str, opened: Opened, channels: int, size: int) -> cache.Decoded:
+def _decode(name: str, opened: Opened, channels: int, size: int) -> decode.Decoded:
     splits: dict[str, tuple[Tensor, Tensor]] = {}
     for role, table in opened.splits.items():
 
@@ -192,14 +199,14 @@ def _decode(name: str, opened: Opened, channels: int, size: int) -> cache.Decode
     return _with_test(name, opened.classes, splits)
 
 
-def _with_test(name: str, classes: tuple[str, ...], splits: dict[str, tuple[Tensor, Tensor]]) -> cache.Decoded:
+def _with_test(name: str, classes: tuple[str, ...], splits: dict[str, tuple[Tensor, Tensor]]) -> decode.Decoded:
     """Hold a test split out where there is none, before the training statistics are taken."""
     if "test" not in splits:
         logger.info("%s has no test split: a fifth of its training images is held out, always the same", name)
         images, labels = splits["train"]
         kept, held = hold_out(labels, TEST, len(classes), seed=0)
         splits = {**splits, "train": (images[kept], labels[kept]), "test": (images[held], labels[held])}
-    return cache.Decoded(classes, splits, _statistics(splits["train"][0]))
+    return decode.Decoded(classes, splits, _statistics(splits["train"][0]))
 
 
 def _statistics(images: Tensor) -> Normalization:
@@ -268,7 +275,7 @@ def _divided(
     return {"train": train, "validation": held_out, "test": parts["test"]}
 
 
-def _digits() -> cache.Decoded:
+def _digits() -> decode.Decoded:
     """Scikit-learn's 1,797 handwritten digits (Alpaydin & Kaynak 1998): 8×8, values 0 … 16 scaled to 0 … 255."""
     from sklearn.datasets import load_digits
 

@@ -17,8 +17,13 @@ from ..errors import DataError
 HUB_IDS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 """Short names, and where their data lies on the hub."""
 
+
 IMAGE_COLUMNS = ("image", "img", "images", "jpg", "png", "picture")
+
+
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "y", "cls")
+
+
 SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),

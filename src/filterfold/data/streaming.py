@@ -21,9 +21,13 @@ POLICIES = ("none", "resized-crop-flip", "torchvision")
 """`resized-crop-flip` needs Pillow only; `torchvision` is the same with torchvision's v2 transforms, which scale and
 crop to whole pixels and smooth where they shrink: for comparisons with figures that were made so."""
 
+
 AREA = (0.08, 1.0)
+
+
 RATIO = (3 / 4, 4 / 3)
 """Share of the area and aspect ratio of random crops (Szegedy et al. 2015, section 6)."""
+
 
 EVALUATION_MARGIN = 8 / 7
 """The shorter side before the centre crop: 256 for 224 pixels (Krizhevsky et al. 2012)."""

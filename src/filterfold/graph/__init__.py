@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..groups import ChannelGroup
-from .repair import UnrepairableError, repair
+from ..plan import ChannelGroup
+from .stale_sizes import UnrepairableError, rewrite_stale_sizes
 from .trace import Traced, trace, trace_and_measure
 
-__all__ = ["ChannelGroup", "Traced", "UnrepairableError", "repair", "trace", "trace_and_measure"]
+__all__ = ["ChannelGroup", "Traced", "UnrepairableError", "rewrite_stale_sizes", "trace", "trace_and_measure"]

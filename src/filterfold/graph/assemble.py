@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..groups import ChannelGroup
-from ..plan import Role, Slice
-from .labels import OUTPUT, AxisLabels, Ledger
+from ..plan import ChannelGroup, Role, Slice
+from .labels import OUTPUT, AxisLabels, LabelTable
 
 Ints = NDArray[np.int64]
+
+
 NOWHERE = -1
+
 
 # What a layer's weight is called: plain, under torch.nn.utils' old hooks, and under a parametrization.
 _WEIGHT = re.compile(r"(^|\.)(weight(_v|_orig)?|parametrizations\.weight\.original\d?)$")
@@ -47,7 +49,7 @@ class _Members:
     makers: list[str]
 
 
-def assemble(ledger: Ledger) -> Assembly:
+def assemble(ledger: LabelTable) -> Assembly:
     """All groups, in the order in which the model registers their first layers."""
     blocks = list(ledger.blocks)
     extra: list[tuple[Ints, Ints]] = []
@@ -96,7 +98,7 @@ def _connect(joins: list[tuple[Ints, Ints]], size: int) -> tuple[Ints, int]:
     return component.astype(np.int64), int(count)
 
 
-def _filters(ledger: Ledger, component: Ints, count: int) -> list[AxisLabels]:
+def _filters(ledger: LabelTable, component: Ints, count: int) -> list[AxisLabels]:
     """The axes that make channels. A raw parameter's axis that can't shrink stands for something else."""
     frozen = np.zeros(count, dtype=bool)
     for vector, _ in ledger.frozen if ledger.maybe else ():
@@ -109,7 +111,7 @@ def _filters(ledger: Ledger, component: Ints, count: int) -> list[AxisLabels]:
     ]
 
 
-def _gather(ledger: Ledger, component: Ints, count: int, filters: list[AxisLabels]) -> _Members:
+def _gather(ledger: LabelTable, component: Ints, count: int, filters: list[AxisLabels]) -> _Members:
     """Components that share a filter axis make a group; units are numbered in filter order."""
     joins = [(np.array([count + place]), component[_span(entry)]) for place, entry in enumerate(filters)]
     bucket, buckets = _connect(joins, count + len(filters))
@@ -197,7 +199,7 @@ def _kinds(counts: list[Ints]) -> Ints:
 
 
 def _describe(
-    ledger: Ledger,
+    ledger: LabelTable,
     members: _Members,
     group: int,
     blocks: Ints,

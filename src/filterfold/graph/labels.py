@@ -22,15 +22,21 @@ from ..plan import Role
 
 Vector = NDArray[np.int64]
 
+
 Axis = tuple[Vector, ...] | None
 """One axis: its label vectors, each of the axis's length. More than one where labelled axes were
 merged by a reshape. `FIXED`: no labels, the size must stay. `FREE`: no labels, the size follows."""
 
+
 FIXED: Axis = ()
+
+
 FREE: Axis = None
+
 
 OUTPUT = "reaches the model's output"
 """The reason why the last layers are frozen."""
+
 
 Layout = tuple[Axis, ...]
 """One `Axis` for each axis of a tensor."""
@@ -47,7 +53,7 @@ class AxisLabels:
 
 
 @dataclass(slots=True)
-class Ledger:
+class LabelTable:
     """Everything that the walk finds out about labels.
 
     `pieces`: labels that were cut out of an axis by position; they go another way from there, so they are

@@ -14,28 +14,38 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..cost import Cost, Counting, measure
 from ..errors import TraceError
-from ..groups import ChannelGroup
-from ..modes import attention_in_steps, batch_of
-from . import rules_layer, rules_math, rules_pick, rules_shape
+from ..plan import ChannelGroup
+from ..profiling.macs import Cost, Counting, measure
+from ..utils.inputs import batch_of
+from ..utils.model_state import attention_in_steps
 from .assemble import Assembly, assemble
-from .labels import FIXED, OUTPUT, Ledger
-from .rules import RULES
-from .walk import Mark, Recorder, Split, Step, Walk, module_stack
+from .dispatch import Mark, Recorder, Split, Step, Walk, module_stack
+from .labels import FIXED, OUTPUT, LabelTable
+from .rules import RULES, indexing, layers, math, shape
 
-_LOG = logging.getLogger("filterfold.graph")
+_LOG = logging.getLogger(__name__)
+
+
 _PREFERENCES: tuple[Callable[[Split], int], ...] = (
     lambda split: split.options[(split.options.index(split.chosen) + 1) % len(split.options)],
     lambda split: sorted(split.options)[-2],  # the heads of (heads, size of a head)
     lambda split: max(split.options),
 )
+
+
 _CONTAINERS = (dict, list, set, OrderedDict)
+
+
 _REGISTRIES = ("_parameters", "_buffers")
 """What a module's own caches are kept in, and what PyTorch keeps its tensors in."""
+
+
 _WHOLE = (nn.MultiheadAttention, nn.RNNBase, nn.EmbeddingBag)
-"""Layers that surgery can't resize (see `filterfold.structure.refresh_attributes`)."""
-_RULE_FILES = (rules_layer, rules_math, rules_pick, rules_shape)
+"""Layers that surgery can't resize (see `filterfold.surgery.layer_attributes.refresh_attributes`)."""
+
+
+_RULE_FILES = (layers, math, indexing, shape)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -98,7 +108,7 @@ def trace(model: nn.Module, example_inputs: Tensor | tuple[Any, ...] | list[Any]
 
 
 def trace_and_measure(model: nn.Module, example_inputs: Any) -> tuple[Traced, Cost]:
-    """`trace`, and what the model costs (see `filterfold.cost.measure`): in one run, if the inputs are one example."""
+    """`trace`, and the cost (`filterfold.profiling.macs.measure`): in one run, if the inputs are one example."""
     if batch_of(example_inputs) != 1:
         cost = measure(model, example_inputs)
         return trace(model, example_inputs), cost
@@ -123,7 +133,7 @@ def _walk(
     model: nn.Module, example_inputs: Any, choices: Mapping[int, int], watch: AbstractContextManager[Any]
 ) -> tuple[Traced, list[Split]]:
     """One walk through the network, with `watch` around its run in evaluation mode."""
-    walk = Walk(Ledger(), RULES, choices)
+    walk = Walk(LabelTable(), RULES, choices)
     names = _register(model, walk)
     positional, keywords = arguments_of(example_inputs)
     with left_as_it_was(model, walk) as cached:

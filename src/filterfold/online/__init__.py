@@ -1,10 +1,12 @@
 """Online filter clustering: the network shrinks while it trains, and training goes on."""
 
-from .callback import OnlineCallback
-from .filters import OnlineFilterClustering
-from .grouping import ClusterRow
-from .pull import averager, pull
-from .result import CutResult
+from __future__ import annotations
+
+from .assign import ClusterRow
+from .callbacks import OnlineCallback
+from .cosine_pull import averager, pull
+from .cut import CutResult
+from .online_clustering import OnlineFilterClustering
 from .schedule import Schedule
 from .targets import Target
 

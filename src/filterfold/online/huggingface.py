@@ -13,12 +13,13 @@ from torch.utils._pytree import tree_map
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import CheckpointError, ConfigError
-from ..storage import load_tree, save_tree
-from ..structure import restore, snapshot
-from .filters import OnlineFilterClustering
+from ..surgery.layer_attributes import restore, snapshot
+from ..utils.io import load_tree, save_tree
+from .online_clustering import OnlineFilterClustering
 from .schedule import Schedule
 
 _LOG = logging.getLogger("filterfold.online")
+
 
 FILE = "filterfold.safetensors"
 """In a trainer's checkpoint: the network's sizes, and the clustering's state."""

@@ -11,14 +11,15 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from ..errors import CheckpointError, ConfigError
-from ..structure import restore, snapshot
-from .filters import OnlineFilterClustering
+from ..surgery.layer_attributes import restore, snapshot
+from .online_clustering import OnlineFilterClustering
 from .schedule import Schedule
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ImportError:
     from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
+
 
 _LOG = logging.getLogger("filterfold.online")
 

@@ -1,9 +1,10 @@
-"""When clusters are updated, and when they are folded."""
+"""When clusters are updated and cut: fixed epochs, or once the loss no longer falls."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import isnan
 from typing import Any
 
 from ..errors import ConfigError
@@ -145,3 +146,45 @@ class Schedule:
         milestones = tuple((int(at), float(share)) for at, share in document["milestones"])
         patience = {name: document[name] for name in ("patience", "change") if name in document}
         return cls(tuple(document["updates"]), milestones, **patience)
+
+
+class Plateau:
+    """Counts the epochs since a loss last became better.
+
+    **Arguments:**
+
+    - `patience`: after so many epochs without it the loss has levelled off.
+    - `change`: what counts as better: lower than the best so far by more than this share of it.
+
+    ```python
+    >>> plateau = Plateau(patience=2, change=0.01)
+    >>> [plateau.reached(loss) for loss in (1.0, 0.5, 0.499, 0.498, 0.3)]
+    [False, False, False, True, False]
+
+    ```
+    """
+
+    def __init__(self, patience: int, change: float) -> None:
+        self.patience, self.change = patience, change
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew: after a cut the loss is another network's."""
+        self.best: float | None = None
+        self.waited = 0
+
+    def reached(self, loss: float) -> bool:
+        """Note one epoch's loss; NaN is no improvement."""
+        if not isnan(loss) and (self.best is None or loss < self.best - self.change * abs(self.best)):
+            self.best, self.waited = float(loss), 0
+        else:
+            self.waited += 1
+        return self.waited >= self.patience
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the count stands."""
+        return {"best": self.best, "waited": self.waited}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self.best, self.waited = state["best"], int(state["waited"])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from ..errors import CheckpointError, ConfigError, SelectionError
-from ..groups import ChannelGroup
+from ..plan import ChannelGroup
 
 WIDE, EVEN = 128, 16
 """Layers of so many units or more get widths that are multiples of 16: vector units and tensor cores work in such

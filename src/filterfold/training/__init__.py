@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from .evaluate import Metrics, evaluate
+from .loggers import TRACKERS, Tracker, check_trackers, tracking
 from .loop import train
 from .recipe import Recipe
 from .run import Callback, History, Row, Run
-from .tracking import TRACKERS, Tracker, check_trackers, tracking
 
 __all__ = [
     "TRACKERS",

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .. import ranks
 from ..data import batches
 from ..data.splits import AnySplit, whole
 from ..errors import ConfigError, DataError, ModelError
-from ..modes import evaluating
-from ..progress import track
+from ..utils import distributed
+from ..utils.model_state import evaluating
+from ..utils.progress import track
 from .recipe import AUTOCAST
 
 
@@ -63,7 +63,7 @@ def evaluate(
     - `channels_last`: memory format of the images.
     - `classes`: number of outputs that the network must have; None: at least as many as the labels need.
     - `description`: of the progress bar.
-    - `together`: for processes that train together (see `ranks`): each takes its part of every batch, and all get
+    - `together`: for processes that train together: each takes its part of every batch, and all get
       the figures of the whole split. All must call it. Otherwise whoever calls looks at all images.
 
     **Returns:** top-1 and top-5 in percent, loss, number of images, seconds.
@@ -90,7 +90,7 @@ def evaluate(
     autocast = torch.autocast(where.type, dtype=dtype) if dtype is not None else contextlib.nullcontext()
     started = time.perf_counter()
     with evaluating(model), torch.inference_mode(), autocast:
-        part = ranks.part if together else whole
+        part = distributed.part if together else whole
         feed = batches(held, batch_size, device=where, channels_last=channels_last, part=part)
         for number, (images, labels) in enumerate(track(feed, description, -(-count // batch_size))):
             if not len(labels):  # the last batch may be smaller than there are processes
@@ -99,7 +99,7 @@ def evaluate(
                 check_fit(model, images[:1], classes, int(held.labels.max()) + 1)
             sums += _counts(model(images).float(), labels)
         if together:
-            ranks.summed(sums)
+            distributed.summed(sums)
     loss, top1, top5 = (sums / count).tolist()
     return Metrics(100 * top1, 100 * top5, loss, count, time.perf_counter() - started)
 

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .. import ranks
 from ..data import ImageData, batches
 from ..data.augment import seeded
 from ..data.splits import whole
 from ..errors import ConfigError, ModelError, TrainingError
-from ..progress import show, track
-from . import fabrics, state
-from .company import handed_out
+from ..utils import distributed
+from ..utils.progress import show, track
+from . import checkpoint
 from .evaluate import check_fit, evaluate
+from .fabric import handed_out, make
 from .recipe import Recipe
 from .run import Batch, Callback, History, Row, Run
 
@@ -94,7 +94,7 @@ def train(
     every = (recipe or Recipe()).validate_every if validate_every is None else validate_every
     job = Job(model, data, recipe or Recipe(), tuple(callbacks), optimizer, every, device, phase)
     path = Path(checkpoint) if checkpoint is not None else None
-    ranks.join()
+    distributed.join()
     with handed_out(job):
         return work(job, observers=observers, path=path, checkpoint_seconds=checkpoint_seconds, check=check)
 
@@ -123,28 +123,28 @@ def work(
 ) -> History:
     """Do a job; all but the job itself matters in rank 0 only. See `train`."""
     model, data, recipe, callbacks = job.model, job.data, job.recipe, job.callbacks
-    if min(recipe.batch_size, len(data.train)) < ranks.count():
-        raise ConfigError(f"batches of {recipe.batch_size} images can't be shared by {ranks.count()} processes")
+    if min(recipe.batch_size, len(data.train)) < distributed.count():
+        raise ConfigError(f"batches of {recipe.batch_size} images can't be shared by {distributed.count()} processes")
     with _given_back(model, recipe):
-        fabric = fabrics.make(job.device, recipe, model, data.example)
+        fabric = make(job.device, recipe, model, data.example)
         model.to(fabric.device)
-        ranks.shared(tensor.detach() for tensor in (*model.parameters(), *model.buffers()))
+        distributed.shared(tensor.detach() for tensor in (*model.parameters(), *model.buffers()))
         check_fit(model, data.example.to(fabric.device), len(data.classes))
-        same = state.identity(model, data, recipe, callbacks, job.optimizer, job.phase)
-        tree = ranks.decided(lambda: state.read(path, same) if path is not None and path.exists() else None)
+        same = checkpoint.identity(model, data, recipe, callbacks, job.optimizer, job.phase)
+        tree = distributed.decided(lambda: checkpoint.read(path, same) if path is not None and path.exists() else None)
         if tree is not None:
-            state.resize(model, tree)
+            checkpoint.resize(model, tree)
         run = Run(model, job.optimizer or recipe.optimizer(model), data, recipe, fabric, job.phase)
         loop = Loop(run, callbacks, observers, path, checkpoint_seconds, check, job.validate_every, same)
         if tree is not None:
-            state.take_up(path or Path("the checkpoint"), run, tree)
+            checkpoint.take_up(path or Path("the checkpoint"), run, tree)
         for callback in callbacks:
             callback.on_start(run)
         if tree is not None:
             for callback, kept in zip(callbacks, tree["callbacks"], strict=True):
                 callback.load_state_dict(kept)
         try:
-            with nullcontext() if ranks.first() else show(None):
+            with nullcontext() if distributed.first() else show(None):
                 loop.go()
         finally:
             run.optimizer.zero_grad(set_to_none=True)
@@ -176,7 +176,7 @@ class Loop:
         self.whole = len(self.split) >= run.recipe.batch_size
         self.steps = len(self.split) // run.recipe.batch_size if self.whole else 1
         self.images = min(len(self.split), run.recipe.batch_size)
-        self.part = ranks.part if ranks.count() > 1 else whole
+        self.part = distributed.part if distributed.count() > 1 else whole
         self.hooked = [c for c in callbacks if type(c).after_backward is not Callback.after_backward]
         self.written = time.monotonic()
 
@@ -189,12 +189,12 @@ class Loop:
             if self._validates(epoch):
                 row["validation_top1"] = self._validate()
             run.history.rows.append(row)
-            ranks.decided(lambda row=row: self._tell_and_save(row))  # type: ignore[misc]
+            distributed.decided(lambda row=row: self._tell_and_save(row))  # type: ignore[misc]
 
     def epoch(self) -> Row:
         """The run's present epoch, without validation; its row."""
         run, recipe = self.run, self.run.recipe
-        _seed(recipe.seed, run.epoch, ranks.rank())
+        _seed(recipe.seed, run.epoch, distributed.rank())
         started = time.perf_counter()
         feed = batches(
             self.split,
@@ -214,13 +214,13 @@ class Loop:
             rate = recipe.rate(run.step, self.steps)
             total += self._batch(images, labels, rate)
             run.step += 1
-        loss = float(ranks.summed(total)) / (self.steps * ranks.count())
+        loss = float(distributed.summed(total)) / (self.steps * distributed.count())
         if not math.isfinite(loss):
             raise TrainingError(f"the loss of epoch {run.epoch} is {loss}; lower the learning rate (it was {rate:g})")
         run.loss = loss
-        if ranks.count() > 1:  # callbacks find the same network and the same random state everywhere
-            ranks.averaged(run.model.buffers())
-            _seed(recipe.seed, run.epoch, ranks.count())
+        if distributed.count() > 1:  # callbacks find the same network and the same random state everywhere
+            distributed.averaged(run.model.buffers())
+            _seed(recipe.seed, run.epoch, distributed.count())
         extra = run.extra_macs
         for callback in self.callbacks:
             callback.on_epoch_end(run)
@@ -248,8 +248,8 @@ class Loop:
                 f"{type(run.model).__name__} returns a {type(logits).__name__} in training mode, not logits"
             )
         loss = functional.cross_entropy(logits, labels, label_smoothing=run.recipe.label_smoothing)
-        if len(labels) * ranks.count() != self.images:  # parts of different sizes: the mean is to be over images
-            loss = loss * (len(labels) * ranks.count() / self.images)
+        if len(labels) * distributed.count() != self.images:  # parts of different sizes: the mean is to be over images
+            loss = loss * (len(labels) * distributed.count() / self.images)
         objective = loss
         run.batch = Batch(images, labels, logits)
         for callback in self.callbacks:
@@ -278,7 +278,7 @@ class Loop:
             device=run.device,
             channels_last=run.recipe.channels_last,
             description="validating",
-            together=ranks.count() > 1,
+            together=distributed.count() > 1,
         ).top1
 
     def _tell_and_save(self, row: Row) -> None:
@@ -298,7 +298,7 @@ class Loop:
 
     def _save(self) -> None:
         if self.path is not None:
-            state.save(self.path, self.run, self.callbacks, self.same)
+            checkpoint.save(self.path, self.run, self.callbacks, self.same)
             self.written = time.monotonic()
 
 

@@ -13,10 +13,14 @@ from torch import nn
 from ..errors import ConfigError
 
 Schedule = Literal["step", "constant", "cosine", "onecycle"]
+
+
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+
 
 AUTOCAST: dict[str, torch.dtype | None] = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 """What a precision is to `torch.autocast`."""
+
 
 _LATER = ("cuda_graphs", "validate_every")
 """Fields that came later: left out of `to_dict` where they say what was done before."""

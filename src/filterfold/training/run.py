@@ -1,21 +1,55 @@
-"""A training run as its callbacks see it, and what it leaves behind."""
+"""One training run: its state, its steps (as CUDA graphs where wanted), what callbacks see, its history."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NotRequired, Protocol, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from ..cost import measure
 from ..data import ImageData
-from .graphs import Graphed
+from ..profiling.macs import measure
 from .recipe import AUTOCAST, Recipe
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+
+
+class Graphed(nn.Module):
+    """Records a network for one batch size.
+
+    In eval mode the network runs as it is. Nothing is done to the network itself, so after a cut it can be recorded
+    again.
+
+    **Arguments:**
+
+    - `model`: in training mode, on the GPU.
+    - `images`: a batch of the size, type and memory format of those to come.
+    - `dtype`: of autocast, or None.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training  # not train(), which would wake frozen batch norms
+        kept = [(buffer, buffer.clone()) for buffer in model.buffers()]  # the rehearsals move running statistics
+        autocast: AbstractContextManager[object] = nullcontext()
+        if dtype is not None:  # casts that are remembered outside a graph are gone when it is replayed
+            autocast = torch.autocast(images.device.type, dtype=dtype, cache_enabled=False)
+        devices = [images.device] if images.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), autocast:
+            torch.cuda.make_graphed_callables(self, (images,), allow_unused_input=True)
+        with torch.no_grad():
+            for buffer, before in kept:
+                buffer.copy_(before)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The network's logits."""
+        logits: Tensor = self.model(images)
+        return logits
 
 
 class Row(TypedDict):
@@ -97,8 +131,8 @@ class Callback(Protocol):
     def on_epoch_end(self, run: Run) -> None:
         """Called after the epoch's last batch, before validation and the checkpoint.
 
-        With several processes (see `filterfold.ranks`) it is called in each, with the same weights and random state;
-        what rank 0 decides by anything else must be made known to the others (`ranks.agreed`).
+        With several processes it is called in each, with the same weights and random state; what rank 0 decides by
+        anything else must be made known to the others (`filterfold.utils.distributed.agreed`).
         """
 
     def state_dict(self) -> dict[str, Any]:

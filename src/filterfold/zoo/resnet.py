@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import ModelError
-from .registry import register
-from .widths import check, check_widths, initialise, scale
+from .registry import check, check_widths, initialise, register, scale
 
 STAGES = (16, 32, 64)
 """Channels of the residual stream in the three stages (He et al. 2016, section 4.2)."""
+
 
 DEPTHS = (20, 32, 44, 56, 110)
 

@@ -8,11 +8,11 @@ from typing import cast
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from .registry import register
-from .widths import check, check_widths, initialise, scale
+from .registry import check, check_widths, initialise, register, scale
 
 VGG16_BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 """Channels of the 13 convolutions, one tuple between max-pools (Simonyan & Zisserman 2015, configuration D)."""
+
 
 SMALL_BLOCKS = ((32, 32), (64, 64))
 """Channels of `vgg_small`, for the 8×8 digits."""

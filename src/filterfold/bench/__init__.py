@@ -1,0 +1,1 @@
+"""The comparison harness: trials, recipes, sensitivity, statistics, report."""

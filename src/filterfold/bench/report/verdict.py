@@ -1,0 +1,258 @@
+"""The verdict: what may be said about each method against the control, and in which words.
+
+Accuracy is judged on top-1 by Welch's t-interval against a margin fixed beforehand, time on the
+logarithm of the seconds; p-values are corrected by Holm over the methods that are compared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from .. import stats
+from .format import interval, points, signed, times
+from .study import MACS, SECONDS, TOP1, Group, Measure, Record, Study
+
+ALPHA = 0.05
+
+
+Accuracy = Literal["better", "no worse", "lower within the margin", "worse", "not shown", "not measured"]
+
+
+Pace = Literal["faster", "slower", "not shown", "not measured"]
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """One group against the control.
+
+    `speedup` is control time over the group's time, `macs_ratio` control MACs over the group's. The
+    p-values `p_not_worse`, `p_differs`, `p_pace` are corrected over the methods.
+    """
+
+    group: Group
+    control: Group
+    margin: float
+    top1: stats.Difference | None = None
+    tost: stats.Equivalence | None = None
+    p_not_worse: float | None = None
+    p_differs: float | None = None
+    speedup: stats.Difference | None = None
+    p_pace: float | None = None
+    macs_ratio: float | None = None
+    paired: bool = False
+
+    @property
+    def accuracy(self) -> Accuracy:
+        """The word for accuracy."""
+        if self.top1 is None:
+            return "not measured"
+        differs = self.p_differs is not None and self.p_differs < ALPHA
+        if differs and self.top1.value > 0:
+            return "better"
+        if self.p_not_worse is not None and self.p_not_worse < ALPHA:
+            return "lower within the margin" if differs else "no worse"
+        return "worse" if differs else "not shown"
+
+    @property
+    def pace(self) -> Pace:
+        """The word for inference time."""
+        if self.speedup is None:
+            return "not measured"
+        if self.p_pace is None or self.p_pace >= ALPHA:
+            return "not shown"
+        return "faster" if self.speedup.value > 1 else "slower"
+
+    @property
+    def suspicious(self) -> bool:
+        """Whether the measured speed-up exceeds the ratio of MACs by more than timing noise."""
+        return (
+            self.pace == "faster"
+            and self.speedup is not None
+            and self.macs_ratio is not None
+            and self.speedup.value > 1.05 * self.macs_ratio
+        )
+
+
+def judge(study: Study, margin: float = 0.5) -> list[Judgement]:
+    """Hold every group against the control; empty if the study has no control.
+
+    **Arguments:**
+
+    - `study`: the trials.
+    - `margin`: the largest loss of top-1, in points, that counts as "no worse"; fix it beforehand.
+    """
+    control = study.reference
+    if control is None:
+        return []
+    found = [_measure(group, control, margin) for group in study.others]
+    not_worse = stats.holm([j.tost.p_not_worse if j.tost else None for j in found])
+    differs = stats.holm([j.top1.p if j.top1 else None for j in found])
+    pace = stats.holm([j.speedup.p if j.speedup else None for j in found])
+    return [
+        replace(judgement, p_not_worse=a, p_differs=b, p_pace=c)
+        for judgement, a, b, c in zip(found, not_worse, differs, pace, strict=True)
+    ]
+
+
+def _measure(group: Group, control: Group, margin: float) -> Judgement:
+    judgement = Judgement(group, control, margin)
+    top1, paired = matched(group, control, TOP1)
+    if top1:
+        judgement = replace(
+            judgement,
+            top1=stats.mean_difference(*top1, paired=paired),
+            tost=stats.equivalence(*top1, margin=margin, alpha=ALPHA, paired=paired),
+            paired=paired,
+        )
+    # Time depends on the machine and the moment, not on the checkpoint: never paired.
+    seconds, control_seconds = group.values(SECONDS), control.values(SECONDS)
+    if seconds and control_seconds and min(*seconds, *control_seconds) > 0:
+        judgement = replace(judgement, speedup=stats.mean_ratio(control_seconds, seconds))
+    macs, control_macs = group.values(MACS), control.values(MACS)
+    if macs and control_macs and min(macs) > 0:
+        ratio = (sum(control_macs) / len(control_macs)) / (sum(macs) / len(macs))
+        judgement = replace(judgement, macs_ratio=ratio)
+    return judgement
+
+
+def matched(group: Group, control: Group, measure: Measure) -> tuple[tuple[list[float], list[float]] | None, bool]:
+    """The two samples of a measure, and whether they are paired.
+
+    They are paired where every trial of the group went on from a trained network (its history has a `retrain` phase)
+    and the control has a trial with its seed; the control's further trials are left out then.
+    """
+    ours, theirs = group.values(measure), control.values(measure)
+    if not ours or not theirs:
+        return None, False
+    seeds = [trial.get("seed") for trial in group.trials]
+    others = {trial.get("seed"): trial for trial in control.trials}
+    complete = len(ours) == group.n and len(theirs) == control.n == len(others)
+    one_to_one = len(set(seeds)) == len(seeds) and set(seeds) <= set(others) and None not in seeds
+    if not (complete and one_to_one and all(_went_on(trial) for trial in group.trials)):
+        return (ours, theirs), False
+    ordered = Group(control.label, control.method, control.clusters, tuple(others[seed] for seed in seeds))
+    return (ours, ordered.values(measure)), True
+
+
+def _went_on(trial: Record) -> bool:
+    return any(entry.get("phase") == "retrain" for entry in trial.get("history") or ())
+
+
+def accuracy_words(j: Judgement) -> str:
+    """One clause on accuracy, with its interval and n."""
+    if j.top1 is None or j.tost is None:
+        return "accuracy was not measured"
+    margin = points(j.margin)
+    change = f"{signed(j.top1.value)} points top-1"
+    if j.tost.low is None:
+        return f"accuracy not shown to be kept ({change}; {j.top1.notes[0]})"
+    found = f"{change}, 90 % interval {interval(j.tost.low, j.tost.high)}"
+    if j.accuracy == "not shown" and min(j.tost.p_not_worse or 1, j.top1.p or 1) < ALPHA:
+        found += "; significant only until corrected for the number of settings"
+    return {
+        "better": f"accuracy is better ({found})",
+        "no worse": f"accuracy is no worse within {margin} ({found})",
+        "lower within the margin": f"accuracy is lower, but by less than {margin} ({found})",
+        "worse": f"accuracy is worse ({found})",
+        "not shown": f"neither a loss nor “no worse within {margin}” is shown ({found})",
+    }[j.accuracy]
+
+
+def pace_words(j: Judgement) -> str:
+    """One clause on inference time, with its interval."""
+    if j.speedup is None:
+        return "inference time was not measured"
+    ratio = times(j.speedup.value)
+    if j.speedup.low is None or j.speedup.high is None:
+        return f"faster inference is not shown (ratio {ratio}; {j.speedup.notes[0]})"
+    bounds = f"95 % interval {times(j.speedup.low)} … {times(j.speedup.high)}"
+    if j.pace == "faster":
+        return f"inference is {ratio} faster ({bounds})"
+    if j.pace == "slower":
+        return f"inference is slower: {times(1 / j.speedup.value)} the time ({bounds} of the speed)"
+    return f"a difference in inference time is not shown (ratio {ratio}, {bounds})"
+
+
+def sentence(j: Judgement) -> str:
+    """The whole verdict on one method, as the terminal and the page print it."""
+    size = f", {times(j.macs_ratio)} fewer MACs" if j.macs_ratio and j.macs_ratio > 1.005 else ""
+    n = f"n = {j.group.n} against {j.control.n}"
+    return f"{j.group.label} ({n}{size}): {pace_words(j)}; {accuracy_words(j)}."
+
+
+def headline(study: Study, judgements: Sequence[Judgement]) -> str:
+    """The verdict on the whole study in one or two sentences."""
+    if study.reference is None:
+        return "There is no control to compare with, so this page describes and does not judge."
+    if not judgements:
+        return f"Only {study.control} has finished trials: there is nothing to compare with it yet."
+    if len(judgements) == 1:
+        j = judgements[0]
+        return f"Against {study.control}, with {j.group.label} {pace_words(j)}, and {accuracy_words(j)}."
+    control, margin = study.control, points(judgements[0].margin)
+    kept = [j for j in judgements if j.accuracy in ("no worse", "better", "lower within the margin")]
+    parts = []
+    if any(j.speedup for j in judgements):
+        faster = [j for j in judgements if j.pace == "faster"]
+        parts.append(f"{_count(faster, judgements)} shown to be faster than {control}")
+    if any(j.top1 for j in judgements):
+        parts.append(f"{_count(kept, judgements)} shown to be no worse in top-1 within {margin}")
+        worse = [j for j in judgements if j.accuracy == "worse"]
+        parts.append(f"{_count(worse, judgements)} shown to be worse")
+    text = f"Of {len(judgements)} settings, {'; '.join(parts)}."
+    both = [j.group.label for j in kept if j.pace == "faster"]
+    if both:
+        return f"{text} Faster and no worse: {', '.join(both)}."
+    return f"{text} No setting is shown to be both faster and no worse."
+
+
+def _count(found: Sequence[Judgement], of: Sequence[Judgement]) -> str:
+    return {0: "none is", 1: "one is", len(of): "all are"}.get(len(found), f"{len(found)} are")
+
+
+def power_words(judgements: Sequence[Judgement]) -> str | None:
+    """What the number of trials allows: the loss that goes unseen, and the trials that the margin needs."""
+    known = [j for j in judgements if j.tost and j.tost.low is not None]
+    parts = [_power([j for j in known if j.paired is paired], paired) for paired in (False, True)]
+    return " ".join(part for part in parts if part) or None
+
+
+def _power(known: Sequence[Judgement], paired: bool) -> str | None:
+    """For the methods whose trials are paired with the control's, or for those whose are not."""
+    spread = math.sqrt(sum(map(_variance, known)) / len(known)) if known else 0.0
+    if spread == 0:
+        return None
+    n, m = min(j.group.n for j in known), known[0].control.n
+    unseen, margin = stats.resolvable_difference(n, m, spread, paired=paired), known[0].margin
+    if paired:
+        names = ", ".join(j.group.label for j in known)
+        trials = f"Of {names}, with {n} pairs of trials and a spread of {spread:.2f} points between their differences"
+    else:
+        trials = f"With {n} against {m} trials and a spread of {spread:.2f} points between trials"
+    text = (
+        f"{trials}, a loss under {unseen:.2f} points can’t be seen reliably: it is missed more than once in five times."
+    )
+    if not paired:
+        needed = stats.trials_needed(spread, margin)
+        text += (
+            f" To show “no worse within {points(margin)}” of one method that is equal takes about {needed} "
+            "trials a side."
+        )
+    return text
+
+
+def _variance(j: Judgement) -> float:
+    """Of the differences if paired, else pooled over both sides."""
+    both, paired = matched(j.group, j.control, TOP1)
+    if both and paired:
+        return (stats.summarise([x - y for x, y in zip(*both, strict=True)]).sd or 0.0) ** 2
+    return _pooled_variance(j)
+
+
+def _pooled_variance(j: Judgement) -> float:
+    ours, theirs = j.group.values(TOP1), j.control.values(TOP1)
+    squares = sum((x - sum(v) / len(v)) ** 2 for v in (ours, theirs) for x in v)
+    return squares / max(len(ours) + len(theirs) - 2, 1)

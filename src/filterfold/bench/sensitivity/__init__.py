@@ -1,0 +1,12 @@
+"""How much each layer can lose: every layer pruned alone, without retraining (Li et al. 2017, section 3.3).
+
+`sweep` measures, `Sensitivity` is what was measured, `suggest` derives ratios from it.
+"""
+
+from __future__ import annotations
+
+from .curves import Layer, Point, Sensitivity
+from .suggest import Suggestion, suggest
+from .sweep import RATIOS, sweep
+
+__all__ = ["RATIOS", "Layer", "Point", "Sensitivity", "Suggestion", "suggest", "sweep"]

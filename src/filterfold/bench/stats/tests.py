@@ -1,0 +1,373 @@
+"""Tests of two and of several samples, against a control or pairwise, with their corrections."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ...errors import ConfigError
+from .results import AgainstControl, Difference, Effect, Equivalence, Pairwise, Significance, Summary
+
+Samples = Mapping[str, ArrayLike]
+"""Group name → one value for each trial, in the order in which the groups are to be shown."""
+
+
+Array = NDArray[np.float64]
+
+
+ENOUGH = 5
+"""Trials a group from which the χ² approximation of Kruskal–Wallis is usable (SciPy's documentation)."""
+
+
+def check_sample(values: ArrayLike, name: str = "a sample") -> Array:
+    """Values as float64 of shape `(n,)`, n ≥ 1, all finite; refused by `name` otherwise."""
+    x = np.asarray(values, dtype=np.float64)
+    if x.ndim != 1 or not len(x):
+        raise ConfigError(f"{name} has shape {x.shape}; give one value or more, in one dimension")
+    if not np.isfinite(x).all():
+        raise ConfigError(f"{name} holds {x[~np.isfinite(x)][0]}; leave out trials without a result")
+    return x
+
+
+def check_groups(groups: Samples, least: int) -> dict[str, Array]:
+    """Every group checked, in the order given; refused if there are fewer than `least`."""
+    if len(groups) < least:
+        raise ConfigError(f"{len(groups)} groups given; a comparison needs at least {least}")
+    return {name: check_sample(values, f"group {name!r}") for name, values in groups.items()}
+
+
+def check_pair(sample: ArrayLike, control: ArrayLike, paired: bool) -> tuple[Array, Array]:
+    """Sample and control checked; refused if `paired` and of unequal length."""
+    x, y = check_sample(sample, "the sample"), check_sample(control, "the control")
+    if paired and len(x) != len(y):
+        raise ConfigError(f"{len(x)} values against {len(y)} can't be paired; give one control for each")
+    return x, y
+
+
+def no_spread(x: Array, y: Array, paired: bool) -> str | None:
+    """Why no t-test is possible, or None."""
+    if min(len(x), len(y)) < 2:
+        return "one trial has no spread: an interval needs at least two trials a side"
+    # Values that are equal on paper differ in their last bits once they have been subtracted.
+    scale = 1e-12 * max(float(np.abs(np.concatenate([x, y])).max()), 1e-300)
+    if paired and float(np.ptp(x - y)) <= scale:
+        return "all differences are equal: there is no spread to test against"
+    if not paired and max(float(np.ptp(x)), float(np.ptp(y))) <= scale:
+        return "both groups are without spread: there is nothing to test against"
+    return None
+
+
+def small_groups(samples: Mapping[str, Array]) -> tuple[str, ...]:
+    """A note that names the groups under `ENOUGH` trials, if there are any."""
+    small = [f"{name} ({len(x)})" for name, x in samples.items() if len(x) < ENOUGH]
+    if not small:
+        return ()
+    return (f"groups under {ENOUGH} trials, so the p-value is rough: {', '.join(small)}",)
+
+
+EXACT_LIMIT = 200_000
+"""Enumerate all regroupings up to this many; beyond, draw `DRAWS` of them with a fixed seed."""
+
+
+DRAWS = 20_000
+
+
+def permutation(sample: ArrayLike, control: ArrayLike, *, paired: bool = False, seed: int = 0) -> Significance:
+    """Two-sided permutation test of the difference in means: no assumption about the distribution.
+
+    Every regrouping of the values (paired: every exchange within pairs) is tried where there are at
+    most `EXACT_LIMIT`; otherwise `DRAWS` random ones. The p-value is the share of regroupings whose
+    difference is at least as large as the one found (Phipson and Smyth 2010 for random draws).
+
+    >>> permutation([1, 2, 3], [4, 5, 6]).p
+    0.1
+    """
+    x, y = check_pair(sample, control, paired)
+    n = (len(x), len(y))
+    ways = 2 ** len(x) if paired else math.comb(sum(n), n[0])
+    exact = ways <= EXACT_LIMIT
+    share = _exchanges(x - y, exact, seed) if paired else _regroupings(x, y, exact, seed)
+    notes = []
+    if (least := 2 / ways) > 0.05:
+        trials = f"{n[0]} pairs" if paired else f"{n[0]} against {n[1]} trials"
+        notes.append(f"with {trials} no p-value under {least:.2g} is possible")
+    if not exact:
+        notes.append(f"estimated from {DRAWS} random regroupings")
+    return Significance("permutation", float(x.mean() - y.mean()), share, n, exact, tuple(notes))
+
+
+def _regroupings(x: Array, y: Array, exact: bool, seed: int) -> float:
+    """Share of regroupings with a difference in means as large as the one found; the one found counts."""
+    together = np.concatenate([x, y]) - y.mean()  # centred: sums stay small, and so do their rounding errors
+    if exact:
+        chosen = itertools.combinations(range(len(together)), len(x))
+        sums = np.fromiter((together[list(pick)].sum() for pick in chosen), dtype=np.float64)
+    else:
+        random = np.random.default_rng(seed)
+        sums = np.array([random.permutation(together)[: len(x)].sum() for _ in range(DRAWS)])
+    expected = together.sum() * len(x) / len(together)
+    return _share(np.abs(sums - expected), abs(together[: len(x)].sum() - expected), exact)
+
+
+def _exchanges(differences: Array, exact: bool, seed: int) -> float:
+    """Share of sign patterns with a sum as large as the one found."""
+    n = len(differences)
+    if exact:
+        signs = np.array(list(itertools.product((1.0, -1.0), repeat=n)))
+    else:
+        signs = np.random.default_rng(seed).choice([1.0, -1.0], size=(DRAWS, n))
+    return _share(np.abs(signs @ differences), abs(differences.sum()), exact)
+
+
+def _share(found: Array, observed: float, exact: bool) -> float:
+    # Equal sums reached in another order differ in the last bits; they are ties and must count.
+    hits = int((found >= observed - 1e-9 * max(float(found.max()), 1e-300)).sum())
+    return hits / len(found) if exact else (hits + 1) / (len(found) + 1)
+
+
+def summarise(values: ArrayLike) -> Summary:
+    """Mean, spread and extremes of one group.
+
+    >>> summarise([1.0, 2.0, 3.0])
+    Summary(n=3, mean=2.0, sd=1.0, median=2.0, low=1.0, high=3.0)
+    >>> summarise([7.0]).sd is None
+    True
+    """
+    x = check_sample(values)
+    sd = float(x.std(ddof=1)) if len(x) > 1 else None
+    return Summary(len(x), float(x.mean()), sd, float(np.median(x)), float(x.min()), float(x.max()))
+
+
+def mean_interval(values: ArrayLike, *, confidence: float = 0.95) -> tuple[float, float] | None:
+    """Student's interval for the mean of one group; None for a single value.
+
+    >>> low, high = mean_interval([1.0, 2.0, 3.0])
+    >>> round(low, 3), round(high, 3)
+    (-0.484, 4.484)
+    """
+    from scipy.special import stdtrit
+
+    x = check_sample(values)
+    if len(x) < 2:
+        return None
+    half = float(stdtrit(len(x) - 1, (1 + confidence) / 2)) * float(x.std(ddof=1)) / math.sqrt(len(x))
+    return float(x.mean()) - half, float(x.mean()) + half
+
+
+def mean_difference(
+    sample: ArrayLike, control: ArrayLike, *, confidence: float = 0.95, paired: bool = False
+) -> Difference:
+    """Mean of `sample` minus mean of `control`, with Welch's interval and p-value.
+
+    **Arguments:**
+
+    - `sample`, `control`: values of shape `(n,)` and `(m,)`.
+    - `confidence`: two-sided coverage of the interval.
+    - `paired`: entry i of both belongs together (trials from one checkpoint); needs n = m.
+
+    >>> d = mean_difference([1, 2, 3, 4], [3, 4, 5, 6])
+    >>> d.value, round(d.low, 3), round(d.high, 3)
+    (-2.0, -4.234, 0.234)
+    """
+    from scipy import stats
+
+    x, y = check_pair(sample, control, paired)
+    if not 0 < confidence < 1:
+        raise ConfigError(f"confidence is {confidence}; it must lie between 0 and 1, for instance 0.95")
+    value, n = float(x.mean() - y.mean()), (len(x), len(y))
+    reason = no_spread(x, y, paired)
+    if reason:
+        return Difference(value, None, None, confidence, None, n, paired, (reason,))
+    with warnings.catch_warnings():
+        # One side without spread is fine as long as the other has some; SciPy warns of it all the same.
+        warnings.filterwarnings("ignore", "Precision loss", RuntimeWarning)
+        test = stats.ttest_rel(x, y) if paired else stats.ttest_ind(x, y, equal_var=False)
+    interval = test.confidence_interval(confidence)
+    return Difference(value, float(interval.low), float(interval.high), confidence, float(test.pvalue), n, paired)
+
+
+def mean_ratio(sample: ArrayLike, control: ArrayLike, *, confidence: float = 0.95, paired: bool = False) -> Difference:
+    """Geometric mean of `sample` over that of `control`, with interval and p-value: the form for times.
+
+    The t-test of `mean_difference` on logarithms; a value of .5 means half as long.
+
+    >>> mean_ratio([1.0, 2.0, 4.0], [2.0, 4.0, 8.0]).value
+    0.5
+    """
+    x, y = check_pair(sample, control, paired)
+    if min(x.min(), y.min()) <= 0:
+        raise ConfigError(f"a ratio needs values above 0, but one is {min(x.min(), y.min()):g}")
+    log = mean_difference(np.log(x), np.log(y), confidence=confidence, paired=paired)
+    low, high = (None if bound is None else math.exp(bound) for bound in (log.low, log.high))
+    return Difference(math.exp(log.value), low, high, confidence, log.p, log.n, paired, log.notes)
+
+
+def cliffs_delta(sample: ArrayLike, control: ArrayLike) -> Effect:
+    """Share of pairs in which `sample` is larger minus share in which it is smaller (Cliff 1993).
+
+    The words are those of Romano et al. 2006: below .147, .33, .474 and above.
+
+    >>> cliffs_delta([1, 2, 3], [2, 3, 4])
+    Effect(delta=-0.5555555555555556, size='large')
+    """
+    x, y = check_pair(sample, control, False)
+    delta = float(np.sign(x[:, None] - y[None, :]).mean())
+    strength = abs(delta)
+    if strength < 0.147:
+        return Effect(delta, "negligible")
+    if strength < 0.33:
+        return Effect(delta, "small")
+    return Effect(delta, "medium" if strength < 0.474 else "large")
+
+
+def mann_whitney(sample: ArrayLike, control: ArrayLike) -> Significance:
+    """Two-sided Mann–Whitney U test (`scipy.stats.mannwhitneyu`), exact for small samples without ties.
+
+    >>> mann_whitney([1, 2, 3], [4, 5, 6]).p
+    0.1
+    """
+    from scipy import stats
+
+    x, y = check_pair(sample, control, False)
+    n, together = (len(x), len(y)), np.concatenate([x, y])
+    if len(np.unique(together)) == 1:
+        return Significance("Mann–Whitney", len(x) * len(y) / 2, 1.0, n, notes=("all values are equal",))
+    exact = len(np.unique(together)) == len(together) and min(n) <= 8  # SciPy's rule for method="auto"
+    statistic, p = stats.mannwhitneyu(x, y, alternative="two-sided", method="exact" if exact else "asymptotic")
+    return Significance("Mann–Whitney", float(statistic), float(p), n, exact)
+
+
+def equivalence(
+    sample: ArrayLike, control: ArrayLike, *, margin: float = 0.5, alpha: float = 0.05, paired: bool = False
+) -> Equivalence:
+    """TOST and non-inferiority of `sample` against `control` (Schuirmann 1987; `statsmodels` `ttost_ind`).
+
+    Larger values are taken to be better. The margin must be fixed before the data are seen.
+
+    **Arguments:**
+
+    - `sample`, `control`: values of shape `(n,)` and `(m,)`, for instance top-1 in percent.
+    - `margin`: the largest loss that is acceptable, in the unit of the values.
+    - `alpha`: error rate of each one-sided test.
+    - `paired`: entry i of both belongs together; needs n = m.
+
+    >>> e = equivalence([90.0, 90.2, 90.1, 89.9], [90.1, 90.0, 90.2, 89.9], margin=0.5)
+    >>> e.equivalent, e.not_worse, round(e.p, 4)
+    (True, True, 0.0008)
+    """
+    if margin <= 0:
+        raise ConfigError(f"margin is {margin}; it must be above 0, in the unit of the values (default 0.5 points)")
+    inner = mean_difference(sample, control, confidence=1 - 2 * alpha, paired=paired)
+    if inner.low is None:
+        return Equivalence(inner.value, None, None, margin, alpha, None, None, inner.n, paired, inner.notes)
+    from statsmodels.stats.weightstats import ttost_ind, ttost_paired
+
+    x, y = check_pair(sample, control, paired)
+    result: Any
+    result = ttost_paired(x, y, -margin, margin) if paired else ttost_ind(x, y, -margin, margin, usevar="unequal")
+    lower, upper = float(result[1][1]), float(result[2][1])
+    return Equivalence(inner.value, inner.low, inner.high, margin, alpha, lower, upper, inner.n, paired)
+
+
+def kruskal_wallis(groups: Samples) -> Significance:
+    """Whether at least one group differs in location (Kruskal and Wallis 1952; `scipy.stats.kruskal`).
+
+    **Arguments:**
+
+    - `groups`: name → values, two groups or more.
+
+    **Returns:** H and its p-value. A large p-value is no evidence that the groups are equal.
+
+    >>> result = kruskal_wallis({"a": [1, 2, 3], "b": [4, 5, 6]})
+    >>> round(result.statistic, 4), round(result.p, 4)
+    (3.8571, 0.0495)
+    """
+    from scipy import stats
+
+    samples = check_groups(groups, least=2)
+    n = tuple(len(x) for x in samples.values())
+    if len(np.unique(np.concatenate(list(samples.values())))) == 1:
+        return Significance("Kruskal–Wallis", 0.0, 1.0, n, notes=("all values are equal",))
+    statistic, p = stats.kruskal(*samples.values())
+    return Significance("Kruskal–Wallis", float(statistic), float(p), n, notes=small_groups(samples))
+
+
+def dunn(groups: Samples, adjust: Literal["holm"] | None = "holm") -> Pairwise:
+    """Dunn's test of all pairs (Dunn 1964; `scikit_posthocs.posthoc_dunn`).
+
+    Ranks are pooled over all groups, so that the test is weak between neighbours.
+
+    **Arguments:**
+
+    - `groups`: name → values, two groups or more.
+    - `adjust`: `"holm"` corrects over all pairs; None gives the uncorrected p-values.
+
+    >>> pairs = dunn({"a": [1, 2, 3], "b": [4, 5, 6], "c": [7, 8, 9]})
+    >>> round(pairs.p("a", "c"), 4)
+    0.0219
+    """
+    samples = check_groups(groups, least=2)
+    names = tuple(samples)
+    if len(np.unique(np.concatenate(list(samples.values())))) == 1:
+        return Pairwise("Dunn", adjust, names, ((1.0,) * len(names),) * len(names), ("all values are equal",))
+    import scikit_posthocs
+
+    raw = scikit_posthocs.posthoc_dunn([x.tolist() for x in samples.values()], p_adjust=None).to_numpy(copy=True)
+    if adjust == "holm":
+        upper = np.triu_indices(len(names), 1)
+        raw[upper] = holm(raw[upper].tolist())
+        raw.T[upper] = raw[upper]
+    matrix = tuple(tuple(float(p) for p in row) for row in raw)
+    return Pairwise("Dunn", adjust, names, matrix, small_groups(samples))
+
+
+def holm(p_values: Sequence[float | None]) -> tuple[float | None, ...]:
+    """Holm's step-down correction (Holm 1979); None entries stay None and are not counted.
+
+    >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03])]
+    [0.03, 0.06, 0.06]
+    """
+    # statsmodels' multipletests does the same, but collects garbage at every call: .2 s beside torch.
+    known = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
+    adjusted: list[float | None] = [None] * len(p_values)
+    largest = 0.0
+    for rank, (p, index) in enumerate(known):
+        largest = max(largest, min(1.0, (len(known) - rank) * p))
+        adjusted[index] = largest
+    return tuple(adjusted)
+
+
+def against_control(
+    groups: Samples,
+    control: str,
+    *,
+    test: Literal["permutation", "mann-whitney"] = "permutation",
+    paired: bool = False,
+) -> tuple[AgainstControl, ...]:
+    """Every other group against `control`, p-values corrected by Holm over these comparisons only.
+
+    >>> result = against_control({"c": [1, 2, 3, 4], "a": [5, 6, 7, 8], "b": [1, 3, 2, 4]}, "c")
+    >>> [(r.name, round(r.p, 4), round(r.p_adjusted, 4)) for r in result]
+    [('a', 0.0286, 0.0571), ('b', 1.0, 1.0)]
+    """
+    samples = check_groups(groups, least=2)
+    if control not in samples:
+        raise ConfigError(f"no group is called {control!r}; the groups are {', '.join(samples)}")
+    others = [name for name in samples if name != control]
+    found = [
+        permutation(samples[name], samples[control], paired=paired)
+        if test == "permutation"
+        else mann_whitney(samples[name], samples[control])
+        for name in others
+    ]
+    corrected = holm([result.p for result in found])
+    return tuple(
+        AgainstControl(name, result.p, adjusted, result.exact, result.notes)
+        for name, result, adjusted in zip(others, found, corrected, strict=True)
+    )

@@ -1,0 +1,252 @@
+"""Rules for layers: what consumes labels and makes new ones, and what rides on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ..dispatch import Call, Walk
+from ..labels import FIXED, Axis, Layout
+from . import RULES, rule, site, tensors_of
+
+
+def _single(walk: Walk, axis: Axis, call: Call) -> np.ndarray[Any, np.dtype[np.int64]] | None:
+    """The one label vector of an axis; more than one can't go through a layer and is frozen."""
+    if not axis:
+        return None
+    if len(axis) > 1:
+        walk.ledger.freeze(axis, f"two channel axes merged into one before {site(call)}")
+        return None
+    return axis[0]
+
+
+def _read(walk: Walk, call: Call, source: Axis, kernel: Axis) -> None:
+    """A weight's axis reads the channels of an input's axis."""
+    walk.ledger.assign(kernel, "kernel")
+    walk.ledger.join_axes([source, kernel], site(call))
+
+
+def _ride(walk: Walk, call: Call, channel: Axis, tensor: Tensor | None, role: Any, axis: int = 0) -> None:
+    """Entries of `tensor` belong to the channels one to one."""
+    if tensor is None or tensor.numel() == 0:
+        return
+    entries = walk.layout(tensor)[axis]
+    walk.ledger.assign(entries, role)
+    if tensor.shape[axis] > 1 or (channel and len(channel[0]) == 1):
+        walk.ledger.join_axes([channel, entries], site(call))
+
+
+@rule("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution")
+@rule("conv1d_padding")
+def convolution(walk: Walk, call: Call) -> Layout:
+    """A convolution, plain, grouped, depthwise or transposed, with any kind of weight."""
+    x, weight, bias, groups = call["input"], call["weight"], call["bias"], int(call["groups"])
+    transposed = "transpose" in call.op or bool(call["transposed"])
+    place = x.ndim - (weight.ndim - 1)
+    source, kernel = walk.layout(x), walk.layout(weight)
+    channel = _through(walk, call, source[place], kernel, weight.shape, x.shape[place], groups, transposed)
+    _ride(walk, call, channel, bias, "bias")
+    layout = [*source[:place], channel]
+    for axis in range(place + 1, x.ndim):
+        keeps = bool(source[axis]) and call.out.shape[axis] == x.shape[axis] and not transposed
+        walk.ledger.soften(source[axis], f"{site(call)} slides over them", ordered=True)
+        if not keeps:
+            walk.ledger.freeze(source[axis], f"{site(call)} slides over them and changes their number")
+        layout.append(source[axis] if keeps else FIXED)
+    return tuple(layout)
+
+
+def _through(
+    walk: Walk, call: Call, source: Axis, kernel: Layout, shape: Any, channels: int, groups: int, transposed: bool
+) -> Axis:
+    """Join a convolution's input channels with its weight, and say what its output channels are."""
+    ledger, where = walk.ledger, site(call)
+    out_axis, in_axis = (1, 0) if transposed else (0, 1)
+    if groups == 1:
+        ledger.assign(kernel[out_axis], "filter")
+        _read(walk, call, source, kernel[in_axis])
+        return kernel[out_axis]
+    vector = _single(walk, source, call)
+    if groups == channels and shape[1 if not transposed else 0] == (1 if not transposed else channels):
+        return _depthwise(walk, call, source, kernel, int(shape[1] if transposed else shape[0] // channels))
+    if transposed:
+        reader = None if not kernel[0] else kernel[0][0].reshape(groups, -1)
+        if reader is not None:
+            ledger.join(reader[:1], reader)
+        _read(walk, call, source, kernel[0])
+        ledger.assign(kernel[1], "filter")
+        made = None if not kernel[1] else np.tile(kernel[1][0], groups)
+        return FIXED if made is None else (made,)
+    ledger.assign(kernel[1], "kernel")
+    if vector is not None:
+        parts = vector.reshape(groups, -1)
+        if kernel[1]:
+            ledger.join(parts, kernel[1][0][None, :])
+        else:
+            ledger.join(parts[:1], parts)
+            ledger.join_axes([(parts[0],), kernel[1]], where)
+    elif source is not None:
+        ledger.freeze(kernel[1], f"reads an input of fixed size in {where}")
+    ledger.assign(kernel[0], "filter")
+    rows = _single(walk, kernel[0], call)
+    if rows is None:
+        return FIXED
+    ledger.join(rows.reshape(groups, -1)[:1], rows.reshape(groups, -1))
+    return (rows,)
+
+
+def _depthwise(walk: Walk, call: Call, source: Axis, kernel: Layout, multiplier: int) -> Axis:
+    """Every input channel has its own filters: they go together."""
+    rows = kernel[0]
+    transposed = "transpose" in call.op
+    walk.ledger.assign(rows, "depthwise")
+    vector = _single(walk, source, call)
+    spread: Axis = source if multiplier == 1 or vector is None else (np.repeat(vector, multiplier),)
+    if transposed:
+        walk.ledger.join_axes([source, rows], site(call))
+        return spread
+    return walk.ledger.join_axes([spread, rows], site(call))
+
+
+@rule("linear")
+def linear(walk: Walk, call: Call) -> Layout:
+    """A product with Wᵀ, plus b, over the last axis."""
+    x, weight = call["input"], call["weight"]
+    source, kernel = walk.layout(x), walk.layout(weight)
+    if source[-1] and len(source[-1]) > 1:
+        _single(walk, source[-1], call)
+    _read(walk, call, source[-1], kernel[-1])
+    if weight.ndim == 1:
+        return source[:-1]
+    walk.ledger.assign(kernel[0], "filter")
+    _ride(walk, call, kernel[0], call["bias"], "bias")
+    return (*source[:-1], kernel[0])
+
+
+@rule("embedding")
+def embedding(walk: Walk, call: Call) -> Layout:
+    """Rows of a table looked up by index: the table's second axis makes channels."""
+    table = walk.layout(call["weight"])
+    walk.ledger.assign(table[1], "filter")
+    walk.ledger.freeze(table[0], f"looked up by index in {site(call)}")
+    return (*walk.layout(call["indices"]), table[1])
+
+
+@rule("batch_norm", "cudnn_batch_norm", "native_batch_norm", "_native_batch_norm_legit_no_training", "instance_norm")
+def batch_norm(walk: Walk, call: Call) -> Any:
+    """Per-channel normalisation: every entry belongs to its channel."""
+    x = call["input"]
+    layout = walk.layout(x)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        _ride(walk, call, layout[1], call[name], "norm")
+    statistics = call["training"] or call["use_input_stats"]
+    for axis in (*layout[:1], *layout[2:]):
+        if axis and statistics:
+            walk.ledger.soften(axis, f"statistics over them in {site(call)}")
+    return [layout] + [(layout[1],)] * 2 if isinstance(call.out, tuple | list) else layout
+
+
+@rule("layer_norm", "native_layer_norm", "rms_norm")
+def layer_norm(walk: Walk, call: Call) -> Layout:
+    """Normalisation over the last axes: units are not mask-exact."""
+    x = call["input"]
+    layout = walk.layout(x)
+    count = len(call["normalized_shape"])
+    for offset in range(-count, 0):
+        walk.ledger.soften(layout[offset], f"normalised over in {site(call)}")
+        for name in ("weight", "bias"):
+            _ride(walk, call, layout[offset], call[name], "norm", offset)
+    return layout
+
+
+@rule("group_norm")
+def group_norm(walk: Walk, call: Call) -> Layout:
+    """Normalisation within groups of channels: every group keeps equally many; groups of one channel go with it."""
+    x, groups = call["input"], int(call["num_groups"])
+    layout = walk.layout(x)
+    for name in ("weight", "bias"):
+        _ride(walk, call, layout[1], call[name], "norm")
+    vector = _single(walk, layout[1], call)
+    if vector is not None and groups < x.shape[1]:
+        walk.ledger.soften(layout[1], f"normalised over in {site(call)}")
+        if groups > 1:
+            walk.ledger.balance(vector, groups)
+    for axis in layout[2:]:
+        walk.ledger.soften(axis, f"normalised over in {site(call)}")
+    return layout
+
+
+@rule("prelu")
+def prelu(walk: Walk, call: Call) -> Layout:
+    """A slope for each channel, or one for all."""
+    x, weight = call["self"], call["weight"]
+    layout = walk.layout(x)
+    if weight.numel() > 1:
+        _ride(walk, call, layout[1], weight, "norm")
+    return layout
+
+
+@rule("_weight_norm", "_weight_norm_interface")
+def weight_norm(walk: Walk, call: Call) -> Any:
+    """Direction times length: kernels that read masked channels add nothing to the length."""
+    layout = walk.layout(call["v"])
+    dim = call["dim"] % len(layout)
+    _ride(walk, call, layout[dim], call["g"], "norm", dim)
+    lengths = tuple(axis if place == dim else FIXED for place, axis in enumerate(layout))
+    return [layout, lengths] if isinstance(call.out, tuple | list) else layout
+
+
+def _spatial(count: int) -> Any:
+    def apply(walk: Walk, call: Call) -> Any:
+        """Pooling, resampling or padding over the last axes; the others pass."""
+        x = tensors_of(call)[0]
+        layout = walk.layout(x)
+        first = call.out[0] if isinstance(call.out, tuple | list) else call.out
+        along = tuple(_slide(walk, call, layout[p], x.shape[p], first.shape[p], p + count) for p in range(-count, 0))
+        result = (*layout[:-count], *along)
+        return [result] * len(call.out) if isinstance(call.out, tuple | list) else result
+
+    return apply
+
+
+def _slide(walk: Walk, call: Call, axis: Axis, before: int, after: int, place: int) -> Axis:
+    """One axis that a window slides along; with stride one, every position stays where its window has its middle."""
+    if not axis:
+        return axis
+    kernel = call["kernel_size"]
+    width = int(kernel[place % len(kernel)]) if isinstance(kernel, list | tuple) else int(kernel or 0)
+    if call["stride"] in (1, None) or set(call["stride"]) <= {1}:
+        if width == 1 and after == before:
+            return axis
+        if after == before - width + 1 and not any(call["padding"] or ()):
+            kept = tuple(vector[width // 2 : width // 2 + after] for vector in axis)
+            walk.ledger.soften(axis, f"{site(call)} slides over them", ordered=True)
+            return kept
+    walk.ledger.freeze(axis, f"{site(call)} pools or resamples along them")
+    return FIXED
+
+
+for _count, _suffix in ((1, "1d"), (2, "2d"), (3, "3d")):
+    for _name in (
+        "max_pool",
+        "avg_pool",
+        "adaptive_avg_pool",
+        "adaptive_max_pool",
+        "reflection_pad",
+        "replication_pad",
+    ):
+        RULES[_name + _suffix] = _spatial(_count)
+    for _name in ("max_pool{}_with_indices", "_adaptive_avg_pool{}", "fractional_max_pool{}", "max_unpool{}"):
+        RULES[_name.format(_suffix)] = _spatial(_count)
+
+
+for _name in ("nearest", "_nearest_exact", "linear", "bilinear", "bicubic", "trilinear"):
+    _count = {"linear": 1, "bilinear": 2, "bicubic": 2, "trilinear": 3}.get(_name.removeprefix("_"), 0)
+    for _suffix in ("1d", "2d", "3d") if _count == 0 else (f"{_count}d",):
+        RULES[f"upsample_{_name}{_suffix}".replace("upsample__", "_upsample_")] = _spatial(int(_suffix[0]))
+
+
+for _name in ("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "grid_sampler", "grid_sampler_2d"):
+    RULES[_name] = _spatial(2)

@@ -1,0 +1,110 @@
+"""Online clustering as a callback of `filterfold.training.train`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import CheckpointError, ConfigError
+from .distillation import Teacher
+from .online_clustering import OnlineFilterClustering
+from .schedule import Schedule
+
+_OPTIONS = set(inspect.signature(OnlineFilterClustering).parameters) - {"model", "example_inputs", "optimizer"}
+
+
+class OnlineCallback:
+    """Makes an `OnlineFilterClustering` when the run starts and lets it take part.
+
+    Follows the protocol of `filterfold.training.Callback` without importing it. The options are plain values, so a
+    trial can be written down.
+
+    **Arguments:**
+
+    - `schedule`: "gradual", "early", "document" or "plateau" (see `Schedule`; epochs are the run's, the loss is that of
+      training), a `Schedule`, or its `to_dict()`.
+    - `distill`: weight of a second loss from the first cut on, in which the network as it was before teaches the
+      smaller one (see `Teacher`); 0: none. `temperature`: of both their logits.
+    - `options`: everything else that `OnlineFilterClustering` takes besides model, inputs and optimizer.
+
+    ```python
+    >>> callback = OnlineCallback(clusters=10, schedule="document", strength=0.001)
+    >>> callback.online is None  # until the run starts
+    True
+
+    ```
+    """
+
+    def __init__(
+        self,
+        *,
+        schedule: str | Schedule | Mapping[str, Any] = "gradual",
+        distill: float = 0.0,
+        temperature: float = 2.0,
+        **options: Any,
+    ) -> None:
+        Schedule.of(schedule, 1)  # refuses unknown names now
+        if distill < 0 or temperature <= 0:
+            raise ConfigError(f"distill={distill} must be at least 0, and temperature={temperature} above it")
+        unknown = sorted(set(options) - _OPTIONS)
+        if unknown:
+            raise ConfigError(f"online clustering has no option {unknown[0]!r}")
+        self.schedule, self.options = schedule, options
+        self.distill, self.temperature = distill, temperature
+        self.online: OnlineFilterClustering | None = None
+        self.teacher: Teacher | None = None
+        self._run: Any = None
+
+    def on_start(self, run: Any) -> None:
+        """Trace the run's model."""
+        schedule = Schedule.of(self.schedule, run.recipe.epochs)
+        self.online = OnlineFilterClustering(run.model, run.example, run.optimizer, schedule=schedule, **self.options)
+        self._run = run
+
+    def on_batch_loss(self, run: Any) -> Tensor | None:
+        """The teacher's term, where there is one."""
+        if self.teacher is None:
+            return None
+        with run.fabric.autocast():
+            return self.distill * self.teacher.loss(run.batch.images, run.batch.logits)
+
+    def after_backward(self, run: Any) -> None:  # noqa: ARG002  # the protocol passes it
+        """The clustering term, or the merging of gradients with the centripetal pull."""
+        if self.online is not None:
+            self.online.add_gradients()
+            self.online.merge_gradients()
+
+    def on_epoch_end(self, run: Any) -> None:
+        """Do what the schedule says and tell the run."""
+        online = self._started()
+        cuts = len(online.cuts)
+        teacher = Teacher(run.model, self.temperature) if self.distill and not online.plans else None
+        for event in online.step(run.epoch, run.loss):
+            run.event(event)
+        if len(online.cuts) > cuts:
+            run.structure_changed()
+            if teacher is not None:
+                self._teach(teacher)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The clustering's state, and the teacher."""
+        state = self._started().state_dict()
+        return state if self.teacher is None else {**state, "teacher": self.teacher.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        self._started().load_state_dict(state)
+        if self.distill and "teacher" in state:
+            self._teach(Teacher.revived(state["teacher"], self._run.model, self.temperature))
+
+    def _teach(self, teacher: Teacher) -> None:
+        self.teacher = teacher
+        self._run.extra_macs += teacher.macs(self._run.example)
+
+    def _started(self) -> OnlineFilterClustering:
+        if self.online is None:
+            raise CheckpointError("online clustering: the run has not started, so there is no state")
+        return self.online

@@ -1,0 +1,192 @@
+"""The pull that draws the filters of one cluster together while training, as a loss or as a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..plan import ChannelGroup
+from .assign import ROWS, along
+from .folding import signs
+
+
+class Pull(torch.autograd.Function):
+    """Σ_j ‖u_j - ū‖² / 2 over the rows of one weight along its first axis; see the module."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, labels: Tensor, mean: Tensor, sign: Tensor | None) -> Tensor:
+        """`labels` `(n,)`; `mean` `(k, n)` averages the rows of each cluster; `sign` `(n, 1)` or None."""
+        value, grad = value_and_gradient(weight.detach(), labels, mean, sign)
+        ctx.save_for_backward(grad.to(weight.dtype).view_as(weight))
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *outputs: Any) -> tuple[Tensor, None, None, None]:
+        """The stored gradient, scaled."""
+        (grad,) = ctx.saved_tensors
+        return grad * outputs[0], None, None, None
+
+
+def value_and_gradient(weight: Tensor, labels: Tensor, mean: Tensor, sign: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The pull and its gradient, shape `(n, d)` in at least 32 bits; arguments as for `pull`."""
+    with torch.autocast(weight.device.type, enabled=False):
+        rows = weight.flatten(1)
+        rows = rows if rows.dtype == torch.float64 else rows.float()
+        inverse = _inverse(rows, sign)
+        unit = rows * inverse
+        own = means(unit, labels, mean.to(rows)).index_select(0, labels)
+        cosine = (unit * own).sum(dim=1, keepdim=True)
+        value: Tensor = ((inverse != 0).to(rows) - cosine).sum() / 2  # rows of length 0 have no direction
+        return value, unit.mul_(cosine * inverse).addcmul_(own, inverse, value=-1)
+
+
+def add_gradient(
+    grad: Tensor, rows: Tensor, labels: Tensor, mean: Tensor, sign: Tensor | None, strength: float, room: Tensor
+) -> None:
+    """Add strength times the gradient to `grad`, in place and without new memory: it is done after every batch.
+
+    **Arguments:**
+
+    - `grad`, `rows`: shape `(n, d)`, both float32 or float64. The others as for `pull`.
+    - `room`: shape `(3, n · d)` or longer, to work in.
+    """
+    with torch.autocast(rows.device.type, enabled=False):
+        unit, own, centres = (part[: rows.numel()].view_as(rows) for part in room)
+        inverse = _inverse(rows, sign)
+        torch.mul(rows, inverse, out=unit)
+        torch.index_select(means(unit, labels, mean, centres[: len(mean)]), 0, labels, out=own)
+        grad.addcmul_(own, inverse, value=-strength)
+        cosine = own.mul_(unit).sum(dim=1, keepdim=True)
+        grad.addcmul_(unit, cosine * inverse, value=strength)
+
+
+def _inverse(rows: Tensor, sign: Tensor | None) -> Tensor:
+    """±1 / ‖w_j‖ in a column, 0 for a row of length 0."""
+    length = rows.norm(dim=1, keepdim=True)
+    inverse = torch.where(length > torch.finfo(rows.dtype).tiny, length.reciprocal(), 0)
+    return inverse if sign is None else inverse * sign
+
+
+def means(unit: Tensor, labels: Tensor, mean: Tensor, out: Tensor | None = None) -> Tensor:
+    """Means of the rows `(n, d)` of each cluster, shape `(k, d)`; `mean` is what `averager` gives.
+
+    On a CPU rows are added one by one, which is cheaper than a product; on a GPU that would not be deterministic.
+    The largest entry of each row of `mean` is then enough, shape `(k, 1)`.
+    """
+    out = unit.new_empty(len(mean), unit.shape[1]) if out is None else out
+    if unit.device.type != "cpu":
+        return torch.mm(mean, unit, out=out)
+    return out.zero_().index_add_(0, labels, unit).mul_(mean.amax(dim=1, keepdim=True))
+
+
+def pull(weight: Tensor, labels: Tensor, mean: Tensor, sign: Tensor | None = None) -> Tensor:
+    """Half the summed squared distances of the rows' directions to their clusters' means, differentiable once.
+
+    **Arguments:**
+
+    - `weight`: shape `(n, …)`: filters along the first axis.
+    - `labels`: shape `(n,)`: cluster of each filter.
+    - `mean`: shape `(k, n)`: what `averager(labels)` gives.
+    - `sign`: shape `(n, 1)`, ±1: filters that count as their negatives.
+
+    ```python
+    >>> labels = torch.tensor([0, 0, 1])
+    >>> weight = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]], requires_grad=True)
+    >>> value = pull(weight, labels, averager(labels)); value.item()
+    0.5
+    >>> value.backward(); weight.grad.tolist()
+    [[0.0, -0.5], [-0.25, 0.0], [0.0, 0.0]]
+
+    ```
+    """
+    value: Tensor = Pull.apply(weight, labels, mean, sign)  # type: ignore[no-untyped-call]  # so in torch's stubs
+    return value
+
+
+def averager(labels: Tensor) -> Tensor:
+    """The matrix, shape `(k, n)`, that takes rows to the means of their clusters.
+
+    >>> averager(torch.tensor([0, 1, 0])).tolist()
+    [[0.5, 0.0, 0.5], [0.0, 1.0, 0.0]]
+    """
+    member = torch.nn.functional.one_hot(labels).T.float()
+    return member / member.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """One parameter whose filters are pulled together; `positions` along `axis` of it, all where None.
+
+    `room` is memory to work in, which all of them share.
+    """
+
+    parameter: Tensor
+    axis: int
+    positions: Tensor | None
+    labels: Tensor
+    mean: Tensor
+    sign: Tensor | None
+    room: Tensor
+
+    def value(self) -> Tensor:
+        """The clustering term of this parameter."""
+        return pull(self._rows(self.parameter), self.labels, self.mean, self.sign)
+
+    def add_gradient(self, strength: float) -> None:
+        """Add strength times the term's gradient to the parameter's."""
+        parameter = self.parameter.detach()
+        if self.parameter.grad is None:
+            self.parameter.grad = torch.zeros_like(parameter)
+        grad = self.parameter.grad
+        rows, place = self._as_stored(parameter), self._as_stored(grad)
+        wide = rows.dtype == place.dtype and rows.dtype in (torch.float32, torch.float64)
+        if self.positions is None and wide and place.is_contiguous():
+            flat = place.flatten(1), rows.flatten(1)
+            add_gradient(*flat, self.labels, self.mean, self.sign, strength, self.room)
+            return
+        rows = self._rows(parameter)
+        gradient = value_and_gradient(rows, self.labels, self.mean, self.sign)[1].to(grad.dtype).view_as(rows)
+        if self.positions is None:
+            grad.movedim(self.axis, 0).add_(gradient, alpha=strength)
+        else:
+            grad.movedim(self.axis, 0).index_add_(0, self.positions, gradient, alpha=strength)
+
+    def _as_stored(self, tensor: Tensor) -> Tensor:
+        """The filters' axis first, the others as they lie in the parameter's memory: flat rows are then a view."""
+        first = self.parameter.movedim(self.axis, 0)
+        others = sorted(range(1, first.dim()), key=first.stride, reverse=True)
+        return tensor.movedim(self.axis, 0).permute(0, *others)
+
+    def _rows(self, parameter: Tensor) -> Tensor:
+        rows = parameter.movedim(self.axis, 0) if self.axis else parameter
+        return rows if self.positions is None else rows[self.positions]
+
+
+def pulled(groups: Sequence[ChannelGroup], labels: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[Pulled]:
+    """Every trainable filter tensor of the groups that have labels."""
+    pieces = [(group, piece) for group in groups if group.name in labels for piece in group.producers]
+    pieces = [(group, piece) for group, piece in pieces if piece.role in ROWS and tensors[piece.tensor].requires_grad]
+    rooms: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+    for parameter in sorted((tensors[piece.tensor] for _, piece in pieces), key=torch.numel, reverse=True):
+        key = parameter.device, parameter.dtype
+        if key not in rooms:
+            rooms[key] = torch.empty(3, parameter.numel(), device=parameter.device, dtype=parameter.dtype)
+    found = []
+    for group, piece in pieces:
+        parameter, sign = tensors[piece.tensor], signs(group, tensors)
+        device, dtype = parameter.device, parameter.dtype
+        positions, own = along(piece, labels[group.name])
+        units = torch.tensor(piece.units) if positions is None else torch.tensor(piece.units)[positions]
+        own_sign = None if sign is None else sign[units][:, None].to(device)
+        place = None if positions is None else positions.to(device)
+        mean = averager(own).to(device, torch.promote_types(dtype, torch.float32))
+        mean = mean.amax(dim=1, keepdim=True) if device.type == "cpu" else mean  # all that `means` asks for there
+        room = rooms[device, dtype]
+        found.append(Pulled(parameter, piece.axis, place, own.to(device), mean, own_sign, room))
+    return found

@@ -1,0 +1,289 @@
+"""How wrong a fold that is not exact can be, known from the weights alone.
+
+Let a layer make z_j = a_j·x + c_j at every position (a filter with its batch norm in eval mode, x the patch that it
+sees), let y_j = act(z_j), and let the next layer read y_j with kernels K_j. After a fold it reads g_j·y_r with the same
+kernels, r the representative and g_j the member's factor. If act is 1-Lipschitz and act(t·z) = t·act(z) for t ≥ 0
+(ReLU and leaky ReLU, average pooling, max pooling without overlap, flattening, and chains of these), then over a batch
+
+    ‖y_j - g_j y_r‖ ≤ ‖z_j - g_j z_r‖ ≤ ‖ρ_j‖ ‖x̃‖,    ρ_j = (a_j - g_j a_r, c_j - g_j c_r),
+
+by Cauchy-Schwarz at every position, where x̃ holds all patches, each with a 1 appended. What the next layer gives,
+before its own norm and activation, so changes by at most
+
+    gain · ‖x̃‖,    gain = min( Σ_j ‖K_j‖ ‖ρ_j‖,  Σ_q ‖K_q‖₂ ‖(ρ_j)_j‖₂ ),
+
+by the triangle inequality over units (‖K_j‖² = Σ_o (Σ_q |K_oqj|)², after Young), or over the taps q of its kernel,
+K_q then being the matrix from units to outputs. Spectral norms are bounded by ‖A‖₂⁸ ≤ ‖(AAᵀ)²‖²_F. A dropped unit has
+g_j = 0.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ...plan import DROPPED, Cut, Plan, Slice
+from ...utils.inputs import call
+from ...utils.model_state import undisturbed
+from ...utils.modules import named_tensors, unwrap
+from .units import ProducerLayer, only_norm, producer_layers
+
+_LEAVES = {"weight", "bias"}
+
+
+_CONVOLUTIONS = {nn.Conv1d: functional.conv1d, nn.Conv2d: functional.conv2d, nn.Conv3d: functional.conv3d}
+
+
+@dataclass(frozen=True, slots=True)
+class FoldBound:
+    """What one group's cut, by itself, can change in the layers that read it.
+
+    It holds in eval mode for the change that comes through the group's own channels, everything else that the layers
+    read being as it was, where nothing but ReLU-like functions lies between (see the module).
+
+    **Arguments:**
+
+    - `gain`: for every input ‖output after - output before‖ ≤ gain · ‖x̃‖, output being that of a layer that reads the
+      group (a convolution's or a linear layer's, before norm and activation), x̃ the patches that the group's own
+      filters see, each with a 1 appended; the largest over these layers.
+    - `relative`: bound of ‖output after - output before‖ / ‖output before‖ on the example inputs; likewise.
+    """
+
+    gain: float
+    relative: float
+
+
+def bounds(model: nn.Module, plan: Plan, inputs: Any) -> dict[str, FoldBound]:
+    """Bounds of all groups that a plan cuts and for which one can be known.
+
+    That is where the units are made by one convolution or linear layer with at most one batch norm, which follows it
+    directly, each used once, and read by convolutions without groups and linear layers.
+
+    **Arguments:**
+
+    - `model`: as it is before the cut; `plan`: not applied yet; `inputs`: what `relative` is measured on.
+
+    ```python
+    >>> from filterfold.plan import Slice
+    >>> net = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False))
+    >>> for weight, values in ((net[0].weight, [[1.0], [1.5]]), (net[2].weight, [[1.0, 1.0]])):
+    ...     weight.data = torch.tensor(values)
+    >>> made, read = Slice("0.weight", 0, (0, 1), "filter"), Slice("2.weight", 1, (0, 1), "kernel")
+    >>> bound = bounds(net, Plan((Cut("0", (0, 0), (made,), (read,)),)), torch.tensor([[2.0]]))["0"]
+    >>> round(bound.gain, 4), round(bound.relative, 4)  # both are off by a quarter of the input, 2; the output is 5
+    (0.5, 0.2236)
+
+    ```
+    """
+    model = unwrap(model)
+    tensors, modules = dict(named_tensors(model)), dict(model.named_modules(remove_duplicate=False))
+    cuts = [cut for cut in plan.cuts if cut.changes and all(gain >= 0 for gain in cut.gain or ())]
+    found = ((cut, _site(cut, tensors, modules)) for cut in cuts)
+    sites = [(cut, site) for cut, site in found if site is not None and site.readers]
+    result = {}
+    with torch.no_grad():
+        sizes = _measure(model, [site for _, site in sites], inputs) if sites else {}
+        for cut, site in sites:
+            if site.filter_name in sizes:
+                seen, made = sizes[site.filter_name]
+                gains = {
+                    owner: _gain(site.residual(piece), _kernel(modules[owner], piece, cut.size))
+                    for owner, piece in site.readers
+                }
+                shares = [_share(gain * seen, made[owner]) for owner, gain in gains.items()]
+                result[cut.group] = FoldBound(max(gains.values()), max(shares))
+    return result
+
+
+class _Site:
+    """One filter, its batch norm if it has one, and the layers that read the units."""
+
+    def __init__(
+        self,
+        cut: Cut,
+        layers: tuple[nn.Module, Any],
+        makers: tuple[ProducerLayer, ProducerLayer | None],
+        readers: list[tuple[str, Slice]],
+    ) -> None:
+        self.cut, self.readers = cut, readers
+        self.made, self.norm = layers
+        self.makers = makers
+        self.filter_name, self.norm_name = makers[0].name, None if makers[1] is None else makers[1].name
+
+    def names(self) -> tuple[str, ...]:
+        """All layers that have a part in it."""
+        norm = () if self.norm_name is None else (self.norm_name,)
+        return (self.filter_name, *norm, *(owner for owner, _ in self.readers))
+
+    def residual(self, piece: Slice) -> Tensor:
+        """(a_j - g_j a_r, c_j - g_j c_r) of every unit, shape `(size, d + 1)`, in at least 32 bits."""
+        cut = self.cut
+        own = self._rows(folded=False)
+        factor = torch.tensor(piece.weight or cut.gain or (1.0,) * cut.size, dtype=torch.float64).to(own)
+        assignment = torch.tensor(cut.assignment, device=own.device)
+        factor = torch.where(assignment == DROPPED, 0, factor)
+        return own - factor[:, None] * self._rows(folded=True)[assignment.clamp(min=0)]
+
+    def _rows(self, *, folded: bool) -> Tensor:
+        """(a_j, c_j) of every unit, or of what this cut alone makes of them."""
+        made: Any = self.made
+
+        def entry(module: Any, maker: ProducerLayer, leaf: str) -> Tensor | None:
+            value = getattr(module, leaf)
+            if value is None:
+                return None
+            value = value.detach().flatten(1) if value.ndim > 1 else value.detach()
+            value = value if value.dtype == torch.float64 else value.float()
+            return _blended(value, maker.slices[leaf], self.cut) if folded else value
+
+        weight = entry(made, self.makers[0], "weight")
+        assert weight is not None
+        shift = entry(made, self.makers[0], "bias")
+        shift = weight.new_zeros(len(weight)) if shift is None else shift
+        if self.makers[1] is not None:
+            mean, variance, scale, bias = (
+                entry(self.norm, self.makers[1], leaf) for leaf in ("running_mean", "running_var", "weight", "bias")
+            )
+            assert mean is not None
+            assert variance is not None
+            factor = (variance + self.norm.eps).rsqrt() * (1 if scale is None else scale)
+            shift = (shift - mean) * factor + (0 if bias is None else bias)
+            weight = weight * factor[:, None]
+        return torch.cat((weight, shift[:, None]), dim=1)
+
+
+def _blended(value: Tensor, piece: Slice, cut: Cut) -> Tensor:
+    """What the units' entries become: Σ share · entry over the units of a new index."""
+    assignment = torch.tensor(cut.assignment, device=value.device)
+    kept = assignment != DROPPED
+    count = torch.bincount(assignment[kept], minlength=cut.new_size).to(value)
+    given = piece.weight or cut.blend
+    share = (
+        (1 / count)[assignment.clamp(min=0)] if given is None else torch.tensor(given, dtype=torch.float64).to(value)
+    )
+    share = share[kept].view(-1, *[1] * (value.ndim - 1))
+    return value.new_zeros(cut.new_size, *value.shape[1:]).index_add_(0, assignment[kept], share * value[kept])
+
+
+def _measure(model: nn.Module, sites: Sequence[_Site], inputs: Any) -> dict[str, tuple[float, dict[str, float]]]:
+    """Filter → ‖x̃‖ and the sizes of the readers' outputs, on the inputs in eval mode, where the layers fit together."""
+    seen: dict[str, float] = {}
+    made: dict[str, float] = {}
+    calls: Counter[str] = Counter()
+    links: dict[str, tuple[Any, Any]] = {}
+    makers = {site.filter_name for site in sites}
+
+    def look(name: str, module: nn.Module, data: Any, output: Tensor) -> None:
+        calls[name] += 1
+        links[name] = (data[0], output)
+        made[name] = float(output.detach().cpu().double().norm())
+        if name in makers:
+            seen[name] = _lifted(module, data[0])
+
+    with undisturbed(model), _watched(model, {name for site in sites for name in site.names()}, look):
+        call(model, inputs)
+    return {
+        site.filter_name: (seen[site.filter_name], made)
+        for site in sites
+        if all(calls[name] == 1 for name in site.names())
+        and (site.norm_name is None or links[site.norm_name][0] is links[site.filter_name][1])
+    }
+
+
+def _site(cut: Cut, tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> _Site | None:
+    """The layers of a group whose bound can be known: one plain filter, at most one batch norm, plain readers."""
+    makers = producer_layers(cut.producers)
+    norm = only_norm(makers)
+    filters = [maker for maker in makers if maker is not norm]
+    if len(filters) != 1 or filters[0].kind != "filter" or not {"weight"} <= filters[0].slices.keys() <= _LEAVES:
+        return None
+    made, behind = modules.get(filters[0].name), None if norm is None else modules.get(norm.name)
+    if made is None or not _plain(made, filters[0].slices["weight"], 0, tensors):
+        return None
+    if norm is not None and (not isinstance(behind, _BatchNorm) or behind.running_mean is None):
+        return None
+    readers = [(piece.tensor.rpartition(".")[0], piece) for piece in cut.consumers]
+    if not all(_plain(modules.get(owner), piece, 1, tensors) for owner, piece in readers):
+        return None
+    return _Site(cut, (made, behind), (filters[0], norm), readers)
+
+
+def _plain(module: nn.Module | None, piece: Slice, axis: int, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a slice lies along an axis of the weight of a linear layer or a convolution without groups."""
+    if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) or piece.axis != axis:
+        return False
+    if isinstance(module, nn.modules.conv._ConvNd) and (module.groups != 1 or module.padding_mode != "zeros"):
+        return False
+    return tensors[piece.tensor] is module.weight
+
+
+def _kernel(module: Any, piece: Slice, size: int) -> Tensor:
+    """A reader's kernels, shape `(taps, outputs, positions of a unit, size)`."""
+    weight: Tensor = module.weight.detach()
+    units = torch.tensor(piece.units, device=weight.device)
+    places = (units >= 0).nonzero().squeeze(1)
+    places = places[units[places].argsort(stable=True)]
+    weight = weight[:, places].clone().flatten(2) if weight.ndim > 2 else weight[:, places, None]
+    weight = weight if weight.dtype == torch.float64 else weight.float()
+    return weight.permute(2, 0, 1).reshape(weight.shape[2], len(weight), size, -1).transpose(2, 3)
+
+
+def _gain(residual: Tensor, kernel: Tensor) -> float:
+    lengths = residual.norm(dim=1)
+    changed = lengths > 0
+    if not bool(changed.any()):
+        return 0.0
+    kernel, residual, lengths = kernel[..., changed], residual[changed], lengths[changed]
+    one_by_one = float((kernel.abs().sum(dim=0).square().sum(dim=(0, 1)).sqrt() * lengths).sum())
+    together = float(_spectral(kernel.flatten(2)).sum() * _spectral(residual))
+    return min(one_by_one, together)
+
+
+def _share(change: float, size: float) -> float:
+    return change / size if size else float("inf") if change else 0.0
+
+
+def _spectral(matrix: Tensor) -> Tensor:
+    """An upper bound of the spectral norm, at most n^(1/8) of it too large; of matrices `(…, m, n)`."""
+    size: Tensor = torch.linalg.matrix_norm(matrix)
+    matrix = matrix / size.where(size > 0, 1)[..., None, None]
+    gram = matrix @ matrix.mT if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT @ matrix
+    bound: Tensor = size * torch.linalg.matrix_norm(gram @ gram).pow(0.25).clamp(max=1)
+    return bound
+
+
+def _lifted(module: Any, data: Tensor) -> float:
+    """‖x̃‖: all patches that a layer sees, each with a 1 appended."""
+    data = data.detach().cpu().double()
+    if isinstance(module, nn.Linear):
+        return float((data.square().sum() + data.numel() / data.shape[-1]) ** 0.5)
+    square = data.square().sum(dim=-1 - len(module.kernel_size), keepdim=True)
+    ones = square.new_ones(1, 1, *module.kernel_size)
+    conv = next(function for kind, function in _CONVOLUTIONS.items() if isinstance(module, kind))
+    patches = conv(square, ones, None, module.stride, module.padding, module.dilation)
+    return float((patches.sum() + patches.numel()) ** 0.5)
+
+
+@contextmanager
+def _watched(model: nn.Module, names: set[str], look: Any) -> Iterator[None]:
+    handles = []
+    try:
+        for name, module in model.named_modules(remove_duplicate=False):
+            if name in names:
+
+                def hook(module: nn.Module, data: Any, output: Any, name: str = name) -> None:
+                    look(name, module, data, output)
+
+                handles.append(module.register_forward_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

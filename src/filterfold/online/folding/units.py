@@ -1,0 +1,195 @@
+"""What units are made of: who may be folded with whom, the rows that they are compared by, their layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ...errors import PlanError
+from ...plan import ChannelGroup, Slice
+from ..clustering import directions
+
+Features = Literal["filters", "units"]
+
+
+_ROWS = ("filter", "depthwise")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Units of a group that may be folded with one another: of one class and one block.
+
+    `units` are the members' numbers, `block` is the block that they belong to.
+    """
+
+    units: tuple[int, ...]
+    block: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProducerLayer:
+    """A layer among a group's producers: `kind` and its slices by the tensor's own name (`weight`, `running_var`)."""
+
+    name: str
+    kind: Literal["filter", "depthwise", "norm", "other"]
+    slices: Mapping[str, Slice]
+
+
+def parts(group: ChannelGroup) -> tuple[Part, ...]:
+    """The group's units apart by block and class, in the order of their first units.
+
+    >>> group = ChannelGroup("conv", 4, (), (), True, None, classes=(0, 1, 0, 1), blocks=(0, 0, 0, 0))
+    >>> [part.units for part in parts(group)]
+    [(0, 2), (1, 3)]
+    """
+    found: dict[tuple[int, int], list[int]] = {}
+    for unit, key in enumerate(zip(group.blocks, group.classes, strict=True)):
+        found.setdefault(key, []).append(unit)
+    return tuple(Part(tuple(units), block) for (block, _), units in found.items())
+
+
+def share_out(group: ChannelGroup, total: int) -> tuple[int, ...]:
+    """How many units each of `parts(group)` keeps if the group keeps about `total`.
+
+    Blocks keep equally many (rounded down, as a budget asks), classes in proportion to their sizes (largest
+    remainder first), each part at least one and at most what it has.
+
+    >>> group = ChannelGroup("conv", 5, (), (), True, None, classes=(0, 0, 0, 1, 1), blocks=(0,) * 5)
+    >>> share_out(group, 3)
+    (2, 1)
+    """
+    pieces = parts(group)
+    blocks = sorted({piece.block for piece in pieces})
+    members = {block: [i for i, piece in enumerate(pieces) if piece.block == block] for block in blocks}
+    quota = max(total // len(blocks), max(len(indices) for indices in members.values()))
+    kept = [0] * len(pieces)
+    for indices in members.values():
+        sizes = [len(pieces[i].units) for i in indices]
+        for i, count in zip(indices, _proportional(sizes, min(quota, sum(sizes))), strict=True):
+            kept[i] = count
+    return tuple(kept)
+
+
+def features(group: ChannelGroup, part: Part, tensors: Mapping[str, Tensor], kind: Features = "filters") -> Tensor:
+    """What units are compared by: shape `(len(part.units), d)`.
+
+    All filters that make the units together, each layer's scaled to length 1, so that every layer of a coupled group
+    counts alike. `kind="units"` takes batch norm in where the group is one filter with one batch norm: (γ·u, β) at
+    length 1, whose inner products are the correlations of the units' outputs if the inputs are white.
+    """
+    makers = producer_layers(group.producers)
+    rows = [directions(rows_of(piece, part.units, tensors)) for maker in makers for piece in filter_slices(maker)]
+    rows = [row for row in rows if row.shape[1]]
+    if not rows:
+        raise PlanError(f"group {group.name!r} has no filters to cluster by: leave it out with ignore=[{group.name!r}]")
+    norm = only_norm(makers)
+    if norm is None or "weight" not in norm.slices:
+        return torch.cat(rows, dim=1)
+    gamma = rows_of(norm.slices["weight"], part.units, tensors)
+    if kind == "filters" or "bias" not in norm.slices or gamma.shape[1] != 1:
+        return rows[0] * sign_of(gamma[:, :1])
+    beta = rows_of(norm.slices["bias"], part.units, tensors)
+    return directions(torch.cat((rows[0] * gamma, beta), dim=1))
+
+
+def importance(group: ChannelGroup, part: Part, tensors: Mapping[str, Tensor]) -> Tensor:
+    """How much of what the next layers read comes from each unit: shape `(len(part.units),)`.
+
+    The scale of its output (‖(γ, β)‖ where it ends in a norm, else the length of its filters) times the length of
+    the kernels that read it. An error made in a unit's direction counts about that much.
+    """
+    makers = producer_layers(group.producers)
+    norms = [maker for maker in makers if maker.kind == "norm"]
+    if any(maker.kind == "depthwise" for maker in makers):
+        norms = norms[-1:]
+    made = [maker.slices[leaf] for maker in norms for leaf in ("weight", "bias") if leaf in maker.slices]
+    made = made or [piece for maker in makers for piece in filter_slices(maker)]
+    return _length(made, part, tensors) * _length(group.consumers, part, tensors)
+
+
+def _length(pieces: Sequence[Slice], part: Part, tensors: Mapping[str, Tensor]) -> Tensor:
+    rows = [rows_of(piece, part.units, tensors).float() for piece in pieces]
+    return torch.cat(rows, dim=1).norm(dim=1) if rows else torch.ones(len(part.units))
+
+
+def signs(group: ChannelGroup, tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """The units' signs, shape `(size,)`, where some are -1 (negative γ behind the only filter); else None."""
+    norm = only_norm(producer_layers(group.producers))
+    if norm is None or "weight" not in norm.slices:
+        return None
+    found = [(part.units, rows_of(norm.slices["weight"], part.units, tensors)) for part in parts(group)]
+    result = torch.ones(group.size)
+    for units, gamma in found:
+        result[torch.tensor(units)] = sign_of(gamma[:, 0]).float().cpu()
+    return result if bool((result < 0).any()) else None
+
+
+def rows_of(piece: Slice, units: Sequence[int], tensors: Mapping[str, Tensor]) -> Tensor:
+    """The entries of `units` in a slice's tensor, shape `(len(units), positions of a unit × entries of a position)`."""
+    tensor = tensors[piece.tensor].detach()
+    labels = torch.tensor(piece.units)
+    wanted = torch.full((max(int(labels.max()), *units) + 1,), -1).scatter(
+        0, torch.tensor(units), torch.arange(len(units))
+    )
+    order = wanted[labels.clamp(min=0)].where(labels >= 0, -1)
+    positions = (order >= 0).nonzero().squeeze(1)
+    positions = positions[order[positions].argsort(stable=True)].to(tensor.device)
+    count, rest = divmod(len(positions), len(units))
+    if rest:
+        raise PlanError(f"{piece.tensor}: units of one class own different numbers of positions")
+    return (
+        tensor.movedim(piece.axis, 0)[positions].reshape(len(units), -1) if count else tensor.new_zeros(len(units), 0)
+    )
+
+
+def producer_layers(producers: Iterable[Slice]) -> tuple[ProducerLayer, ...]:
+    """The layers that a group's producing slices belong to, in the order in which the group lists them."""
+    found: dict[str, dict[str, Slice]] = {}
+    for piece in producers:
+        layer, _, leaf = piece.tensor.rpartition(".")
+        found.setdefault(layer, {})[leaf] = piece
+    return tuple(ProducerLayer(name, _kind(slices), slices) for name, slices in found.items())
+
+
+def _proportional(sizes: Sequence[int], total: int) -> list[int]:
+    """`total` shared out in proportion to sizes: at least 1, at most its size each (largest remainder)."""
+    exact = [size * total / sum(sizes) for size in sizes]
+    kept = [min(max(int(value), 1), size) for value, size in zip(exact, sizes, strict=True)]
+    while (missing := total - sum(kept)) != 0:
+        step = 1 if missing > 0 else -1
+        open_ = [i for i, size in enumerate(sizes) if (kept[i] < size if step > 0 else kept[i] > 1)]
+        chosen = max(open_, key=lambda i: (step * (exact[i] - kept[i]), -i))
+        kept[chosen] += step
+    return kept
+
+
+def filter_slices(maker: ProducerLayer) -> tuple[Slice, ...]:
+    """The slices of a layer that are filters (depthwise ones too)."""
+    return tuple(piece for piece in maker.slices.values() if piece.role in _ROWS)
+
+
+def only_norm(makers: Sequence[ProducerLayer]) -> ProducerLayer | None:
+    """The batch norm of a group that is one filter with one norm, where they certainly belong together."""
+    norms = [maker for maker in makers if maker.kind == "norm"]
+    filters = [maker for maker in makers if maker.kind in _ROWS]
+    if len(norms) == 1 and len(filters) == 1 and len(filter_slices(filters[0])) == 1:
+        return norms[0]
+    return None
+
+
+def _kind(slices: Mapping[str, Slice]) -> Literal["filter", "depthwise", "norm", "other"]:
+    roles = {piece.role for piece in slices.values()}
+    if "filter" in roles:
+        return "filter"
+    if "depthwise" in roles:
+        return "depthwise"
+    return "norm" if "norm" in roles else "other"
+
+
+def sign_of(values: Tensor) -> Tensor:
+    """Sign with sign(0) = 1."""
+    return torch.where(values < 0, -torch.ones_like(values), torch.ones_like(values))

@@ -1,0 +1,373 @@
+"""Surgery: a plan becomes a smaller model, together with everything that hangs on its tensors.
+
+Three steps. All new tensors are computed first (`axes.py` says what each axis becomes); then they are
+swapped in, keeping every `Parameter` object; then the layers' attributes follow. A journal undoes any
+part of it bit for bit.
+
+What folding does to the state of training is chosen so that cutting and then stepping equals
+stepping and then cutting, as far as an optimizer is linear:
+
+- gradients and momentum (`momentum_buffer`, `exp_avg`, …) move the parameters, so they are folded
+  like the parameters: producers blended, consumers summed with their gain;
+- second moments and step sizes (`exp_avg_sq`, `sum`, `step_size`, …) only scale a step, so they are
+  averaged with the absolute blend or gain as weights, and never get negative;
+- `running_var` is averaged and multiplied by (Σ blend)², so that scaled copies stay exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import FilterfoldError, PlanError, SurgeryError
+from ..plan import AttributeChange, Cut, Plan
+from ..utils.modules import named_tensors, unwrap
+from .index_maps import Edit, Kind, cut_tensor, edits_of
+from .layer_attributes import like, plain_sizes, refresh_attributes, sizes_of
+
+MOMENTS = frozenset(
+    {
+        "exp_avg_sq", "max_exp_avg_sq",  # Adam, AdamW, NAdam, RAdam
+        "exp_inf",  # Adamax
+        "sum",  # Adagrad
+        "square_avg", "acc_delta",  # RMSprop, Adadelta
+        "step_size",  # Rprop
+        "row_var", "col_var", "variance",  # Adafactor
+    }
+)  # fmt: skip
+"""Optimizer state that is non-negative by meaning."""
+
+
+class _Journal:
+    """Undo actions, run backwards."""
+
+    def __init__(self) -> None:
+        self._actions: list[Callable[[], None]] = []
+
+    def add(self, action: Callable[[], None]) -> None:
+        self._actions.append(action)
+
+    def undo(self) -> None:
+        while self._actions:
+            self._actions.pop()()
+
+
+@dataclass(frozen=True, slots=True)
+class _Cutting:
+    """One tensor that was cut: its data, how often it had been written into, by what it was cut, and the outcome."""
+
+    before: Tensor
+    version: int
+    edit: Edit
+    after: Tensor
+
+    def holds(self, tensor: Tensor, edit: Edit) -> bool:
+        """Whether cutting the tensor now would come to the same."""
+        return self.version == tensor._version and _same_data(self.before, tensor) and _same_edit(self.edit, edit)
+
+
+class Cuttings:
+    """What a rehearsal has cut, so that the cut itself need not do it again; for one model.
+
+    Given to `apply`, it collects the new tensors, and gives them out when the same data is to be cut in the same way.
+    A tensor that was written into in between, or that had other data for the rehearsal, is cut anew.
+    """
+
+    def __init__(self) -> None:
+        """Empty."""
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget everything: another plan will be rehearsed."""
+        self._cuts: tuple[Cut, ...] | None = None
+        self._edits: dict[str, Edit] = {}
+        self._tensors: dict[str, _Cutting] = {}
+
+    def edits(self, plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Edit]:
+        """`edits_of`, computed once for the first plan since the beginning."""
+        if self._cuts is None:
+            self._cuts, self._edits = plan.cuts, edits_of(plan, tensors)
+        return self._edits if plan.cuts is self._cuts else edits_of(plan, tensors)
+
+    def cut(self, name: str, tensor: Tensor, edit: Edit, kind: Kind) -> Tensor:
+        """`cut_tensor`, once for the same data."""
+        known = self._tensors.get(name)
+        if known is not None and known.holds(tensor, edit):
+            return known.after
+        after = cut_tensor(tensor, edit, kind)
+        if known is None:
+            self._tensors[name] = _Cutting(tensor.detach(), tensor._version, edit, after)
+        return after
+
+
+def _same_edit(first: Edit, second: Edit) -> bool:
+    """Whether two edits only drop positions, and the same ones."""
+    if first is second:
+        return True
+    return first.keys() == second.keys() and all(
+        len(cut.source) == len(second[axis].source) == 0 and torch.equal(cut.keep, second[axis].keep)
+        for axis, cut in first.items()
+    )
+
+
+def _same_data(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors show the same part of the same memory in the same way."""
+    same_place = first.data_ptr() == second.data_ptr() and first.dtype == second.dtype
+    return same_place and first.shape == second.shape and first.stride() == second.stride()
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a cut did, and the way back.
+
+    **Arguments:**
+
+    - `tensors`: names of the parameters and buffers that changed.
+    - `attributes`: the size attributes that changed, first model only.
+    """
+
+    tensors: tuple[str, ...]
+    attributes: tuple[AttributeChange, ...]
+    _journal: _Journal
+
+    def rollback(self) -> None:
+        """Put back every tensor, gradient, optimizer state and attribute that the cut replaced, bit for bit.
+
+        The very same tensor objects come back. A second call does nothing.
+        """
+        self._journal.undo()
+
+
+def apply(
+    plan: Plan,
+    model: nn.Module,
+    *,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+    averaged: nn.Module | Sequence[nn.Module] = (),
+    cuttings: Cuttings | None = None,
+) -> Receipt:
+    """Cut a model in place, with its gradients, optimizer state and averaged copies, as one transaction.
+
+    `Parameter` objects stay the same, so optimizers, hooks and references go on working.
+
+    **Arguments:**
+
+    - `plan`: what to cut, with the tensor names of the unwrapped model.
+    - `model`: the model, bare or wrapped by torch.compile, `DataParallel` or Lightning Fabric. A
+      `DistributedDataParallel` is refused: cut the model inside and wrap it again.
+    - `optimizer`: the optimizer or optimizers whose state is cut alike.
+    - `averaged`: copies of the same structure (an EMA, an `AveragedModel`) that are cut alike.
+    - `cuttings`: what a rehearsal of the same plan on the same model has cut already.
+
+    **Returns:** a `Receipt`, whose `rollback` undoes everything.
+
+    **Raises:** `PlanError` if the plan doesn't fit, `SurgeryError` if the cut can't be made; the model is
+    then as before.
+
+    ```python
+    >>> from filterfold.plan import Cut, Slice
+    >>> net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    >>> made, read = Slice("0.weight", 0, (0, 1, 2), "filter"), Slice("1.weight", 1, (0, 1, 2), "kernel")
+    >>> bias = Slice("0.bias", 0, (0, 1, 2), "bias")
+    >>> receipt = apply(Plan((Cut("0", (0, -1, 1), (made, bias), (read,)),)), net)
+    >>> net
+    Sequential(
+      (0): Linear(in_features=2, out_features=2, bias=True)
+      (1): Linear(in_features=2, out_features=1, bias=True)
+    )
+    >>> receipt.rollback(); net[0].out_features
+    3
+
+    ```
+    """
+    if type(model).__name__ == "DistributedDataParallel":
+        raise SurgeryError("DDP's buckets would keep the old sizes: apply the plan to ddp.module and wrap it again")
+    # Inside inference_mode, new parameters would be inference tensors, of no use for training.
+    with torch.inference_mode(False), torch.no_grad():
+        return _apply(plan, model, optimizer, averaged, cuttings or Cuttings())
+
+
+def _apply(
+    plan: Plan,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None,
+    averaged: nn.Module | Sequence[nn.Module],
+    cuttings: Cuttings,
+) -> Receipt:
+    optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer] if optimizer is not None else []
+    copies = [averaged] if isinstance(averaged, nn.Module) else list(averaged)
+    modules = [unwrap(target) for target in (model, *copies)]
+    tensors = [dict(named_tensors(module)) for module in modules]
+    edits = cuttings.edits(plan, tensors[0])
+    work = [_new_tensors(edits, tensors[0], cuttings.cut)]
+    work += [_new_tensors(edits_of(plan, named), named, _cut_anew) for named in tensors[1:]]
+    by_id = {id(tensors[0][name]): (name, edit) for name, edit in edits.items()}
+    states = [change for entry in optimizers for change in _new_states(entry, by_id, tensors[0])]
+    journal = _Journal()
+    try:
+        for tensor, new, grad in (change for changes in work for change in changes):
+            _swap(tensor, new, grad, journal)
+        for state, values in states:
+            _update(state, values, journal)
+        changed = [_set_attributes(plan, module, edits, journal) for module in modules]
+    except BaseException as error:
+        journal.undo()
+        if isinstance(error, FilterfoldError) or not isinstance(error, Exception):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else "no reason given"
+        raise SurgeryError(f"the cut failed and was undone: {type(error).__name__}: {reason}") from error
+    return Receipt(tuple(edits), tuple(changed[0]), journal)
+
+
+def _cut_anew(_name: str, tensor: Tensor, edit: Edit, kind: Kind) -> Tensor:
+    return cut_tensor(tensor, edit, kind)
+
+
+def _new_tensors(
+    edits: Mapping[str, Edit], tensors: Mapping[str, Tensor], cut: Callable[[str, Tensor, Edit, Kind], Tensor]
+) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    """(tensor, its new data, its new gradient) for everything that changes."""
+    changes = []
+    for name, edit in edits.items():
+        tensor = tensors[name]
+        kind: Kind = "variance" if name.rpartition(".")[2] == "running_var" else "value"
+        grad = tensor.grad if tensor.is_leaf else None
+        if grad is not None and grad.layout != torch.strided:
+            raise SurgeryError(f"{name} has a sparse gradient: call optimizer.zero_grad() before cutting")
+        changes.append((tensor, cut(name, tensor, edit, kind), None if grad is None else cut_tensor(grad, edit)))
+    return changes
+
+
+def _new_states(
+    optimizer: torch.optim.Optimizer, edits: Mapping[int, tuple[str, Edit]], tensors: Mapping[str, Tensor]
+) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
+    """(a parameter's state, its new entries) for every parameter of the optimizer that changes."""
+    members = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if not {id(parameter) for parameter in members} & {id(tensor) for tensor in tensors.values()}:
+        raise SurgeryError(
+            f"{type(optimizer).__name__} holds no parameter of this model: was it built for another one?"
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise SurgeryError("LBFGS keeps its history as flat vectors over all parameters: cut without it, or before it")
+    changes = []
+    for parameter in members:
+        name, edit = edits.get(id(parameter), ("", {}))
+        state = optimizer.state.get(parameter)
+        if edit and state:
+            changes.append((state, _new_state(optimizer, parameter, state, name, edit)))
+    return changes
+
+
+def _new_state(
+    optimizer: torch.optim.Optimizer, parameter: Tensor, state: Mapping[str, Any], name: str, edit: Edit
+) -> dict[str, Tensor]:
+    values = {}
+    for key, value in state.items():
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            continue
+        fits = value.dim() == parameter.dim() and all(
+            have in (1, want) for have, want in zip(value.shape, parameter.shape, strict=True)
+        )
+        if not fits:
+            raise SurgeryError(
+                f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} for {name} of shape "
+                f"{tuple(parameter.shape)}: no rule says how to cut it"
+            )
+        values[key] = cut_tensor(value, edit, "moment" if key in MOMENTS else "value")
+    return values
+
+
+def _swap(tensor: Tensor, new: Tensor, grad: Tensor | None, journal: _Journal) -> None:
+    """Give a tensor new data and gradient under its old identity.
+
+    A graph that is still alive (the last `loss`) keeps the tensor's gradient accumulator with its old
+    shape; passing through another dtype makes autograd build a new accumulator.
+    """
+    old, old_grad = tensor.data, tensor.grad if tensor.is_leaf else None
+
+    def put(data: Tensor, gradient: Tensor | None) -> None:
+        if tensor.is_leaf:
+            tensor.grad = None
+        other = torch.float64 if data.dtype != torch.float64 else torch.float32
+        tensor.data = torch.empty(0, dtype=other, device=data.device)
+        tensor.data = data
+        if gradient is not None:
+            tensor.grad = gradient
+
+    journal.add(lambda: put(old, old_grad))
+    put(new, grad)
+
+
+def _update(state: dict[str, Any], values: Mapping[str, Tensor], journal: _Journal) -> None:
+    before = dict(state)
+
+    def restore() -> None:
+        state.clear()
+        state.update(before)
+
+    journal.add(restore)
+    state.update(values)
+
+
+def _set_attributes(plan: Plan, model: nn.Module, edits: Iterable[str], journal: _Journal) -> list[AttributeChange]:
+    """Let every layer's attributes follow its tensors, then rewrite the sizes that the plan names."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    owners = _owners(model, edits)
+    for change in plan.attributes:
+        if change.module not in modules:
+            raise PlanError(f"the model has no module {change.module!r}, whose {change.attribute} the plan changes")
+    touched = {change.module for change in plan.attributes} | owners
+    before = {name: (dict(vars(modules[name])), sizes_of(modules[name])) for name in sorted(touched)}
+
+    def restore() -> None:
+        for name, (attributes, sizes) in before.items():
+            modules[name].__dict__.update({key: attributes[key] for key in sizes})
+
+    journal.add(restore)
+    for name in owners:
+        try:
+            refresh_attributes(modules[name])
+        except SurgeryError as error:
+            raise SurgeryError(f"{name}: {error}") from error
+    for change in plan.attributes:
+        _rewrite(modules[change.module], change, before[change.module][1].get(change.attribute))
+    return [
+        AttributeChange(name, key, old, plain_sizes(vars(modules[name])[key]))
+        for name, (attributes, sizes) in before.items()
+        for key, old in sizes.items()
+        if vars(modules[name])[key] is not attributes[key] and plain_sizes(vars(modules[name])[key]) != old
+    ]
+
+
+def _rewrite(module: nn.Module, change: AttributeChange, before: Any) -> None:
+    """Set one size; `before` is its value before the layers' own attributes were refreshed."""
+    present = vars(module).get(change.attribute)
+    if plain_sizes(change.old) not in (before, plain_sizes(present)) or before is None:
+        raise PlanError(
+            f"{change.module or 'the model'}.{change.attribute} is {before}, the plan expects {change.old}: "
+            "was it applied already?"
+        )
+    vars(module)[change.attribute] = like(present, plain_sizes(change.new))
+
+
+def revert(changes: Sequence[AttributeChange], model: nn.Module) -> None:
+    """Undo rewritten sizes: every attribute gets its `old` value back."""
+    for change in reversed(changes):
+        attributes = vars(unwrap(model).get_submodule(change.module))
+        attributes[change.attribute] = like(attributes[change.attribute], plain_sizes(change.old))
+
+
+def _owners(model: nn.Module, tensors: Iterable[str]) -> set[str]:
+    """Names of the modules whose tensors changed, under all names; a parametrised tensor counts for its layer."""
+    changed = set(tensors)
+    named = dict(named_tensors(model))
+    ids = {id(named[name]) for name in changed}
+    return {
+        name.split(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
+        for name, tensor in named.items()
+        if id(tensor) in ids
+    }

@@ -1,0 +1,308 @@
+"""Checkpoints of pruned models: safetensors with the structure and the plan as JSON in the header.
+
+Nothing is executed on load: the sizes come from the header, the tensors from the file, the code from
+the factory that the caller names.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..errors import CheckpointError, PlanError
+from ..plan import Plan
+from ..utils.io import read_safetensors, write_atomically
+from ..utils.modules import in_memory_order, memory_order, named_tensors, unwrap
+from .layer_attributes import restore, snapshot
+
+FORMAT = "1"
+
+
+_PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+
+_NESTED = ("state_dict", "model_state_dict", "model", "net", "weights")
+
+
+_PREFIXES = ("module.", "_orig_mod.", "model.", "_forward_module.")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointInfo:
+    """What a checkpoint says about itself.
+
+    **Arguments:**
+
+    - `plans`: the plans that were applied, first to last.
+    - `metadata`: what was passed to `save`.
+    - `shapes`: name → shape of every tensor in the file.
+    """
+
+    plans: tuple[Plan, ...]
+    metadata: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    plan: Plan | Sequence[Plan] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a model, pruned or not, so that `load` gives back the same outputs, bit for bit.
+
+    Stored are all parameters and buffers (those that are not persistent, too), tied ones once, with
+    their type and order in memory. The write is atomic.
+
+    **Arguments:**
+
+    - `model`: bare, or in the wrappers that `apply` knows.
+    - `path`: the file, by habit `something.safetensors`; replaced if it exists.
+    - `plan`: the plan or plans that led here, kept for the record; loading does not need them.
+    - `metadata`: JSON-able remarks.
+
+    **Raises:** `CheckpointError` if the model has state that is no tensor, or metadata is not JSON-able.
+
+    ```python
+    >>> import tempfile
+    >>> net, folder = nn.Conv2d(3, 2, 1), Path(tempfile.mkdtemp())
+    >>> save(net, folder / "small.safetensors", metadata={"top1": 93.4})
+    >>> load(folder / "small.safetensors", lambda: nn.Conv2d(3, 8, 1)).weight.equal(net.weight)
+    True
+    >>> inspect(folder / "small.safetensors").metadata
+    {'top1': 93.4}
+
+    ```
+    """
+    model = unwrap(model)
+    _refuse_extra_state(model)
+    plans = [plan] if isinstance(plan, Plan) else list(plan or ())
+    tensors, aliases, orders = _collect(model)
+    try:
+        header = {
+            "filterfold": FORMAT,
+            "structure": json.dumps(snapshot(model)),
+            "plans": json.dumps([json.loads(entry.to_json()) for entry in plans]),
+            "aliases": json.dumps(aliases),
+            "orders": json.dumps(orders),
+            "metadata": json.dumps(dict(metadata or {})),
+        }
+    except TypeError as error:
+        raise CheckpointError(f"{path}: plan notes and metadata must be JSON-able: {error}") from error
+    write_atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata=header))
+
+
+def load(
+    path: str | Path, factory: Callable[[], nn.Module] | nn.Module, *, device: str | torch.device = "cpu"
+) -> nn.Module:
+    """Build a model and give it the sizes and values of a checkpoint.
+
+    **Arguments:**
+
+    - `path`: a file written by `save`.
+    - `factory`: a callable that returns the model as it was before pruning, or such a model, which is
+      then changed in place.
+    - `device`: where the model goes.
+
+    **Returns:** the model, in the mode that the factory left it in.
+
+    **Raises:** `CheckpointError` if the file is missing, truncated, a pickle, or does not fit the model,
+    naming what doesn't; a model that was passed in is then as before.
+    """
+    path = Path(path)
+    _refuse_pickle(path)
+    header, tensors = read_safetensors(path)
+    structure, aliases, orders = (_json(path, header, key) for key in ("structure", "aliases", "orders"))
+    model = factory if isinstance(factory, nn.Module) else factory()
+    if not isinstance(model, nn.Module):
+        raise CheckpointError(f"the factory returned a {type(model).__name__}, not a module")
+    target = unwrap(model)
+    try:
+        values = {name: tensors.get(aliases.get(name, name)) for name in structure["tensors"]}
+        _check_values(path, structure, values)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: damaged header: {type(error).__name__}: {error}") from error
+    if any(tensor.is_meta for _, tensor in named_tensors(target)):
+        raise CheckpointError("the factory built a model without data (on the meta device): build it on a real one")
+    try:
+        restore(target, structure)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    for name, tensor in named_tensors(target):
+        value = values[name]
+        if value is not None:
+            order = orders.get(aliases.get(name, name))
+            tensor.data = (value if order is None else in_memory_order(value, order)).to(tensor.device)
+    return model.to(device)
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Fill a model from safetensors or a `torch.save`d state dict, matching names and shapes exactly.
+
+    Pickled files are read with `weights_only=True`, so nothing in them is executed. Usual wrappings are
+    understood: a state dict under a key such as `state_dict`, and prefixes such as `module.`.
+
+    **Raises:** `CheckpointError` naming the keys that are missing, unknown, or of another shape; the
+    model is then as before.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "weights.pt"
+    >>> torch.save({"weight": torch.ones(1, 2), "bias": torch.zeros(1)}, path)
+    >>> net = nn.Linear(2, 1)
+    >>> load_weights(net, path); net.weight.tolist()
+    [[1.0, 1.0]]
+    """
+    path, model = Path(path), unwrap(model)
+    pruned = False
+    if _is_pickle(path):
+        found = _from_pickle(path)
+    else:
+        header, found = read_safetensors(path)
+        pruned = "filterfold" in header
+        if pruned:
+            aliases = _json(path, header, "aliases")
+            found |= {name: found[first] for name, first in aliases.items() if first in found}
+    targets = dict(named_tensors(model))
+    found = _without_prefix(found, targets)
+    problems = _problems(found, targets, set(model.state_dict()))
+    if problems:
+        hint = "; it is a pruned checkpoint: use load()" if pruned else ""
+        raise CheckpointError(f"{path} does not fit {type(model).__name__}: {'; '.join(problems)}{hint}")
+    with torch.no_grad():
+        for name, value in found.items():
+            targets[name].copy_(value)
+
+
+def inspect(path: str | Path) -> CheckpointInfo:
+    """What a checkpoint written by `save` says about itself. Raises `CheckpointError` if it is none."""
+    path = Path(path)
+    _refuse_pickle(path)
+    header, _ = read_safetensors(path)
+    structure, plans, metadata = (_json(path, header, key) for key in ("structure", "plans", "metadata"))
+    try:
+        read = tuple(Plan.from_json(json.dumps(plan)) for plan in plans)
+    except PlanError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    shapes = {name: tuple(shape) for name, (shape, _) in structure["tensors"].items()}
+    return CheckpointInfo(read, metadata, shapes)
+
+
+def _collect(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], dict[str, list[int]]]:
+    """(tensors by first name, other name → first name, first name → order of axes in memory where unusual)."""
+    first: dict[int, str] = {}
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    orders: dict[str, list[int]] = {}
+    for name, tensor in named_tensors(model):
+        if id(tensor) in first:
+            if first[id(tensor)] != name:
+                aliases[name] = first[id(tensor)]
+            continue
+        if isinstance(tensor, nn.UninitializedParameter) or tensor.is_meta or tensor.layout != torch.strided:
+            raise CheckpointError(f"{name} is not an ordinary dense tensor with data and can't be saved")
+        first[id(tensor)] = name
+        tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        order = memory_order(tensor)
+        if order != sorted(order):
+            orders[name] = order
+    return tensors, aliases, orders
+
+
+def _check_values(path: Path, structure: Mapping[str, Any], values: Mapping[str, Tensor | None]) -> None:
+    for name, value in values.items():
+        shape, kind = structure["tensors"][name]
+        if value is None:
+            raise CheckpointError(f"{path}: tensor {name!r} is missing from the file")
+        if list(value.shape) != shape or str(value.dtype) != f"torch.{kind}":
+            raise CheckpointError(
+                f"{path}: tensor {name!r} is {tuple(value.shape)} {value.dtype}, its header says {tuple(shape)} {kind}"
+            )
+
+
+def _json(path: Path, header: Mapping[str, str], key: str) -> Any:
+    if "filterfold" not in header:
+        raise CheckpointError(f"{path}: a safetensors file without Filterfold's structure: use load_weights()")
+    if header["filterfold"] != FORMAT:
+        raise CheckpointError(f"{path}: checkpoint format {header['filterfold']!r}, this version reads {FORMAT!r}")
+    try:
+        return json.loads(header[key])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged header: {key!r} is missing or no JSON") from error
+
+
+def _is_pickle(path: Path) -> bool:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    with path.open("rb") as file:
+        return file.read(4).startswith(_PICKLES)
+
+
+def _refuse_pickle(path: Path) -> None:
+    if _is_pickle(path):
+        raise CheckpointError(f"{path}: a pickle (torch.save), which load() never opens: use load_weights()")
+
+
+def _refuse_extra_state(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise CheckpointError(f"module {name!r} ({type(module).__name__}) has extra state, which can't be saved")
+
+
+def _from_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path}: not a plain state dict ({reason})") from error
+    while isinstance(found, Mapping) and not any(isinstance(value, Tensor) for value in found.values()):
+        inner = next((found[key] for key in _NESTED if isinstance(found.get(key), Mapping)), None)
+        if inner is None:
+            break
+        found = inner
+    if not isinstance(found, Mapping) or not any(isinstance(value, Tensor) for value in found.values()):
+        raise CheckpointError(f"{path}: holds a {type(found).__name__} without tensors, not a state dict")
+    return {str(key): value for key, value in found.items() if isinstance(value, Tensor)}
+
+
+def _without_prefix(found: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    names = dict(found)
+    while names and not set(names) & set(targets):
+        prefix = next((p for p in _PREFIXES if all(name.startswith(p) for name in names)), None)
+        if prefix is None:
+            break
+        names = {name.removeprefix(prefix): value for name, value in names.items()}
+    return names
+
+
+def _problems(found: Mapping[str, Tensor], targets: Mapping[str, Tensor], expected: set[str]) -> list[str]:
+    shapes = [
+        f"{name} has shape {tuple(found[name].shape)}, the model {tuple(targets[name].shape)}"
+        for name in found
+        if name in targets and found[name].shape != targets[name].shape
+    ]
+    # A tied tensor is there under any of its names; files from before 2018 have no num_batches_tracked.
+    there = {id(targets[name]) for name in found if name in targets}
+    missing = [
+        name
+        for name in sorted(expected - set(found))
+        if name in targets and id(targets[name]) not in there and not name.endswith("num_batches_tracked")
+    ]
+    unknown = sorted(set(found) - set(targets))
+    problems = shapes[:2] + ([f"{len(shapes) - 2} more shapes differ"] if len(shapes) > 2 else [])
+    for what, names in (("missing", missing), ("unknown", unknown)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            problems.append(f"{what}: {', '.join(names[:3])}{more}")
+    if missing and unknown:
+        close = difflib.get_close_matches(unknown[0], missing, 1)
+        problems += [f"is {unknown[0]} meant as {close[0]}?"] if close else []
+    return problems

@@ -1,0 +1,268 @@
+"""Sizes that layers keep beside their weights: read from a cut layer, recorded, and set again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import singledispatch
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from ..errors import CheckpointError, SurgeryError
+from ..utils.modules import named_tensors, unwrap
+
+
+def shape_of(module: nn.Module, name: str) -> tuple[int, ...] | None:
+    """The present shape of a layer's tensor, also where the tensor is made anew at every forward.
+
+    The old-style hooks of `torch.nn.utils` (weight norm, spectral norm, pruning masks) leave a stale
+    `weight` behind and keep the truth in `weight_v` or `weight_orig`.
+
+    >>> shape_of(nn.Linear(3, 2), "weight")
+    (2, 3)
+    """
+    for candidate in (f"{name}_v", f"{name}_orig"):
+        kept = module._parameters.get(candidate)
+        if kept is not None:
+            return tuple(kept.shape)
+    with torch.no_grad():
+        tensor = getattr(module, name, None)
+    return tuple(tensor.shape) if isinstance(tensor, Tensor) else None
+
+
+@singledispatch
+def refresh_attributes(module: nn.Module) -> None:
+    """Set a layer's size attributes from the present shapes of its tensors.
+
+    A registry by layer type: subclasses follow their base class; a type without a rule has no
+    attributes to refresh. Add one with `@refresh_attributes.register`.
+
+    **Raises:** `SurgeryError` if the shapes fit no layer of that type.
+
+    >>> layer = nn.Linear(3, 2)
+    >>> layer.weight.data = layer.weight.data[:, :1]
+    >>> refresh_attributes(layer); layer
+    Linear(in_features=1, out_features=2, bias=True)
+    """
+
+
+@refresh_attributes.register
+def _convolution(module: _ConvNd) -> None:
+    """Grouped convolutions keep their groups, except depthwise ones: one group for each input channel."""
+    shape = shape_of(module, "weight")
+    if shape is None or isinstance(module.weight, nn.UninitializedParameter):
+        return
+    rows, columns = shape[:2]
+    groups = module.groups
+    depthwise = groups == module.in_channels and groups > 1
+    if isinstance(module, _ConvTransposeNd):
+        groups = rows if depthwise else groups
+        inputs, outputs = rows, columns * groups
+    else:
+        if depthwise:
+            multiplier = module.out_channels // groups
+            groups = rows // multiplier
+        inputs, outputs = columns * groups, rows
+    if groups == 0 or inputs % groups or outputs % groups:
+        raise SurgeryError(
+            f"{type(module).__name__}: {inputs} inputs and {outputs} outputs don't divide into {groups} groups"
+        )
+    module.in_channels, module.out_channels, module.groups = inputs, outputs, groups
+
+
+@refresh_attributes.register
+def _linear(module: nn.Linear) -> None:
+    shape = shape_of(module, "weight")
+    if shape is not None:
+        module.out_features, module.in_features = shape
+
+
+@refresh_attributes.register
+def _bilinear(module: nn.Bilinear) -> None:
+    module.out_features, module.in1_features, module.in2_features = module.weight.shape
+
+
+@refresh_attributes.register
+def _batch_or_instance_norm(module: _NormBase) -> None:
+    shape = shape_of(module, "weight") or shape_of(module, "running_mean")
+    if shape is not None:
+        module.num_features = shape[0]
+
+
+@refresh_attributes.register
+def _group_norm(module: nn.GroupNorm) -> None:
+    shape = shape_of(module, "weight")
+    if shape is None:
+        return
+    if module.num_groups == module.num_channels:  # an instance norm by another name
+        module.num_groups = shape[0]
+    if shape[0] % module.num_groups:
+        raise SurgeryError(
+            f"{type(module).__name__}: {shape[0]} channels don't divide into its {module.num_groups} groups; "
+            "keep the same number in every group"
+        )
+    module.num_channels = shape[0]
+
+
+@refresh_attributes.register(nn.LayerNorm)
+@refresh_attributes.register(nn.RMSNorm)
+def _layer_norm(module: nn.LayerNorm | nn.RMSNorm) -> None:
+    shape = shape_of(module, "weight")
+    if shape is not None:
+        module.normalized_shape = shape
+
+
+@refresh_attributes.register
+def _prelu(module: nn.PReLU) -> None:
+    module.num_parameters = module.weight.numel()
+
+
+@refresh_attributes.register
+def _embedding(module: nn.Embedding) -> None:
+    module.num_embeddings, module.embedding_dim = module.weight.shape
+
+
+@refresh_attributes.register(nn.MultiheadAttention)
+@refresh_attributes.register(nn.RNNBase)
+@refresh_attributes.register(nn.EmbeddingBag)
+def _refused(module: nn.Module) -> None:
+    raise SurgeryError(f"{type(module).__name__} can't be cut: its sizes are coupled in ways that no rule knows")
+
+
+def plain_sizes(value: Any) -> Any:
+    """An int, or nested tuple or list of ints, as tuples; None for anything else.
+
+    >>> plain_sizes([1, torch.Size([2, 3])]), plain_sizes(True), plain_sizes([1, "a"]), plain_sizes(())
+    ((1, (2, 3)), None, None, None)
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if type(value) is tuple and value and set(map(type, value)) == {int}:
+        return value
+    if isinstance(value, tuple | list) and value:
+        items = tuple(plain_sizes(item) for item in value)
+        return None if any(item is None for item in items) else items
+    return None
+
+
+def like(old: Any, new: Any) -> Any:
+    """`new` (int or nested tuple) with the sequence types of `old`, so that a list stays a list.
+
+    >>> like([1, (2,)], (3, (4,)))
+    [3, (4,)]
+    """
+    if not isinstance(new, tuple | list):
+        return new
+    parts = old if isinstance(old, tuple | list) and len(old) == len(new) else [None] * len(new)
+    items = [like(part, item) for part, item in zip(parts, new, strict=True)]
+    if isinstance(old, list):
+        return items
+    if isinstance(old, tuple) and hasattr(old, "_fields"):
+        return type(old)(*items)
+    return type(old)(items) if isinstance(old, tuple) else tuple(items)
+
+
+def sizes_of(module: nn.Module) -> dict[str, Any]:
+    """Every attribute in `vars(module)` that is an int or a nested tuple or list of ints."""
+    found = ((name, plain_sizes(value)) for name, value in vars(module).items())
+    return {name: value for name, value in found if value is not None}
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """The sizes of a model, as a JSON-able dictionary that `restore` understands.
+
+    **Returns:** `{"modules": {name: [class name, {attribute: int or nested list}]}, "tensors": {name: [shape,
+    dtype]}}`; the root module's name is "".
+
+    >>> snapshot(nn.ReLU())
+    {'modules': {'': ['torch.nn.modules.activation.ReLU', {}]}, 'tensors': {}}
+    """
+    model = unwrap(model)
+    modules = {
+        name: [_class_name(module), {key: _as_lists(value) for key, value in sizes_of(module).items()}]
+        for name, module in model.named_modules(remove_duplicate=False)
+    }
+    tensors = {name: [list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in named_tensors(model)}
+    return {"modules": modules, "tensors": tensors}
+
+
+def restore(model: nn.Module, structure: Mapping[str, Any]) -> None:
+    """Give a model the sizes of a snapshot, in place; what is in resized tensors is undefined afterwards.
+
+    Parameters keep their identity and `requires_grad`; nothing is executed.
+
+    **Arguments:**
+
+    - `model`: a freshly built model of the same architecture, usually the dense one.
+    - `structure`: from `snapshot`.
+
+    **Raises:** `CheckpointError` naming the module, attribute or tensor that doesn't fit; the model is
+    then untouched.
+
+    >>> small, dense = nn.Conv2d(3, 2, 1), nn.Conv2d(3, 8, 1)
+    >>> restore(dense, snapshot(small)); dense
+    Conv2d(3, 2, kernel_size=(1, 1), stride=(1, 1))
+    """
+    model = unwrap(model)
+    try:
+        attributes = list(_changed_attributes(model, structure["modules"]))
+        tensors = list(_changed_tensors(model, structure["tensors"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"damaged structure record: {type(error).__name__}: {error}") from error
+    for tensor, shape, dtype in tensors:
+        tensor.grad = None
+        tensor.data = torch.zeros(shape, dtype=dtype, device=tensor.device)
+    for module, name, value in attributes:
+        vars(module)[name] = value
+
+
+def _changed_attributes(model: nn.Module, recorded: Mapping[str, Any]) -> Iterator[tuple[nn.Module, str, Any]]:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    _same_names("module", modules, recorded)
+    for where, (class_name, sizes) in recorded.items():
+        module = modules[where]
+        # A script's classes live in "__main__" when saving and in a named module when loading.
+        if class_name.rpartition(".")[2] != type(module).__name__:
+            raise CheckpointError(f"module {where!r} is a {_class_name(module)}, but the checkpoint has a {class_name}")
+        present = sizes_of(module)
+        for name, value in sizes.items():
+            new = plain_sizes(value)
+            if name not in present or new is None:
+                raise CheckpointError(f"module {where!r} ({_class_name(module)}) has no size {name!r} to set")
+            if present[name] != new:
+                yield module, name, like(vars(module)[name], new)
+
+
+def _changed_tensors(
+    model: nn.Module, recorded: Mapping[str, Any]
+) -> Iterator[tuple[Tensor, tuple[int, ...], torch.dtype]]:
+    tensors = dict(named_tensors(model))
+    _same_names("tensor", tensors, recorded)
+    for name, (sizes, dtype_name) in recorded.items():
+        shape, dtype = tuple(sizes), getattr(torch, dtype_name)
+        if len(shape) != tensors[name].dim():
+            raise CheckpointError(
+                f"tensor {name!r} has shape {tuple(tensors[name].shape)} in the model, {shape} in the checkpoint"
+            )
+        if tuple(tensors[name].shape) != shape or tensors[name].dtype != dtype:
+            yield tensors[name], shape, dtype
+
+
+def _same_names(kind: str, model: Mapping[str, Any], recorded: Mapping[str, Any]) -> None:
+    missing, unknown = sorted(set(model) - set(recorded)), sorted(set(recorded) - set(model))
+    if missing or unknown:
+        name, where = (unknown[0], "model") if unknown else (missing[0], "checkpoint")
+        more = len(missing) + len(unknown) - 1
+        rest = f" (and {more} more names that differ)" if more else ""
+        raise CheckpointError(f"the {where} has no {kind} {name!r}{rest}: was it saved from another architecture?")
+
+
+def _class_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _as_lists(value: Any) -> Any:
+    return [_as_lists(item) for item in value] if isinstance(value, tuple) else value

@@ -1,0 +1,234 @@
+"""Lightning Fabric for our training: devices, precision, several processes, and commands that all of them run."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning_fabric.strategies.ddp import DDPStrategy
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..errors import ConfigError, TrainingError
+from ..utils import distributed
+from ..utils.model_state import undisturbed
+from ..zoo.registry import FILE_MODULE, load_file
+from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+class Joined(TorchElasticEnvironment):
+    """Ranks as `torch.distributed` has them, however the processes were started."""
+
+    def world_size(self) -> int:
+        """Number of processes."""
+        return dist.get_world_size()
+
+    def global_rank(self) -> int:
+        """The number of this one."""
+        return dist.get_rank()
+
+    def local_rank(self) -> int:
+        """Its number on its machine."""
+        return distributed.place()
+
+    def node_rank(self) -> int:
+        """The number of its machine."""
+        return distributed.rank() // distributed.here()
+
+
+def strategy(*, unreached: bool) -> DDPStrategy:
+    """DDP that leaves batch norm's running statistics to the training loop, which averages them once an epoch.
+
+    **Arguments:**
+
+    - `unreached`: whether some parameters get no gradient.
+    """
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {buffers: False, "find_unused_parameters": unreached}
+    return DDPStrategy(**options)
+
+
+def make(device: str, recipe: Recipe, model: nn.Module, example: Tensor) -> Fabric:
+    """Fabric for a device, with data-parallel training if processes have joined.
+
+    **Arguments:**
+
+    - `device`: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
+    - `model`, `example`: to find out which parameters no gradient will reach.
+
+    **Raises:** `ConfigError` for what this machine, or several processes, can't do.
+    """
+    from lightning_fabric import Fabric
+
+    accelerator, index = _accelerator(device, recipe)
+    if distributed.count() == 1:
+        chosen: list[int] | int = [int(index)] if index else 1
+        return Fabric(accelerator=accelerator, devices=chosen, precision=recipe.precision)
+
+    if index:
+        raise ConfigError(f"device={device!r}: each of several processes takes the GPU of its own number; give cuda")
+    if accelerator == "mps" or recipe.cuda_graphs:
+        what = "on mps" if accelerator == "mps" else "as CUDA graphs"
+        raise ConfigError(f"several processes can't train {what}; leave that out")
+    fabric = Fabric(
+        accelerator=accelerator,
+        devices=distributed.here(),
+        num_nodes=distributed.count() // distributed.here(),
+        strategy=strategy(unreached=_unreached(model, example)),
+        plugins=[Joined()],
+        precision=recipe.precision,
+    )
+    fabric.launch()
+    return fabric
+
+
+def _accelerator(device: str, recipe: Recipe) -> tuple[str, str]:
+    """The kind of device, and its number or ""."""
+    accelerator, _, index = device.partition(":")
+    if accelerator not in ("auto", "cpu", "cuda", "mps"):
+        raise ConfigError(f"device={device!r} is not auto, cpu, cuda, cuda:N or mps")
+    if accelerator == "auto":
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    if accelerator == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device={device!r}: PyTorch sees no CUDA device here; use cpu")
+    if accelerator != "cuda" and recipe.precision == "16-mixed":
+        raise ConfigError(f"precision='16-mixed' needs a GPU, not {accelerator}; use bf16-mixed or 32-true")
+    if accelerator != "cuda" and recipe.cuda_graphs:
+        raise ConfigError(f"cuda_graphs=True needs a CUDA GPU, not {accelerator}; leave it out")
+    return accelerator, index
+
+
+def _unreached(model: nn.Module, example: Tensor) -> bool:
+    """Whether some parameter takes no part in the output, so that DDP must not wait for its gradient."""
+    wanted = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    where = next(model.parameters()).device
+    try:
+        with undisturbed(model), torch.enable_grad():
+            logits = model(example.to(where))
+    except (RuntimeError, ValueError, TypeError, AssertionError):
+        return False  # `check_fit` will say what is wrong
+    reached: set[int] = set()
+    seen: set[Any] = set()
+    nodes = [logits.grad_fn] if isinstance(logits, Tensor) else []
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        reached.add(id(getattr(node, "variable", None)))
+        nodes += [following for following, _ in node.next_functions]
+    return not wanted <= reached
+
+
+_LOG = logging.getLogger("filterfold.training")
+
+
+PATIENCE = timedelta(minutes=1)
+"""How long ranks that gave up wait for the others to give up as well."""
+
+
+_waiting = False
+
+
+def lead_or_follow(command: Callable[[], object], work: Callable[[Any], object]) -> None:
+    """Meet the other ranks; run the command on rank 0, and on the others the work that it hands out, until it ends.
+
+    **Arguments:**
+
+    - `command`: what rank 0 does.
+    - `work`: what every other rank does with what it is handed.
+    """
+    global _waiting
+    distributed.join()
+    if not distributed.first():
+        _follow(work)
+        distributed.leave()
+        return
+    _waiting = distributed.count() > 1
+    try:
+        command()
+    finally:
+        if _waiting:
+            _waiting = False
+            distributed.agreed(None)
+        distributed.leave()
+
+
+@contextmanager
+def handed_out(job: Any) -> Iterator[None]:
+    """Let the waiting ranks, if there are any, do in a `with` block what this one does in it.
+
+    **Raises:** `TrainingError` if the job can't be sent; `SystemExit` if another rank is gone: nothing can be done but
+    to start again from the checkpoint.
+    """
+    global _waiting
+    if not _waiting:
+        yield
+        return
+    distributed.agreed(_packed(job))
+    try:
+        yield
+    except Exception as error:
+        try:
+            _all_gave_up()
+        except RuntimeError:
+            _waiting = False
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise SystemExit(
+                f"filterfold: another process is gone ({reason}); the same command goes on from here"
+            ) from error
+        raise
+
+
+def _follow(work: Callable[[Any], object]) -> None:
+    nothing: tuple[list[str], int, bytes] | None = None
+    while (packed := distributed.agreed(nothing)) is not None:
+        files, threads, job = packed
+        torch.set_num_threads(threads)
+        for path in files:
+            load_file(Path(path))
+        try:
+            work(torch.load(io.BytesIO(job), map_location="cpu", weights_only=False))
+        except Exception as error:
+            _LOG.debug("rank %d gave up", distributed.rank(), exc_info=error)
+            try:
+                _all_gave_up()
+            except RuntimeError:  # the others go on, and would wait for this one: end, and torchrun ends them
+                raise error from None
+
+
+def _packed(job: Any) -> tuple[list[str], int, bytes]:
+    """The files of a user's own that a job's classes are from, the CPU threads to compute with, and the job."""
+    files = [str(module.__file__) for name, module in sys.modules.items() if name.startswith(FILE_MODULE)]
+    buffer = io.BytesIO()
+    try:
+        torch.save(job, buffer)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TrainingError(
+            f"the work can't be sent to the other processes ({reason}); train by a script that calls "
+            "filterfold.training.train in every process"
+        ) from error
+    return files, torch.get_num_threads(), buffer.getvalue()
+
+
+def _all_gave_up() -> None:
+    """Make sure that every rank ended the job with an error, as when data and network don't fit.
+
+    **Raises:** `RuntimeError` if one goes on.
+    """
+    dist.monitored_barrier(distributed.control(), timeout=PATIENCE)

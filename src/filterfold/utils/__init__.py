@@ -1,0 +1,1 @@
+"""Small tools that every room uses: files, inputs, model state, modules, processes, progress, export."""

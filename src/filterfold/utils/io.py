@@ -1,0 +1,116 @@
+"""Writing files so that nothing is ever half there, and reading them without executing anything.
+
+Trees of tensors and plain values go into one safetensors file: tensors by path, the rest as JSON
+in the header. There is no pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import CheckpointError
+
+_TENSOR = "__tensor__"
+
+
+_TUPLE = "__tuple__"
+
+
+_INT_KEYS = "__int_keys__"
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Call `write(temporary)` and move the result to `path`: readers see the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically, indented for people."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def save_tree(path: Path, tree: Any) -> None:
+    """Write nested dicts, lists and tuples of tensors, numbers, strings, booleans and None.
+
+    Atomic. Dictionary keys are strings or ints (optimizer states have int keys). Tensors are
+    written contiguous and on their own, so shared storage does not survive.
+    """
+    tensors: dict[str, Tensor] = {}
+    skeleton = _take_apart(tree, "", tensors)
+    header = {"format": "filterfold-tree-1", "tree": json.dumps(skeleton)}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
+
+
+def load_tree(path: Path, device: str | torch.device = "cpu") -> Any:
+    """Read what `save_tree` wrote. Raises `CheckpointError` if the file is missing, cut off or foreign."""
+    header, tensors = read_safetensors(path, device)
+    if header.get("format") != "filterfold-tree-1":
+        raise CheckpointError(f"{path}: a safetensors file, but not one of Filterfold's training states")
+    return _put_together(json.loads(header["tree"]), tensors)
+
+
+def read_safetensors(path: Path, device: str | torch.device = "cpu") -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Header metadata and tensors of a safetensors file; `CheckpointError` if it can't be read."""
+    if not Path(path).is_file():
+        raise CheckpointError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            return dict(file.metadata() or {}), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path}: not a whole safetensors file ({reason})") from error
+
+
+def _take_apart(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        tensors[where] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {_TENSOR: where}
+    if isinstance(value, dict):
+        parts = {str(key): _take_apart(item, f"{where}/{key}", tensors) for key, item in value.items()}
+        return {_INT_KEYS: parts} if value and all(isinstance(key, int) for key in value) else parts
+    if isinstance(value, list | tuple):
+        items = [_take_apart(item, f"{where}/{index}", tensors) for index, item in enumerate(value)]
+        return {_TUPLE: items} if isinstance(value, tuple) else items
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"{where or 'the tree'}: can't store a {type(value).__name__}")
+
+
+def _put_together(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_put_together(item, tensors) for item in value]
+    if isinstance(value, dict):
+        if set(value) == {_TENSOR}:
+            return tensors[value[_TENSOR]]
+        if set(value) == {_TUPLE}:
+            return tuple(_put_together(item, tensors) for item in value[_TUPLE])
+        if set(value) == {_INT_KEYS}:
+            return {int(key): _put_together(item, tensors) for key, item in value[_INT_KEYS].items()}
+        return {key: _put_together(item, tensors) for key, item in value.items()}
+    return value

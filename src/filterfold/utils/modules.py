@@ -1,0 +1,70 @@
+"""Names, order in memory and wrappers of a model's parameters and buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+WRAPPERS = {
+    "OptimizedModule": "_orig_mod",  # torch.compile
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "AveragedModel": "module",
+    "_FabricModule": "_original_module",  # Lightning Fabric
+}
+"""Class name of a wrapper → where it keeps the user's module."""
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All parameters and buffers (persistent or not) under all their names: tied ones come twice.
+
+    The same as PyTorch's `named_parameters` and `named_buffers` without removing duplicates, in one walk.
+    """
+    modules: list[tuple[str, nn.Module]] = []
+
+    def visit(prefix: str, module: nn.Module) -> None:
+        modules.append((prefix, module))
+        for name, child in module._modules.items():
+            if child is not None:
+                visit(f"{prefix}{name}.", child)
+
+    visit("", model)
+    for kind in ("_parameters", "_buffers"):
+        for prefix, module in modules:
+            for name, tensor in getattr(module, kind).items():
+                if tensor is not None:
+                    yield f"{prefix}{name}", tensor
+
+
+def memory_order(tensor: Tensor) -> list[int]:
+    """The axes of a dense tensor from the outermost in memory to the innermost.
+
+    >>> memory_order(torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last))
+    [0, 2, 3, 1]
+    """
+    return sorted(range(tensor.dim()), key=lambda dim: (tensor.stride(dim), tensor.shape[dim]), reverse=True)
+
+
+def in_memory_order(tensor: Tensor, order: Sequence[int]) -> Tensor:
+    """A copy of the tensor with its axes laid out in the given order.
+
+    >>> in_memory_order(torch.zeros(2, 3), [1, 0]).stride()
+    (1, 2)
+    """
+    # clone, since contiguous() leaves the strides of axes of size 1 alone and kernels dispatch on them
+    ordered = tensor.permute(*order).clone(memory_format=torch.contiguous_format)
+    return ordered.permute(*sorted(range(len(order)), key=order.__getitem__))
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's own module inside torch.compile, DDP, AveragedModel and Lightning Fabric wrappers.
+
+    >>> inner = nn.Linear(2, 2)
+    >>> unwrap(torch.optim.swa_utils.AveragedModel(inner))
+    Linear(in_features=2, out_features=2, bias=True)
+    """
+    while type(model).__name__ in WRAPPERS:
+        model = getattr(model, WRAPPERS[type(model).__name__])
+    return model

@@ -1,0 +1,236 @@
+"""The page: everything escaped, nothing fetched, the same bytes for the same records, seen by a browser."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from filterfold.bench import report
+from filterfold.bench.report.curves import cut_epochs
+from filterfold.bench.report.figure import looks
+from filterfold.bench.report.study import studies
+from filterfold.errors import ConfigError
+
+VOID = {"meta", "br", "link", "img", "hr", "input"}
+
+
+class _Reader(HTMLParser):
+    """Checks that tags nest, and collects ids, references, and text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.references: list[str] = []
+        self.tags: set[str] = set()
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value)
+            if name in ("src", "href", "xlink:href", "action", "data", "srcset"):
+                self.references.append(value)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def _read(page: Path) -> _Reader:
+    reader = _Reader()
+    reader.feed(page.read_text(encoding="utf-8"))
+    assert reader.open == []
+    return reader
+
+
+@pytest.fixture(scope="module")
+def page(records, tmp_path_factory) -> Path:
+    return report.build(records, tmp_path_factory.mktemp("report"))
+
+
+def test_the_page_is_self_contained(page):
+    text, reader = page.read_text(encoding="utf-8"), _read(page)
+    assert reader.references
+    assert all(reference.startswith("#") for reference in reader.references)
+    assert {reference[1:] for reference in reader.references} <= set(reader.ids)
+    assert len(reader.ids) == len(set(reader.ids))
+    assert not reader.tags & {"script", "link", "img", "iframe", "object", "embed"}
+    assert not re.search(r"""(src|href)\s*=\s*["']?\s*(https?:)?//""", text)
+    assert not re.search(r"@import|url\((?!#)", text)
+
+
+def test_all_sections_are_there_verdict_first(page):
+    headings = re.findall(r"<h2>(.*?)</h2>", page.read_text(encoding="utf-8"))
+    assert headings == [
+        "Verdict", "What follows, and what does not", "Comparison", "Speed", "Training cost", "Tests", "While training",
+        "Widths", "Clusters", "Every trial", "Failed trials", "Provenance",
+    ]  # fmt: skip
+
+
+def test_files_beside_the_page(page):
+    plots = {path.name for path in (page.parent / "plots").iterdir()}
+    for name in (
+        "difference",
+        "accuracy_macs",
+        "accuracy_time",
+        "accuracy_training",
+        "curve_macs",
+        "widths",
+        "accuracy_speedup_1",
+        "accuracy_speedup_512",
+        "speedups",
+        "accuracy_training_macs",
+    ):
+        assert {f"{name}.svg", f"{name}.png"} <= plots
+    for path in (page.parent / "plots").glob("*.svg"):
+        assert ElementTree.parse(path).getroot().tag.endswith("svg")
+    names = {path.stem for path in (page.parent / "tables").glob("*.csv")}
+    assert {
+        "comparison",
+        "latency",
+        "training",
+        "trials",
+        "kruskal_wallis",
+        "dunn",
+        "equivalence",
+        "widths",
+        "failed",
+        "provenance",
+    } <= names
+    assert names == {path.stem for path in (page.parent / "tables").glob("*.md")}
+    assert not [path for path in page.parent.rglob(".*") if path.is_file()]
+
+
+def test_plots_follow_the_theme(page, records):
+    text = page.read_text(encoding="utf-8")
+    svg = "".join(re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL))
+    for look in looks(studies(records)[0]).values():
+        assert f"var(--{look.colour.name})" in svg
+        assert look.colour.light not in svg
+        assert text.count(f"--{look.colour.name}: ") == 2
+    left = set(re.findall(r"#[0-9a-f]{6}\b", svg))
+    assert left <= {"#000000", "#ffffff"}
+
+
+def test_groups_never_share_a_colour(records):
+    many = [r | {"method": f"m{i}", "label": f"m{i}"} for i in range(20) for r in records[:1]]
+    colours = [look.colour.light for look in looks(studies(records + many)[0]).values()]
+    assert len(colours) == len(set(colours)) == 27
+
+
+def test_everything_from_records_is_escaped(make, tmp_path):
+    evil = '<script>alert("1")</script>$x^2$'
+    records = [make(m, s) | {"model": evil, "data": evil, "command": evil} for m in ("dense", "l1") for s in (0, 1)]
+    for record in records[2:]:
+        record["label"] = f"_{evil}"
+        record["result"]["widths"] = {evil: [4, 2], "b": [4, 3]}
+        record["environment"] = {evil: evil}
+    records.append(make("l1", 3, status="failed", reason=evil))
+    page = report.build(records, tmp_path, title=None)
+    reader = _read(page)
+    assert "script" not in reader.tags
+    assert evil in "".join(reader.text)
+
+
+def test_equal_records_give_equal_bytes(make, tmp_path):
+    records = [make(m, s) for m in ("dense", "l1") for s in (0, 1)]
+    first, second = report.build(records, tmp_path / "a"), report.build(records[::-1], tmp_path / "b")
+    for path in sorted(first.parent.rglob("*.*")):
+        other = second.parent / path.relative_to(first.parent)
+        if path.suffix in (".svg", ".png", ".html") and path.stem != "provenance":
+            assert path.read_bytes() == other.read_bytes(), path.name
+
+
+def test_several_studies_on_one_page(make, tmp_path):
+    records = [make(m, s) | {"data": data} for data in ("cifar10", "digits") for m in ("dense", "l1") for s in (0, 1)]
+    page = report.build(records, tmp_path)
+    reader = _read(page)
+    assert {"study-0", "study-1"} <= set(reader.ids)
+    assert len(reader.ids) == len(set(reader.ids))
+    assert (tmp_path / "tables" / "2-vgg16-on-digits-comparison.csv").exists()
+
+
+@pytest.mark.parametrize(
+    "case", ["one record", "one group", "all failed", "no control", "accuracy only", "equal values"]
+)
+def test_thin_material_still_gives_a_page(make, tmp_path, case):
+    pairs = [(method, seed) for method in ("dense", "l1") for seed in (0, 1)]
+    records = {
+        "one record": [make("dense", 0)],
+        "one group": [make("dense", 0), make("dense", 1)],
+        "all failed": [make("dense", 0, status="failed", reason=None)],
+        "no control": [make("l1", 0), make("l1", 1), make("random", 0), make("random", 1)],
+        "accuracy only": [make(m, s) | {"result": {"top1": 90.0 + s}, "history": []} for m, s in pairs],
+        "equal values": [make(m, s, top1=90.0, top5=99.0, inference_seconds=1.0) for m, s in pairs],
+    }[case]  # fmt: skip
+    _read(report.build(records, tmp_path))
+    assert report.summary(records)
+    assert report.verdict(records)
+
+
+def test_a_foreign_table(reference, tmp_path):
+    page = report.from_table(reference / "figures_4_5.csv", tmp_path)
+    text = "".join(_read(page).text)
+    for figure in (".0332", ".1979", ".8722", ".0610", ".3302", ".0384", ".0222", "−0.698 points"):
+        assert figure in text
+    assert "But the speed-up itself is suspect" in text
+
+
+def test_margin_must_be_positive(records, tmp_path):
+    with pytest.raises(ConfigError, match="margin is 0"):
+        report.build(records, tmp_path, margin=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_moments_of_pruning_are_where_the_network_shrinks():
+    steps = [{"macs": macs} for macs in (100, 100, 60, 60, 40)]
+    assert cut_epochs({"history": steps}) == [3, 5]
+    assert cut_epochs({}) == []
+
+
+def _chromium() -> str:
+    for name in ("chromium", "chromium-browser", "google-chrome", "chrome"):
+        if found := shutil.which(name):
+            return found
+    pytest.skip("no Chromium to open the page with")
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1200, 1), (390, 1), (1200, 0)], ids=["desk", "phone", "dark"])
+def test_a_browser_shows_it(page, tmp_path, width, scheme):
+    from PIL import Image
+
+    picture = tmp_path / "page.png"
+    command = [
+        _chromium(), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--blink-settings=preferredColorScheme={scheme}", f"--screenshot={picture}", f"--window-size={width},2400",
+        page.as_uri(),
+    ]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    image = Image.open(picture).convert("RGB")
+    counts = {colour: n for n, colour in image.getcolors(1 << 24)}
+    paper = max(counts, key=counts.__getitem__)
+    assert paper == ((247, 245, 240) if scheme else (19, 21, 24))
+    assert 1 - counts[paper] / (image.width * image.height) > 0.05
+    assert len(counts) > 200
+    # Nothing sticks out to the right: the outermost columns are paper from top to bottom.
+    edge = image.crop((image.width - 12, 0, image.width, image.height))
+    assert edge.getcolors() == [(12 * image.height, paper)]
