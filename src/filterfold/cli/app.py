@@ -19,7 +19,6 @@ from . import prune as pruning
 from . import recipe as recipes
 from . import report as reporting
 from . import sensitivity as sensing
-from . import train as evaluating
 from . import train as training
 from . import watch as watching
 
@@ -167,7 +166,7 @@ _add(comparing.demo, comparing.DEMO_EXAMPLES, _RESUME)
 _add(training.train, training.EXAMPLES, _RESUME)
 
 
-_add(evaluating.evaluate, evaluating.EXAMPLES, _NOTHING)
+_add(training.evaluate, training.EVALUATE_EXAMPLES, _NOTHING)
 
 
 _add(pruning.prune, pruning.EXAMPLES, _RESUME)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from filterfold import data
-from filterfold.bench.sensitivity import Layer, Point, Sensitivity, suggest, sweep
+from filterfold.bench.sensitivity import Layer, Point, Sensitivity, suggest, sweep, sweep_layers
 from filterfold.data import ImageData, Split
 from filterfold.errors import ConfigError, RecordError, SelectionError
 from filterfold.graph import Traced, trace
@@ -75,12 +75,12 @@ def test_stages_are_layers_of_equal_resolution(model: nn.Module, groups: Traced,
 def test_a_killed_sweep_goes_on_and_ends_the_same(
     model: nn.Module, groups: Traced, digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweep, "LARGEST_BATCH", 30)
+    monkeypatch.setattr(sweep_layers, "LARGEST_BATCH", 30)
     options = {"ratios": (0.5,), "layers": ["layer1.*.conv1"]}
     whole = sweep(model, groups, digits.validation, **options)  # type: ignore[arg-type]
     file = tmp_path / "sweep.part"
     saves = 0
-    saved = sweep._Sweep._save
+    saved = sweep_layers._Sweep._save
 
     def dies(self: object) -> None:
         nonlocal saves
@@ -90,7 +90,7 @@ def test_a_killed_sweep_goes_on_and_ends_the_same(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(sweep._Sweep, "_save", dies)
+        patched.setattr(sweep_layers._Sweep, "_save", dies)
         with pytest.raises(KeyboardInterrupt):
             sweep(model, groups, digits.validation, path=file, **options)  # type: ignore[arg-type]
     assert json.loads(file.read_text())["done"] == 60

@@ -220,7 +220,6 @@ def to_toml(recipe: PruningRecipe, remarks: str = "") -> str:
 
     **Arguments:** `remarks`: lines to put above it as a comment.
 
-    >>> from .files import load, read
     >>> read(to_toml(load("vgg16-a")), "text") == load("vgg16-a")
     True
     """

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from .curves import Layer, Point, Sensitivity
-from .suggest import Suggestion, suggest
-from .sweep import RATIOS, sweep
+from .suggestion import Suggestion, suggest
+from .sweep_layers import RATIOS, sweep
 
 __all__ = ["RATIOS", "Layer", "Point", "Sensitivity", "Suggestion", "suggest", "sweep"]

@@ -35,11 +35,11 @@ one; a single width less may save nothing."""
 
 
 def friendly(room: RankedGroup, step: int) -> RankedGroup:
-    """Leave a room only the numbers of units that the hardware likes: multiples of `step`, and powers of two below.
+    """Leave a group only the numbers of units that the hardware likes: multiples of `step`, and powers of two below.
 
     >>> from filterfold.plan import ChannelGroup
     >>> group = ChannelGroup("a", 40, (), (), True, None, (0,) * 40, (0,) * 40)
-    >>> friendly(Room(group, (), tuple(range(40)), tuple(range(3, 41))), 16).allowed
+    >>> friendly(RankedGroup(group, (), tuple(range(40)), tuple(range(3, 41))), 16).allowed
     (4, 8, 16, 32, 40)
     """
 
