@@ -15,9 +15,19 @@ from filterfold.surgery import apply
 KEPT, DROPPED = [0, 2, 3, 5], [1, 4]
 
 
+class Bent(nn.Conv2d):
+    """A convolution and a curve.
+
+    Straight before batch norm a bias has no gradient but rounding errors, and some optimizers make whole steps of them.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).tanh()
+
+
 def net() -> nn.Sequential:
     torch.manual_seed(0)
-    layers = [nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Tanh(), nn.Conv2d(6, 2, 3), nn.Flatten()]
+    layers = [Bent(3, 6, 3), nn.BatchNorm2d(6), nn.Tanh(), nn.Conv2d(6, 2, 3), nn.Flatten()]
     return nn.Sequential(*layers).double()
 
 
@@ -70,9 +80,7 @@ def test_one_step_after_the_cut_equals_the_masked_networks_step(kind, options):
     optimizer = kind(model.parameters(), **options)
     for seed in (1, 2, 3):
         step(model, optimizer, seed)
-    masked = copy.deepcopy(model)
-    twin = kind(masked.parameters(), **options)
-    twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    masked, twin = copy.deepcopy((model, optimizer))  # load_state_dict would change the type of NAdam's mu_product
     mask(masked)
     apply(plan(), model, optimizer=optimizer)
     groups = [[id(p) for p in group["params"]] for group in optimizer.param_groups]

@@ -45,7 +45,7 @@ def test_resnet34_trains_is_pruned_by_its_shortcut_and_trains_again(folder: Path
     chosen = recipe_runs.setting(small, data=str(folder), data_options=options, epochs_scale=0.01)
     assert (chosen.recipe["epochs"], chosen.retrain_epochs, chosen.follow) == (1, 1, "shortcut")
     trials = recipe_runs.comparison(small, chosen, scratch=False)
-    outcome = compare(trials, tmp_path / "run", device="cpu", timing_rounds=1)
+    outcome = compare(trials, tmp_path / "run", device="cpu", timing_rounds=1, batch_sizes=[])
     assert outcome.complete, [record["reason"] for record in outcome.failed]
     bench = Bench(chosen, tmp_path / "run", "cpu")
     networks = recipe_runs.networks(small, outcome.records, bench)
