@@ -222,6 +222,8 @@ COMPARE = [
     "0.5",
     "--trials",
     "2",
+    "--latency-batches",
+    "none",
 ]
 
 

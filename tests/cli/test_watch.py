@@ -18,6 +18,7 @@ from filterfold.experiment.records import read_all
 
 COMMAND = ["compare", "--model", "vgg_small", "--data", "digits", "--width", "0.25", "--train-limit", "400"]
 COMMAND += ["--epochs", "30", "--methods", "dense,online", "--keep", "0.5", "--trials", "1", "--threads", "1"]
+COMMAND += ["--latency-batches", "none"]
 
 
 def look(folder: Path, code: int = 0) -> str:

@@ -36,12 +36,12 @@ def test_twelve_trials_two_workers_one_killed(tmp_path: Path) -> None:
                 os.kill(busy[0], signal.SIGKILL)
             yield record
 
-    outcome = launch.compare(comparison, tmp_path / "ray", engine=deadly, timing_rounds=1)
+    outcome = launch.compare(comparison, tmp_path / "ray", engine=deadly, timing_rounds=1, batch_sizes=[])
     assert len(killed) == 1
     assert outcome.complete
     assert len(outcome.ran) == len(set(outcome.ran)) == 12
     assert len(list((tmp_path / "ray" / "records").glob("*.json"))) == 12
-    here = launch.compare(comparison, tmp_path / "here", timing_rounds=1)
+    here = launch.compare(comparison, tmp_path / "here", timing_rounds=1, batch_sizes=[])
     assert [figures(record) for record in outcome.records] == [figures(record) for record in here.records]
     assert not workers("ray::")
 
@@ -69,7 +69,9 @@ def test_a_node_that_does_not_see_the_run_folder_sends_what_it_made(
     assert later is not None
     assert later["history"][:2] == record["history"]  # seconds and all: it was not trained again
     assert more[base[1]] == trained
-    alone = launch.compare(plan(SETTING, ["dense", "l1"], seeds=[0]), tmp_path / "alone", timing_rounds=1)
+    alone = launch.compare(
+        plan(SETTING, ["dense", "l1"], seeds=[0]), tmp_path / "alone", timing_rounds=1, batch_sizes=[]
+    )
     assert [figures(one) for one in (record, later)] == [figures(one) for one in alone.records]
 
 

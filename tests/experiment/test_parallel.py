@@ -48,8 +48,8 @@ def figures(record: records.Record) -> dict[str, Any]:
 
 def test_the_same_records_as_in_sequence(tmp_path: Path) -> None:
     comparison = plan(SETTING, ["dense", "l1", "random", "online"], keep=[0.5], seeds=range(2))
-    together = launch.compare(comparison, tmp_path / "two", engine=Parallel(2), timing_rounds=1)
-    alone = launch.compare(comparison, tmp_path / "one", timing_rounds=1)
+    together = launch.compare(comparison, tmp_path / "two", engine=Parallel(2), timing_rounds=1, batch_sizes=[])
+    alone = launch.compare(comparison, tmp_path / "one", timing_rounds=1, batch_sizes=[])
     assert together.complete
     assert alone.complete
     assert sorted(together.ran) == sorted(alone.ran)
@@ -61,11 +61,11 @@ def test_a_worker_that_dies_fails_its_trial_and_no_other(tmp_path: Path) -> None
     (tmp_path / "deadly.py").write_text(DEADLY)
     setting = Setting(f"{tmp_path / 'deadly.py'}:factory", "digits", recipe=RECIPE)
     comparison = plan(setting, ["dense"], seeds=range(3))
-    outcome = launch.compare(comparison, tmp_path / "run", engine=Parallel(2), timing_rounds=1)
+    outcome = launch.compare(comparison, tmp_path / "run", engine=Parallel(2), timing_rounds=1, batch_sizes=[])
     assert len(outcome.records) == 3
     (failed,) = outcome.failed
     assert failed["reason"] == "its worker process died (killed by SIGKILL); out of memory? Run fewer trials at a time"
-    again = launch.compare(comparison, tmp_path / "run", engine=Parallel(2), timing_rounds=1)
+    again = launch.compare(comparison, tmp_path / "run", engine=Parallel(2), timing_rounds=1, batch_sizes=[])
     assert again.complete
     assert again.ran == (failed["id"],)
 
