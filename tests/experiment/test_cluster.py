@@ -25,6 +25,7 @@ SETTING = Setting(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_twelve_trials_two_workers_one_killed(tmp_path: Path) -> None:
     comparison = plan(SETTING, ["dense", "l1", "online"], keep=[0.5], seeds=range(4))
     killed: list[int] = []
@@ -46,6 +47,7 @@ def test_twelve_trials_two_workers_one_killed(tmp_path: Path) -> None:
     assert not workers("ray::")
 
 
+@pytest.mark.slow
 def test_a_killed_driver_takes_its_cluster_along_and_nothing_is_lost_or_done_twice(tmp_path: Path) -> None:
     kill_the_driver_and_go_on(tmp_path / "run", "--engine", "ray", "--parallel", "1", "--threads", "1")
 

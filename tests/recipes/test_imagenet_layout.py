@@ -35,6 +35,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
+@pytest.mark.slow
 def test_resnet34_trains_is_pruned_by_its_shortcut_and_trains_again(folder: Path, tmp_path: Path) -> None:
     options = {"memory_limit": 0, "workers": 0, "image_size": 64}
     loaded = data.load(str(folder), **options)
