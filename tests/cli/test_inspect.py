@@ -21,6 +21,7 @@ def test_version() -> None:
     assert (result.exit_code, result.stdout.strip()) == (0, f"filterfold {__version__}")
 
 
+@pytest.mark.slow
 def test_help_shows_the_commands_and_loads_nothing_heavy() -> None:
     code = "import sys; from filterfold.cli import app; sys.stdout.write(' '.join(sys.modules))"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

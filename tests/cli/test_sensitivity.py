@@ -37,6 +37,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_sweep_is_drawn_written_read_again_and_becomes_a_recipe(weights: Path, tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     command = ["sensitivity", "vgg_small", "-w", str(weights), "-d", "digits", "--width", "0.5", "--threads", "1"]
