@@ -67,7 +67,7 @@ def test_a_node_that_does_not_see_the_run_folder_sends_what_it_made(
     ray._place(bench.folder, files)
     trained = bench.base_file(dense.id, ".json").read_bytes()
     # on yet another node, which is given the dense network
-    later, more = ray._task(run, l1, "nor is this", 1, cluster._base(run, l1))
+    later, more = ray._task(run, l1, "nor is this", 1, ray._base(run, l1))
     assert later is not None
     assert later["history"][:2] == record["history"]  # seconds and all: it was not trained again
     assert more[base[1]] == trained
