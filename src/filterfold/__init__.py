@@ -75,8 +75,13 @@ __all__ = [
 ]
 
 
-_LAZY = {"OnlineFilterClustering": "online", "Schedule": "online", "to_onnx": "export", "to_program": "export"}
-"""Names whose rooms import more than PyTorch, loaded when first used."""
+_LAZY = {
+    "OnlineFilterClustering": "online",
+    "Schedule": "online",
+    "to_onnx": "utils.export",
+    "to_program": "utils.export",
+}
+"""Names that are imported when first used, and the modules they come from."""
 
 
 def __getattr__(name: str) -> Any:

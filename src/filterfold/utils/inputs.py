@@ -100,7 +100,7 @@ def leaves(value: Any, depth: int = 0) -> Iterator[Tensor]:
 def informative_inputs(inputs: Any, dtype: torch.dtype | None = None) -> Any:
     """Example inputs that can tell networks apart: constant floating-point tensors become seeded noise.
 
-    >>> telling((torch.ones(2, 2), 3))[0].std() > 0
+    >>> informative_inputs((torch.ones(2, 2), 3))[0].std() > 0
     tensor(True)
     """
     generator = torch.Generator().manual_seed(1)
