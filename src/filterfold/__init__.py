@@ -81,7 +81,7 @@ _LAZY = {
     "to_onnx": "utils.export",
     "to_program": "utils.export",
 }
-"""Names whose rooms import more than PyTorch, loaded when first used."""
+"""Names that are imported when first used, and the modules they come from."""
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from filterfold.bench.trials.records import Record, read_all
-from filterfold.cli import app
+from filterfold.cli.app import app
 from filterfold.cli.options import OnlineOptions
 from filterfold.data import load as load_data
 from filterfold.profiling.macs import measure

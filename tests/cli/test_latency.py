@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from filterfold.cli import app
+from filterfold.cli.app import app
 from filterfold.profiling.macs import measure
 from filterfold.pruning.prune import prune
 from filterfold.surgery.checkpoint import inspect, save

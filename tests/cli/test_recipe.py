@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from filterfold.bench import recipes
 from filterfold.bench.trials.records import read_all
-from filterfold.cli import app
+from filterfold.cli.app import app
 
 runner = CliRunner()
 

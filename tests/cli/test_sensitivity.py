@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from filterfold.bench import recipes
 from filterfold.bench.report.sensitivity import sensitivity_plots
 from filterfold.bench.sensitivity import Sensitivity
-from filterfold.cli import app
+from filterfold.cli.app import app
 from filterfold.data import load
 from filterfold.surgery.checkpoint import load_weights, save
 from filterfold.training import Recipe, evaluate, train

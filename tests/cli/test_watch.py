@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from filterfold.bench.trials.records import read_all
-from filterfold.cli import app
+from filterfold.cli.app import app
 
 COMMAND = ["compare", "--model", "vgg_small", "--data", "digits", "--width", "0.25", "--train-limit", "400"]
 COMMAND += ["--epochs", "30", "--methods", "dense,online", "--keep", "0.5", "--trials", "1", "--threads", "1"]

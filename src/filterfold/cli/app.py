@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from ..errors import FilterfoldError
+from . import REFUSED
 from . import compare as comparing
 from . import inspect as inspecting
 from . import latency as timing
@@ -22,11 +23,8 @@ from . import sensitivity as sensing
 from . import train as training
 from . import watch as watching
 
-REFUSED = 2
-
-
 INTERRUPTED = 130
-"""Exit codes: refused (as for a wrong option), and Ctrl-C (128 + SIGINT)."""
+"""Exit code after Ctrl-C: 128 + SIGINT."""
 
 
 def refusing(
@@ -117,8 +115,8 @@ app = typer.Typer(
 )
 
 
-def main() -> None:
-    """Entry point of the `filterfold` command. Under torchrun rank 0 runs it, and the other ranks train along."""
+def run() -> None:
+    """Run the command line. Under torchrun rank 0 runs it, and the other ranks train along."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         app()
         return

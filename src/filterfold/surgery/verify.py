@@ -60,7 +60,7 @@ def verify(
     ```python
     >>> import copy
     >>> from filterfold.plan import Cut, Slice
-    >>> from filterfold.surgery.apply import apply
+    >>> from filterfold import apply
     >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
     >>> made = tuple(Slice(name, 0, (0, 1, 2), "filter") for name in ("0.weight", "0.bias"))
     >>> plan = Plan((Cut("0", (0, -1, 1), made, (Slice("2.weight", 1, (0, 1, 2), "kernel"),)),))
