@@ -75,7 +75,12 @@ __all__ = [
 ]
 
 
-_LAZY = {"OnlineFilterClustering": "online", "Schedule": "online", "to_onnx": "export", "to_program": "export"}
+_LAZY = {
+    "OnlineFilterClustering": "online",
+    "Schedule": "online",
+    "to_onnx": "utils.export",
+    "to_program": "utils.export",
+}
 """Names whose rooms import more than PyTorch, loaded when first used."""
 
 

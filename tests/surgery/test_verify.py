@@ -18,7 +18,7 @@ from filterfold.surgery.layer_attributes import snapshot
 from filterfold.surgery.masking import masked, permuted
 from filterfold.surgery.verify import rehearse, verify
 from filterfold.utils.inputs import leaves, outputs
-from filterfold.utils.model_state import borrowed
+from filterfold.utils.model_state import preserved
 from filterfold.utils.modules import named_tensors
 
 
@@ -342,7 +342,7 @@ def test_borrowing_leaves_no_trace_and_dropout_is_the_same_every_time():
     assert torch.equal(random, torch.get_rng_state())
     model = seeded()
     before = state(model)
-    with borrowed(model, dtype=torch.float64, generic=True):
+    with preserved(model, dtype=torch.float64, generic=True):
         model(X.double())["classes"].sum().backward()
         assert model.norm.weight.std() > 0
     assert_same(before, state(model))

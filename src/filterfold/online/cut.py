@@ -19,7 +19,7 @@ from ..surgery.judge import Verification
 from ..surgery.verify import rehearse
 from ..utils.distributed import decided
 from ..utils.inputs import informative_inputs, outputs
-from ..utils.model_state import borrowed
+from ..utils.model_state import preserved
 from ..utils.modules import named_tensors, unwrap
 from .assign import ROWS, along
 from .folding import FoldBound, parts
@@ -68,7 +68,7 @@ class CutResult:
 
 def observed(model: nn.Module, example_inputs: Any) -> list[Tensor]:
     """Floating-point outputs on the example inputs (noise where those are constant), in eval mode."""
-    with borrowed(model):
+    with preserved(model):
         found = outputs(model, informative_inputs(example_inputs))
     return [value.detach().clone() for value in found if value.is_floating_point()]
 

@@ -19,7 +19,7 @@ from torch import nn
 from ..errors import VerificationError
 from ..plan import ChannelGroup, Plan
 from ..utils.inputs import batch_of, informative_inputs
-from ..utils.model_state import borrowed
+from ..utils.model_state import preserved
 from ..utils.modules import unwrap
 from .apply import Cuttings
 from .judge import TOLERANCES, Errors, Judge, NotFiniteError, Repair, Verification, type_of
@@ -60,7 +60,7 @@ def verify(
     ```python
     >>> import copy
     >>> from filterfold.plan import Cut, Slice
-    >>> from filterfold.surgery import apply
+    >>> from filterfold.surgery.apply import apply
     >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
     >>> made = tuple(Slice(name, 0, (0, 1, 2), "filter") for name in ("0.weight", "0.bias"))
     >>> plan = Plan((Cut("0", (0, -1, 1), made, (Slice("2.weight", 1, (0, 1, 2), "kernel"),)),))
@@ -78,9 +78,9 @@ def verify(
 
     def trial(dtype: torch.dtype | None) -> Errors:
         inputs = informative_inputs(example_inputs, dtype)
-        with borrowed(original, dtype=dtype):
+        with preserved(original, dtype=dtype):
             expected, shuffled = judge.references(inputs)
-        with borrowed(pruned, dtype=dtype):
+        with preserved(pruned, dtype=dtype):
             actual, failure = judge.run(pruned, inputs)
         return judge.errors(expected, shuffled, actual, failure)
 
@@ -124,7 +124,7 @@ def rehearse(
     def trial_with(generic: bool) -> Callable[[torch.dtype | None], Errors]:
         def trial(dtype: torch.dtype | None) -> Errors:
             inputs = informative_inputs(example_inputs, dtype)
-            with borrowed(model, dtype=dtype, generic=generic):
+            with preserved(model, dtype=dtype, generic=generic):
                 return judge.rehearsal(inputs)
 
         return trial

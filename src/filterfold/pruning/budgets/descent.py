@@ -39,7 +39,7 @@ def friendly(room: RankedGroup, step: int) -> RankedGroup:
 
     >>> from filterfold.plan import ChannelGroup
     >>> group = ChannelGroup("a", 40, (), (), True, None, (0,) * 40, (0,) * 40)
-    >>> friendly(Room(group, (), tuple(range(40)), tuple(range(3, 41))), 16).allowed
+    >>> friendly(RankedGroup(group, (), tuple(range(40)), tuple(range(3, 41))), 16).allowed
     (4, 8, 16, 32, 40)
     """
 
