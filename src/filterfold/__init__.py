@@ -27,8 +27,8 @@ from .pruning.prune import PruneResult, prune
 from .pruning.reconstruction import Repair, reestimate, repair
 from .surgery.apply import Receipt, apply
 from .surgery.checkpoint import load, load_weights, save
-from .surgery.judge import Verification
 from .surgery.masking import masked
+from .surgery.verdict import Verification
 from .surgery.verify import verify
 
 if TYPE_CHECKING:

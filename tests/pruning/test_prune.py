@@ -15,8 +15,8 @@ from filterfold.errors import ConfigError, FilterfoldError, SelectionError, Veri
 from filterfold.plan import Cut, Plan, Slice, keep_units
 from filterfold.pruning.prune import culprits, prune
 from filterfold.surgery.apply import apply
-from filterfold.surgery.judge import Verification
 from filterfold.surgery.layer_attributes import snapshot
+from filterfold.surgery.verdict import Verification
 
 
 def net() -> nn.Sequential:

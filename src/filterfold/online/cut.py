@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, VerificationError
 from ..graph import Traced, rewrite_stale_sizes
-from ..plan import ChannelGroup, Cut, Plan, keep_units
+from ..plan import AttributeChange, ChannelGroup, Cut, Plan, keep_units
 from ..pruning.reconstruction import reestimate, repair
-from ..surgery.apply import apply, revert
-from ..surgery.judge import Verification
+from ..surgery.apply import apply, apply_with_sizes
+from ..surgery.verdict import Verification
 from ..surgery.verify import rehearse
 from ..utils.distributed import decided
 from ..utils.inputs import informative_inputs, outputs
-from ..utils.model_state import borrowed
+from ..utils.model_state import preserved
 from ..utils.modules import named_tensors, unwrap
 from .assign import ROWS, along
 from .folding import FoldBound, parts
@@ -68,7 +68,7 @@ class CutResult:
 
 def observed(model: nn.Module, example_inputs: Any) -> list[Tensor]:
     """Floating-point outputs on the example inputs (noise where those are constant), in eval mode."""
-    with borrowed(model):
+    with preserved(model):
         found = outputs(model, informative_inputs(example_inputs))
     return [value.detach().clone() for value in found if value.is_floating_point()]
 
@@ -172,30 +172,18 @@ def cut_through(
 
     **Raises:** `VerificationError` if the cut network would not equal the masked one.
     """
-    bare, verified = unwrap(model), None
-    if verify:
-        verified = decided(  # by rank 0, where several processes train
-            lambda: rehearse(
-                bare,
-                plan,
-                example_inputs,
-                groups=groups,
-                repair=lambda copy, part, inputs: rewrite_stale_sizes(copy, part, groups, inputs),
-            )
-        )
-        if not verified.ok:
-            raise VerificationError(f"the cut was not made: {verified.message}")
-        plan = replace(plan, attributes=verified.attributes)
-    receipt = apply(plan, model, optimizer=optimizer, averaged=averaged)
+    bare = unwrap(model)
+
+    def rewrite(cut: nn.Module, part: Plan, inputs: Any) -> tuple[AttributeChange, ...]:
+        return rewrite_stale_sizes(cut, part, groups, inputs)
+
     if not verify:
-        try:
-            changes = rewrite_stale_sizes(bare, plan, groups, example_inputs)
-        except BaseException:
-            receipt.rollback()
-            raise
-        if changes:  # once more as one transaction, so that averaged copies change too
-            revert(changes, bare)
-            receipt.rollback()
-            plan = replace(plan, attributes=changes)
-            apply(plan, model, optimizer=optimizer, averaged=averaged)
+        plan, _ = apply_with_sizes(plan, model, example_inputs, rewrite, optimizer=optimizer, averaged=averaged)
+        return plan, None
+    # by rank 0, where several processes train
+    verified = decided(lambda: rehearse(bare, plan, example_inputs, groups=groups, rewrite=rewrite))
+    if not verified.ok:
+        raise VerificationError(f"the cut was not made: {verified.message}")
+    plan = replace(plan, attributes=verified.attributes)
+    apply(plan, model, optimizer=optimizer, averaged=averaged)
     return plan, verified

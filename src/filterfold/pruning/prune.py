@@ -16,8 +16,9 @@ from ..errors import ConfigError, FilterfoldError, PlanError, SelectionError, Su
 from ..graph import Traced, rewrite_stale_sizes, trace_and_measure
 from ..plan import AttributeChange, ChannelGroup, Cut, Plan
 from ..profiling.macs import Cost, measure
-from ..surgery.apply import Cuttings, Receipt, apply, revert
-from ..surgery.judge import Verification
+from ..surgery.apply import Rewrite, apply_with_sizes
+from ..surgery.cut_cache import CutCache
+from ..surgery.verdict import Verification
 from ..surgery.verify import rehearse
 from ..utils.modules import unwrap
 from .budgets import LatencyBudget, cuttable, select, select_for_latency, select_greedily
@@ -102,7 +103,7 @@ def prune(
     """Make a model smaller, in place, and prove it.
 
     Traces the channel groups, scores their units, selects those that fit the budget, rehearses the
-    cut against both oracles (see `filterfold.verify.rehearse`), and makes it: on the parameters, gradients, buffers,
+    cut (see `filterfold.surgery.verify.rehearse`), and makes it: on the parameters, gradients, buffers,
     module attributes, optimizer state and averaged copies, as one transaction. By default this is
     Li et al. (2017): the filters of smallest L1 norm go.
 
@@ -152,20 +153,20 @@ def prune(
 
     def choose(groups: Traced) -> Plan:
         if latency is not None:
-            plan = _timed(inner, example_inputs, traced, groups, scores, latency, verify, options)
+            plan = _timed(inner, example_inputs, rewrite, groups, scores, latency, verify, options)
         elif scoring == "greedy" and keep is not None:
             plan = select_greedily(groups, again, keep=keep, **options)
         else:
             plan = select(groups, scores, keep=keep, macs=macs, parameters=parameters, scope=scope, **options)
         return replace(plan, notes={"criterion": _name(criterion), **plan.notes})
 
-    def mend(pruned: nn.Module, plan: Plan, inputs: Any) -> tuple[AttributeChange, ...]:
+    def rewrite(pruned: nn.Module, plan: Plan, inputs: Any) -> tuple[AttributeChange, ...]:
         return rewrite_stale_sizes(pruned, plan, traced, inputs)
 
     def judge(plan: Plan) -> Verification:
-        return rehearse(inner, plan, example_inputs, groups=traced, repair=mend, cuttings=cuttings, count=True)
+        return rehearse(inner, plan, example_inputs, groups=traced, rewrite=rewrite, cache=cache, count=True)
 
-    cuttings = Cuttings()
+    cache = CutCache()
     groups, verified, frozen = traced, None, dict[str, str]()
     if verify:
         groups, plan, verified = _verified(traced, choose, judge, frozen, on_failure)
@@ -174,14 +175,22 @@ def prune(
         plan = choose(traced)
     if latency is not None and "asked" not in plan.notes:
         raise SelectionError("latency: no cut copy of the network could be timed; say how much may stay with macs=")
-    receipt = apply(plan, model, optimizer=optimizer, averaged=averaged, cuttings=cuttings)
+    plan, receipt = apply_with_sizes(
+        plan,
+        model,
+        example_inputs,
+        None if verify else rewrite,
+        optimizer=optimizer,
+        averaged=averaged,
+        cache=cache,
+    )
     if verified is not None and verified.cost is not None and not plan.attributes:
         return PruneResult(plan, before, verified.cost, verified, groups, frozen)
     try:
         after = measure(inner, example_inputs)
-    except FilterfoldError:
-        plan, receipt = _repaired(plan, inner, traced, example_inputs, receipt, optimizer, averaged)
-        after = measure(inner, example_inputs)
+    except BaseException:
+        receipt.rollback()
+        raise
     return PruneResult(plan, before, after, verified, groups, frozen)
 
 
@@ -199,7 +208,7 @@ def _check(on_failure: str, scoring: str, scope: str, *, latency: Any, **budgets
 def _timed(
     model: nn.Module,
     example_inputs: Any,
-    traced: Traced,
+    rewrite: Rewrite,
     groups: Traced,
     scores: Mapping[str, Tensor],
     latency: float | LatencyBudget,
@@ -212,11 +221,7 @@ def _timed(
     def cut(plan: Plan) -> nn.Module:
         tried.append(plan)
         trial = copy.deepcopy(model)
-        receipt = apply(plan, trial)
-        try:
-            measure(trial, example_inputs)
-        except FilterfoldError:
-            _repaired(plan, trial, traced, example_inputs, receipt, None, ())
+        apply_with_sizes(plan, trial, example_inputs, rewrite)
         return trial
 
     where = {"model": model, "example_inputs": example_inputs, "cut": cut}
@@ -305,33 +310,6 @@ def _tried(judge: Judge, plan: Plan) -> Verification:
         return judge(plan)
     except (SurgeryError, PlanError) as error:
         return Verification(False, None, None, (), str(error))
-
-
-def _repaired(
-    plan: Plan,
-    model: nn.Module,
-    traced: Traced,
-    example_inputs: Any,
-    receipt: Receipt,
-    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None,
-    averaged: nn.Module | Sequence[nn.Module],
-) -> tuple[Plan, Receipt]:
-    """Cut again with the sizes in user code that the cut network stumbles over; or roll back and say why."""
-    try:
-        changes = rewrite_stale_sizes(model, plan, traced, example_inputs)
-    except BaseException:
-        receipt.rollback()
-        raise
-    revert(changes, model)
-    receipt.rollback()
-    plan = replace(plan, attributes=(*plan.attributes, *changes))
-    receipt = apply(plan, model, optimizer=optimizer, averaged=averaged)
-    try:
-        measure(model, example_inputs)
-    except BaseException:
-        receipt.rollback()
-        raise
-    return plan, receipt
 
 
 def _name(criterion: str | Criterion | Callable[..., Tensor]) -> str:

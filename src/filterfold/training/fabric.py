@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import ConfigError, TrainingError
 from ..utils import distributed
-from ..utils.model_state import undisturbed
+from ..utils.model_state import preserved
 from ..zoo.registry import FILE_MODULE, load_file
 from .recipe import Recipe
 
@@ -117,7 +117,7 @@ def _unreached(model: nn.Module, example: Tensor) -> bool:
     wanted = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     where = next(model.parameters()).device
     try:
-        with undisturbed(model), torch.enable_grad():
+        with preserved(model), torch.enable_grad():
             logits = model(example.to(where))
     except (RuntimeError, ValueError, TypeError, AssertionError):
         return False  # `check_fit` will say what is wrong

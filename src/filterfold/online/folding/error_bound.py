@@ -32,7 +32,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...plan import DROPPED, Cut, Plan, Slice
 from ...utils.inputs import call
-from ...utils.model_state import undisturbed
+from ...utils.model_state import preserved
 from ...utils.modules import named_tensors, unwrap
 from .units import ProducerLayer, only_norm, producer_layers
 
@@ -188,7 +188,7 @@ def _measure(model: nn.Module, sites: Sequence[_Site], inputs: Any) -> dict[str,
         if name in makers:
             seen[name] = _lifted(module, data[0])
 
-    with undisturbed(model), _watched(model, {name for site in sites for name in site.names()}, look):
+    with preserved(model), _watched(model, {name for site in sites for name in site.names()}, look):
         call(model, inputs)
     return {
         site.filter_name: (seen[site.filter_name], made)
