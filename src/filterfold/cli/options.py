@@ -28,9 +28,6 @@ MODEL_HELP = (
 DATA_HELP = "digits, cifar10, cifar100, a Parquet or image folder, or a hub id."
 
 
-WIDTH_HELP = "Multiplier on every layer's width."
-
-
 _model, _data, _training, _online = (
     partial(Option, rich_help_panel=panel) for panel in ("Model", "Data", "Training", "Online clustering")
 )
@@ -41,7 +38,7 @@ class ModelOptions:
     """Which network."""
 
     model: Annotated[str, _model("--model", "-m", help=MODEL_HELP)] = "vgg16"
-    width: Annotated[float, _model(help=WIDTH_HELP)] = 1.0
+    width: Annotated[float, _model(help="Multiplier on every layer's width.")] = 1.0
 
     def build(self, data: ImageData) -> nn.Module:
         """The network for a data set, with fresh weights."""
@@ -173,6 +170,9 @@ class OnlineOptions:
         if self.pull == "cosine":
             return {**options, "strength": 1e-3 if self.strength is None else self.strength}
         return {**options, "pull": self.pull, **({} if self.strength is None else {"strength": self.strength})}
+
+
+Width = Annotated[float, Option(help="Multiplier on every layer's width.")]
 
 
 Device = Annotated[str, Option(help="cpu, cuda, cuda:N, or auto: the GPU if there is one.")]
