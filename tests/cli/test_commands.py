@@ -18,11 +18,11 @@ from typer.testing import CliRunner
 
 from filterfold.bench.trials.records import Record, read_all
 from filterfold.cli.app import app
-from filterfold.cli.options import OnlineOptions
+from filterfold.cli.options import OnlineOptions, settings
 from filterfold.data import load as load_data
 from filterfold.profiling.macs import measure
 from filterfold.surgery.checkpoint import inspect, load
-from filterfold.training import evaluate
+from filterfold.training import Recipe, evaluate
 from filterfold.zoo import build
 
 runner = CliRunner()
@@ -311,9 +311,7 @@ def _example() -> Any:
 
 
 def test_settings_that_an_older_version_did_not_know_do_not_part_it_from_its_runs() -> None:
-    from filterfold.cli.options import RecipeOptions
-
-    assert set(RecipeOptions().keywords()) == {  # what the first version wrote
+    assert set(settings(Recipe())) == {  # what the first version wrote
         "epochs", "batch_size", "lr", "momentum", "nesterov", "weight_decay", "decay_norms", "schedule", "step_every",
         "step_factor", "warmup", "label_smoothing", "augment", "precision", "channels_last", "compile", "deterministic",
     }  # fmt: skip
