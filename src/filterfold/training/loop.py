@@ -91,12 +91,15 @@ def train(
 
     ```
     """
-    every = (recipe or Recipe()).validate_every if validate_every is None else validate_every
-    job = Job(model, data, recipe or Recipe(), tuple(callbacks), optimizer, every, device, phase)
-    path = Path(checkpoint) if checkpoint is not None else None
+    recipe = recipe or Recipe()
+    every = recipe.validate_every if validate_every is None else validate_every
+    job = Job(model, data, recipe, tuple(callbacks), optimizer, every, device, phase)
+    leading = Leading(observers, Path(checkpoint) if checkpoint is not None else None, checkpoint_seconds, check)
     distributed.join()
+    if distributed.count() > 1:
+        model.cpu()  # where other processes can take it up; each moves it to its own device
     with handed_out(job):
-        return work(job, observers=observers, path=path, checkpoint_seconds=checkpoint_seconds, check=check)
+        return work(job, leading)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,16 +116,21 @@ class Job:
     phase: str
 
 
-def work(
-    job: Job,
-    *,
-    observers: Sequence[Callable[[Row], object]] = (),
-    path: Path | None = None,
-    checkpoint_seconds: float = 0.0,
-    check: Callable[[float], None] | None = None,
-) -> History:
-    """Do a job; all but the job itself matters in rank 0 only. See `train`."""
+@dataclass(frozen=True, slots=True)
+class Leading:
+    """What rank 0 alone does after an epoch; see `train`."""
+
+    observers: Sequence[Callable[[Row], object]] = ()
+    checkpoint: Path | None = None
+    checkpoint_seconds: float = 0.0
+    check: Callable[[float], None] | None = None
+
+
+def work(job: Job, leading: Leading | None = None) -> History:
+    """Do a job; `leading` matters in rank 0 only. See `train`."""
     model, data, recipe, callbacks = job.model, job.data, job.recipe, job.callbacks
+    leading = leading or Leading()
+    path = leading.checkpoint
     if min(recipe.batch_size, len(data.train)) < distributed.count():
         raise ConfigError(f"batches of {recipe.batch_size} images can't be shared by {distributed.count()} processes")
     with _given_back(model, recipe):
@@ -135,7 +143,7 @@ def work(
         if tree is not None:
             checkpoint.resize(model, tree)
         run = Run(model, job.optimizer or recipe.optimizer(model), data, recipe, fabric, job.phase)
-        loop = Loop(run, callbacks, observers, path, checkpoint_seconds, check, job.validate_every, same)
+        loop = Loop(run, job, leading, same)
         if tree is not None:
             checkpoint.take_up(path or Path("the checkpoint"), run, tree)
         for callback in callbacks:
@@ -154,20 +162,9 @@ def work(
 class Loop:
     """The epochs of one call of `train`."""
 
-    def __init__(
-        self,
-        run: Run,
-        callbacks: Sequence[Callback],
-        observers: Sequence[Callable[[Row], object]],
-        path: Path | None,
-        checkpoint_seconds: float,
-        check: Callable[[float], None] | None,
-        validate_every: int,
-        same: dict[str, Any],
-    ) -> None:
-        self.run, self.callbacks, self.observers, self.path = run, callbacks, observers, path
-        self.checkpoint_seconds, self.check, self.validate_every = checkpoint_seconds, check, validate_every
-        self.same = same
+    def __init__(self, run: Run, job: Job, leading: Leading, same: dict[str, Any]) -> None:
+        self.run, self.leading, self.same = run, leading, same
+        self.callbacks, self.validate_every = job.callbacks, job.validate_every
         self.split = run.data.train.to(run.device)
         self.validation = run.data.validation.to(run.device)
         self.stepper: Any = run.fabric.setup_optimizers(run.optimizer)
@@ -177,7 +174,7 @@ class Loop:
         self.steps = len(self.split) // run.recipe.batch_size if self.whole else 1
         self.images = min(len(self.split), run.recipe.batch_size)
         self.part = distributed.part if distributed.count() > 1 else whole
-        self.hooked = [c for c in callbacks if type(c).after_backward is not Callback.after_backward]
+        self.hooked = [c for c in job.callbacks if type(c).after_backward is not Callback.after_backward]
         self.written = time.monotonic()
 
     def go(self) -> None:
@@ -282,23 +279,23 @@ class Loop:
         ).top1
 
     def _tell_and_save(self, row: Row) -> None:
-        for observer in self.observers:
+        for observer in self.leading.observers:
             observer(row)
-        last, seconds = row["epoch"] == self.run.recipe.epochs, row["seconds"]
-        due = last or time.monotonic() - self.written >= self.checkpoint_seconds
+        last, check = row["epoch"] == self.run.recipe.epochs, self.leading.check
+        due = last or time.monotonic() - self.written >= self.leading.checkpoint_seconds
         if due:
             self._save()
         try:
-            if self.check is not None and not last:
-                self.check(seconds)
+            if check is not None and not last:
+                check(row["seconds"])
         except BaseException:
             if not due:
                 self._save()
             raise
 
     def _save(self) -> None:
-        if self.path is not None:
-            checkpoint.save(self.path, self.run, self.callbacks, self.same)
+        if self.leading.checkpoint is not None:
+            checkpoint.save(self.leading.checkpoint, self.run, self.callbacks, self.same)
             self.written = time.monotonic()
 
 
