@@ -50,6 +50,14 @@ Examples:
 """
 
 
+BATCH, BATCHES = 128, 10
+"""Up to 1,280 training images, to score filters and to repair on."""
+
+
+TIMED = (1, 64)
+"""Batch sizes at which the network is timed before and after."""
+
+
 _cut_option = partial(Option, rich_help_panel="Cut")
 
 
@@ -117,8 +125,14 @@ def prune(
 
     With --retrain-epochs the smaller network is trained on; a run that was stopped goes on with the same command.
     """
+    from .. import prune as prune_model
+    from .. import repair as repair_model
+    from .. import save
     from ..bench.trials.context import resolve
+    from ..data import batches
+    from ..profiling import measure_latency
     from ..training import Recipe
+    from ..utils.environment import command, describe
     from ..utils.export import to_onnx
 
     use_threads(threads)
@@ -128,16 +142,19 @@ def prune(
     device = resolve(device)
     with live():
         data = images.load()
+        top1 = partial(_top1, data=data) if evaluate else lambda _model: None
         model = with_weights(lambda: chosen.build(data), weights, device)
-        before = copy.deepcopy(model)
+        before, example = copy.deepcopy(model), data.example.to(device)
+        loader = list(islice(batches(data.train, BATCH, shuffle=True, seed=seed, device=device), BATCHES))
         kept = out.with_name(f".{out.name}.widths")
-        result = _cut(model, data, _as_before(kept, budget), seed, device)
+        budget_or_widths = _as_before(kept, budget)
+        result = prune_model(model, example, loader=loader, seed=seed, on_failure="freeze", **budget_or_widths)
         if budget["latency"] and retrain_epochs:
             result = _keep_widths(kept, result)
-        stages = {"before": _top1(before, data, evaluate), "after the cut": _top1(model, data, evaluate)}
+        stages = {"before": top1(before), "after the cut": top1(model)}
         if repair:
-            _repair(model, before, result.plan, data, seed, device)
-            stages["after repair"] = _top1(model, data, evaluate)
+            repair_model(model, before, result.plan, loader, batches=len(loader))  # says in the log what it did
+            stages["after repair"] = top1(model)
         if retrain_epochs:
             recipe = Recipe(
                 epochs=retrain_epochs,
@@ -147,9 +164,10 @@ def prune(
                 seed=seed,
             )
             _retrain(model, data, out, recipe, device, result.plan)
-            stages["after retraining"] = _top1(model, data, evaluate)
-        latency = _latency(before, model, data, device)
-        _save(model, result, out, stages)
+            stages["after retraining"] = top1(model)
+        latency = measure_latency({"before": before, "after": model}, example, batch_sizes=TIMED, repeats=10)
+        about = {"command": command(), "test_top1": stages, "environment": describe()}
+        save(model, out, plan=result.plan, metadata=about)
         if onnx is not None:
             to_onnx(copy.deepcopy(model).cpu(), data.example, onnx)
         kept.unlink(missing_ok=True)
@@ -157,25 +175,10 @@ def prune(
     say(f"network: {out}" + (f" and {onnx}" if onnx else ""))
 
 
-def _cut(model: nn.Module, data: ImageData, budget: dict[str, Any], seed: int, device: str) -> PruneResult:
-    from ..pruning.prune import prune
+def _top1(model: nn.Module, data: ImageData) -> float:
+    from ..training import evaluate
 
-    loader = _some_batches(data, seed, device)
-    return prune(model, data.example.to(device), loader=loader, seed=seed, on_failure="freeze", **budget)
-
-
-def _repair(model: nn.Module, before: nn.Module, plan: Plan, data: ImageData, seed: int, device: str) -> None:
-    from ..pruning.reconstruction import repair
-
-    loader = _some_batches(data, seed, device)
-    repair(model, before, plan, loader, batches=len(loader))  # says in the log what it did
-
-
-def _some_batches(data: ImageData, seed: int, device: str) -> list[Any]:
-    """Up to 1,280 training images, to score filters and to repair on."""
-    from ..data import batches
-
-    return list(islice(batches(data.train, 128, shuffle=True, seed=seed, device=device), 10))
+    return evaluate(model, data.test, classes=len(data.classes)).top1
 
 
 def _as_before(kept: Path, budget: dict[str, Any]) -> dict[str, Any]:
@@ -205,12 +208,6 @@ def _kept_plan(kept: Path) -> Plan | None:
     return Plan.from_json(kept.read_text(encoding="utf-8")) if kept.exists() else None
 
 
-def _top1(model: nn.Module, data: ImageData, asked: bool) -> float | None:
-    from ..training import evaluate
-
-    return evaluate(model, data.test, classes=len(data.classes)).top1 if asked else None
-
-
 def _retrain(model: nn.Module, data: ImageData, out: Path, recipe: Recipe, device: str, plan: Plan) -> None:
     """Train the cut network; interrupted, the same command makes the same cut again and goes on from here."""
     from ..training import train
@@ -220,21 +217,6 @@ def _retrain(model: nn.Module, data: ImageData, out: Path, recipe: Recipe, devic
     kept = out.with_name(f".{out.name}.{cut}")
     train(model, data, recipe, checkpoint=kept, device=device, phase="retrain")
     kept.unlink(missing_ok=True)
-
-
-def _latency(before: nn.Module, after: nn.Module, data: ImageData, device: str) -> LatencyComparison:
-    from ..profiling import measure_latency
-
-    models = {"before": before, "after": after}
-    return measure_latency(models, data.example.to(device), batch_sizes=(1, 64), repeats=10)
-
-
-def _save(model: nn.Module, result: PruneResult, out: Path, stages: dict[str, float | None]) -> None:
-    from ..surgery.checkpoint import save
-    from ..utils.environment import command, describe
-
-    about = {"command": command(), "test_top1": stages, "environment": describe()}
-    save(model, out, plan=result.plan, metadata=about)
 
 
 def _show(result: PruneResult, stages: dict[str, float | None], latency: LatencyComparison) -> None:
@@ -248,7 +230,7 @@ def _show(result: PruneResult, stages: dict[str, float | None], latency: Latency
             ("parameters", result.before.parameters, result.after.parameters),
         )
     ]
-    for size in (1, 64):
+    for size in TIMED:
         old, new = (latency.row(name, size).median for name in ("before", "after"))
         rows.append((f"latency, batch {size}", f"{1e3 * old:.3g} ms", f"{1e3 * new:.3g} ms", f"{old / new:.2f}×"))
     first = stages["before"]
