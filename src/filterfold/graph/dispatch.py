@@ -44,25 +44,22 @@ class Call:
     - `args`: all arguments by name, defaults filled in.
     - `out`: the result, a tensor or a tuple or list of them.
     - `where`: qualified name of the module that called it.
+    - `tensors`, `outputs`: all tensors among the arguments and among the results, in order.
     """
 
     op: str
     args: dict[str, Any]
     out: Any
     where: str
+    tensors: list[Tensor] = field(init=False)
+    outputs: list[Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Collect the tensors."""
+        self.tensors, self.outputs = list(tensors_in(self.args.values())), list(tensors_in([self.out]))
 
     def __getitem__(self, name: str) -> Any:
         return self.args.get(name)
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All tensors among the arguments, in order."""
-        return list(tensors_in(self.args.values()))
-
-    @property
-    def outputs(self) -> list[Tensor]:
-        """All tensors among the results, in order."""
-        return list(tensors_in([self.out]))
 
     @property
     def site(self) -> str:
