@@ -16,7 +16,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .errors import FilterfoldError
-from .graph import trace
+from .graph import trace, tracing_rule
 from .online.folding.fold import from_clusters
 from .plan import ChannelGroup, Cut, Plan, Slice
 from .profiling import measure_latency
@@ -71,6 +71,7 @@ __all__ = [
     "to_onnx",
     "to_program",
     "trace",
+    "tracing_rule",
     "verify",
 ]
 

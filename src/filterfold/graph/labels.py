@@ -42,6 +42,11 @@ Layout = tuple[Axis, ...]
 """One `Axis` for each axis of a tensor."""
 
 
+def same_layout(first: Layout, second: Layout) -> bool:
+    """Whether two layouts of equally many axes are the same: the very same label vectors, or all fixed."""
+    return all(a is b or (a == FIXED and b == FIXED) for a, b in zip(first, second, strict=True))
+
+
 @dataclass(frozen=True, slots=True)
 class AxisLabels:
     """The labels `start … start + size - 1` stand for the positions along `tensor`'s `axis`."""
@@ -74,7 +79,7 @@ class LabelTable:
     _starts: list[int] = field(default_factory=list)
     _constants: list[tuple[int, int]] = field(default_factory=list)
 
-    def open(self, tensor: str, shape: Sequence[int]) -> Layout:
+    def add(self, tensor: str, shape: Sequence[int]) -> Layout:
         """Fresh labels for all axes of a parameter or buffer."""
         layout: list[Axis] = []
         for axis, size in enumerate(shape):
@@ -139,14 +144,14 @@ class LabelTable:
         for vector in axis or ():
             self.frozen.append((vector, reason))
 
-    def soften(self, axis: Axis, reason: str, *, ordered: bool = False) -> None:
+    def mark_inexact(self, axis: Axis, reason: str, *, ordered: bool = False) -> None:
         """Removing the axis's labels is not the same as masking them (`ordered`: their order matters too)."""
         for vector in axis or ():
             self.inexact.append((vector, reason))
             if ordered:
                 self.ordered.append(vector)
 
-    def balance(self, vector: Vector, parts: int) -> None:
+    def keep_balanced(self, vector: Vector, parts: int) -> None:
         """The `parts` equal stretches of the vector must keep equally many positions each."""
         self.blocks.append(vector.reshape(parts, -1))
 
@@ -164,4 +169,4 @@ class LabelTable:
                     self.roles[entry.start] = role
                 elif "kernel" in (before, role):
                     self.roles[entry.start] = role if before == "kernel" else before
-                    self.soften(axis, f"{entry.tensor} both makes and reads them")
+                    self.mark_inexact(axis, f"{entry.tensor} both makes and reads them")

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..plan import DROPPED, Plan
 from .assemble import Assembly
-from .dispatch import Shaped, Step
+from .dispatch import SizedLayout, Step
 from .labels import FREE, Axis
 
 
@@ -67,7 +67,7 @@ class PredictedSizes:
             return None
         return int(self.survives(axis, size).sum()) if axis else size
 
-    def shape(self, tensor: Shaped) -> tuple[int | None, ...]:
+    def shape(self, tensor: SizedLayout) -> tuple[int | None, ...]:
         """The shape of a tensor after the cut, as far as it is known."""
         return tuple(self.size(axis, size) for axis, size in zip(tensor.layout, tensor.shape, strict=True))
 

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import TraceError
 from ..plan import AttributeChange, Plan
+from ..utils.dispatch import Function, OperationMode, signature, tensors_in
 from ..utils.inputs import call
-from ..utils.model_state import attention_in_steps, preserved, random_state_preserved
-from .dispatch import Step, Walk, bind, find_rule, module_stack, numbers_in, tensors_in
+from ..utils.model_state import preserved, random_state_preserved
+from .dispatch import Step, find_rule, module_stack, numbers_in
 from .predicted_sizes import PredictedSizes, replaced, settled
 from .rules import RULES
 from .trace import Traced
@@ -95,25 +95,20 @@ def rewrite_stale_sizes(
         raise
 
 
-class _Checker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # the base class has no annotations
+class _Checker(OperationMode):
     """Runs the operations of the pruned network beside the forecast, putting numbers right on the way."""
 
     def __init__(self, forecast: PredictedSizes, steps: Sequence[Step], stack: list[str], run: Run) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.forecast, self.steps, self.stack, self.run = forecast, steps, stack, run
+        super().__init__()
+        self.forecast, self.steps, self.stack, self.progress = forecast, steps, stack, run
 
-    def __torch_dispatch__(
-        self, func: torch._ops.OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Called by PyTorch for every operation."""
-        kwargs = kwargs or {}
-        op, rule = find_rule(func, RULES)
-        if rule is None:
-            with self:
-                pieces = func.decompose(*args, **kwargs)
-            if pieces is not NotImplemented:
-                return pieces
-        run = self.run
+    def rule_for(self, func: Function) -> Any:
+        """The tracing rule: what had none when tracing was decomposed there, too."""
+        return find_rule(func, RULES)[1]
+
+    def run(self, func: Function, rule: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ARG002
+        """Run the operation with the numbers that the forecast wants, and note those that were wrong."""
+        run, op = self.progress, find_rule(func, RULES)[0]
         run.stack = tuple(self.stack)
         step = self.steps[run.place] if run.place < len(self.steps) else None
         if step is not None and (op, step.op) == ("alias", "slice"):
@@ -123,16 +118,15 @@ class _Checker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # the base 
         if step is None or (step.op != op and (op, step.op) != ("slice", "alias")):
             raise _Mismatch(f"{op} is called where the unpruned network called something else")
         wanted = self.forecast.numbers(step)
-        bound = bind(func, args, kwargs)
+        bound = signature(func).bind(args, kwargs)
         given = numbers_in(bound)
         for name, value in ((name, settled(given.get(name), value)) for name, value in wanted.items()):
             if name in given and given[name] != value and not _same_end(step, name, given[name], value):
                 run.findings.append(Finding(run.place, op, run.stack, given[name], value))
                 bound[name] = list(value) if isinstance(value, tuple) else value
+        self.save_written(func, bound, lambda tensor: not tensor.is_inference())
         if run.findings and run.findings[-1].place == run.place:
-            positional = [a.name for a in func._schema.arguments if not a.kwarg_only]
-            args = tuple(bound[name] for name in positional)
-            kwargs = {a.name: bound[a.name] for a in func._schema.arguments if a.kwarg_only}
+            args, kwargs = signature(func).spread(bound)
         out = func(*args, **kwargs)
         for tensor, expected in zip(tensors_in([out]), step.outputs, strict=False):
             shape = tuple(tensor.shape)
@@ -272,13 +266,10 @@ class _Search:
     def run(self) -> Run:
         """Run the pruned network once beside the forecast."""
         run, stack = Run(), list[str]()
-        walk = Walk(None, RULES)  # type: ignore[arg-type]  # only its list of saved tensors is used
-        with preserved(self.model), random_state_preserved(self.model), walk.undoing_writes():
-            for tensor in self.model.buffers():
-                walk.saved[id(tensor)] = (tensor, tensor.clone())
+        with preserved(self.model), random_state_preserved(self.model):
             checker = _Checker(self.forecast, self.traced.sizes.steps, stack, run)
             try:
-                with torch.inference_mode(), attention_in_steps(), module_stack(self.model, stack), checker:
+                with torch.inference_mode(), module_stack(self.model, stack), checker:
                     call(self.model, self.inputs)
             except Exception as error:
                 run.error = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
