@@ -173,7 +173,7 @@ def run(
     places: EngineOptions,
 ) -> None:
     """Run a comparison, show what it came to, and end with the exit code that says how far it came."""
-    from ..bench.trials.deadline import seconds
+    from ..bench.trials.context import seconds
     from ..bench.trials.runner import compare
     from ..utils.environment import command
 

@@ -16,8 +16,8 @@ from .options import DATA_HELP, DataOptions, Device, EngineOptions, Precision, T
 
 if TYPE_CHECKING:
     from ..bench.recipes import PruningRecipe
+    from ..bench.recipes.trials import Network
     from ..bench.report.table import Table
-    from ..bench.trials.recipe import Network
     from ..bench.trials.runner import Outcome
 
 
@@ -115,7 +115,7 @@ def run(
     Done a second time, it goes on from where it was. Exit code 3: stopped in time with work left.
     """
     from ..bench.recipes import load
-    from ..bench.trials.recipe import setting
+    from ..bench.recipes.trials import setting
 
     use_threads(threads)
     recipe = load(name)
@@ -159,9 +159,8 @@ def _run(
     cache_dir: Path | None,
     places: EngineOptions,
 ) -> tuple[Outcome, list[Network]]:
-    from ..bench.trials.context import RunContext
-    from ..bench.trials.deadline import seconds
-    from ..bench.trials.recipe import comparison, networks
+    from ..bench.recipes.trials import comparison, networks
+    from ..bench.trials.context import RunContext, seconds
     from ..bench.trials.runner import compare
     from ..utils.environment import command
 

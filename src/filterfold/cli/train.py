@@ -115,7 +115,7 @@ def _run(
     trackers: Sequence[str],
 ) -> None:
     from ..bench.trials.config import Comparison
-    from ..bench.trials.deadline import seconds
+    from ..bench.trials.context import seconds
     from ..bench.trials.runner import compare
     from ..utils.environment import command
     from ..utils.io import write_atomically

@@ -241,7 +241,7 @@ def measure_latency(
         with torch.inference_mode():
             for batch_size in track(batch_sizes, f"timing, {mode}", len(batch_sizes)):
                 batch = examples(example, batch_size)
-                rows += _in_turn(runners, batch, batch_size, timer, repeats, warmup, block_seconds, max_seconds)
+                rows += _interleaved(runners, batch, batch_size, timer, repeats, warmup, block_seconds, max_seconds)
     return LatencyComparison(tuple(rows), conditions, macs)
 
 
@@ -311,11 +311,20 @@ def _check(
     return place_of(next(iter(models.values())))
 
 
+def in_turn(count: int, turn: int) -> range:
+    """The order in which one of several rounds takes so many networks: forwards, then backwards, and so on.
+
+    >>> list(in_turn(3, 0)), list(in_turn(3, 1))
+    ([0, 1, 2], [2, 1, 0])
+    """
+    return range(count) if turn % 2 == 0 else range(count - 1, -1, -1)
+
+
 def _moved(inputs: Any, device: torch.device) -> Any:
     return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, inputs)
 
 
-def _in_turn(
+def _interleaved(
     runners: Sequence[tuple[str, Runner]],
     batch: Any,
     batch_size: int,
@@ -336,8 +345,7 @@ def _in_turn(
     for repeat in range(repeats):
         if spent > max_seconds and repeat >= _LEAST_REPEATS:
             break
-        order = range(len(runs)) if repeat % 2 == 0 else reversed(range(len(runs)))
-        for index in order:
+        for index in in_turn(len(runs), repeat):
             taken = timer(runs[index], counts[index])
             seconds[index].append(taken / counts[index])
             spent += taken
