@@ -188,9 +188,7 @@ class _TimingPass:
     def timed(self) -> list[Record]:
         """The records with their networks' times."""
         medians = {name: [statistics.median(own) for own in lists] for name, lists in self.seconds.items()}
-        controls = {
-            name: own[-1] / own[0] for name, own in medians.items()
-        }
+        controls = {name: own[-1] / own[0] for name, own in medians.items()}
         timed: list[Record] = []
         for place, record in enumerate(self.finished):
             result = record["result"]
