@@ -168,7 +168,7 @@ def one(
 
 def drop(network: nn.Module, example: Tensor, share: float, seed: int, _calibration: list[Any]) -> Plan:
     """Drop the filters of smallest L1 norm in every group."""
-    return ff.prune(network, example, keep=share, verify=False, seed=seed).plan
+    return ff.prune(network, example, keep=share, verify=False, scoring=ff.Scoring(seed=seed)).plan
 
 
 def fold(network: nn.Module, example: Tensor, share: float, seed: int, _calibration: list[Any]) -> Plan:
@@ -189,8 +189,8 @@ def folded(network: nn.Module, example: Tensor, seed: int, **budget: Any) -> Pla
 
 def lose_least(network: nn.Module, example: Tensor, share: float, seed: int, calibration: list[Any]) -> Plan:
     """Drop the filters that the next layers can best do without, in every group."""
-    options: dict[str, Any] = {"criterion": "reconstruction", "loader": calibration, "verify": False, "seed": seed}
-    return ff.prune(network, example, keep=share, **options).plan
+    options: dict[str, Any] = {"criterion": "reconstruction", "loader": calibration, "verify": False}
+    return ff.prune(network, example, keep=share, scoring=ff.Scoring(seed=seed), **options).plan
 
 
 def lose_least_to_budget(network: nn.Module, example: Tensor, share: float, seed: int, calibration: list[Any]) -> Plan:
@@ -199,8 +199,8 @@ def lose_least_to_budget(network: nn.Module, example: Tensor, share: float, seed
         "criterion": "reconstruction",
         "loader": calibration,
         "verify": False,
-        "seed": seed,
-        "scope": "global",
+        "scoring": ff.Scoring(seed=seed),
+        "selection": ff.Selection(scope="global"),
     }
     return ff.prune(network, example, macs=uniform_cost(network, example, share), **options).plan
 

@@ -77,7 +77,7 @@ class CutOptions:
 
     def keywords(self) -> dict[str, Any]:
         """Keyword arguments of `filterfold.prune`."""
-        from ..pruning.budgets import LatencyBudget
+        from ..pruning.budgets import LatencyBudget, Selection
 
         if sum(bool(budget) for budget in (self.keep, self.macs, self.parameters, self.latency)) != 1:
             raise ConfigError(
@@ -89,10 +89,7 @@ class CutOptions:
             "parameters": self.parameters,
             "latency": LatencyBudget(self.latency, batch_size=self.latency_batch) if self.latency else None,
             "criterion": self.criterion,
-            "scope": self.scope,
-            "round_to": self.round_to,
-            "min_keep": self.min_keep,
-            "ignore": tuple(self.ignore or ()),
+            "selection": Selection(self.scope, self.round_to, self.min_keep, tuple(self.ignore or ())),
         }
 
 
@@ -159,10 +156,12 @@ def prune(
 
 
 def _cut(model: nn.Module, data: ImageData, budget: dict[str, Any], seed: int, device: str) -> PruneResult:
-    from ..pruning.prune import prune
+    from ..pruning.prune import Scoring, prune
 
     loader = _some_batches(data, seed, device)
-    return prune(model, _example(data, device), loader=loader, seed=seed, on_failure="freeze", **budget)
+    return prune(
+        model, _example(data, device), loader=loader, scoring=Scoring(seed=seed), on_failure="freeze", **budget
+    )
 
 
 def _repair(model: nn.Module, before: nn.Module, plan: Plan, data: ImageData, seed: int, device: str) -> None:

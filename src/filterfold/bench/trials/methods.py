@@ -14,7 +14,7 @@ from ...graph import trace
 from ...online import Schedule
 from ...plan import Plan
 from ...profiling.macs import measure
-from ...pruning.prune import PruneResult, prune
+from ...pruning.prune import PruneResult, Scoring, prune
 from ...training import Row, train
 from ..recipes.recipe import keep_shares
 from .config import LONGER, SCRATCH, SCRATCH_LONG, Trial
@@ -102,9 +102,11 @@ def cut_and_retrain(trial: Trial, bench: RunContext, model: nn.Module) -> Afterw
             **part,
             round_to=setting.round_to,
             loader=bench.loader(trial.seed),
-            seed=trial.seed,
-            follow=cast(Literal["shortcut"] | None, setting.follow),
-            scoring="greedy" if trial.strategy == "greedy" else "independent",
+            scoring=Scoring(
+                order="greedy" if trial.strategy == "greedy" else "independent",
+                follow=cast(Literal["shortcut"] | None, setting.follow),
+                seed=trial.seed,
+            ),
         )
         done.plans.append(result.plan)
         epochs = _portion(setting.retrain_epochs, number, len(rounds))
@@ -142,7 +144,8 @@ def scratch(trial: Trial, bench: RunContext, epochs: int | None = None) -> tuple
 
 def drawn(trial: Trial, bench: RunContext, model: nn.Module, asked: Mapping[str, Any]) -> PruneResult:
     """Shrink a network with fresh weights; any filters are as good as others."""
-    return prune(model, bench.example, criterion="random", round_to=trial.setting.round_to, seed=trial.seed, **asked)
+    scoring = Scoring(seed=trial.seed)
+    return prune(model, bench.example, criterion="random", round_to=trial.setting.round_to, scoring=scoring, **asked)
 
 
 def _retrain(trial: Trial, bench: RunContext, model: nn.Module, epochs: int, checkpoint: str, before: int) -> list[Row]:
