@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import filterfold as ff
 from filterfold import data, zoo
-from filterfold.online import OnlineFilterClustering
+from filterfold.online import CutOptions, OnlineFilterClustering
 from filterfold.plan import Plan
 from filterfold.pruning.reconstruction import reestimate, repair
 from filterfold.utils.environment import command, describe
@@ -183,7 +183,7 @@ def fold_to_budget(network: nn.Module, example: Tensor, share: float, seed: int,
 
 def folded(network: nn.Module, example: Tensor, seed: int, **budget: Any) -> Plan:
     """Fold clusters of filters within a budget."""
-    online = OnlineFilterClustering(network, example, round_to=1, verify=False, seed=seed, **budget)
+    online = OnlineFilterClustering(network, example, round_to=1, cutting=CutOptions(seed=seed, verify=False), **budget)
     return online.cluster_and_prune().plan
 
 

@@ -89,7 +89,7 @@ class CutOptions:
             "parameters": self.parameters,
             "latency": LatencyBudget(self.latency, batch_size=self.latency_batch) if self.latency else None,
             "criterion": self.criterion,
-            "selection": Selection(self.scope, self.round_to, self.min_keep, tuple(self.ignore or ())),
+            "selection": Selection(cast(Any, self.scope), self.round_to, self.min_keep, tuple(self.ignore or ())),
         }
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..errors import ConfigError, FilterfoldError, SelectionError
 from ..graph import Traced, rewrite_stale_sizes, trace_and_measure
 from ..plan import AttributeChange, ChannelGroup, Plan
-from ..profiling.macs import Cost, measure
-from ..surgery.apply import Cuttings, Receipt, apply, revert
+from ..profiling.macs import Cost
+from ..surgery.apply import Cuttings
 from ..surgery.judge import Verification
 from ..surgery.verify import rehearse
 from ..utils.modules import unwrap
@@ -22,8 +22,7 @@ from .budgets import Budget, LatencyBudget, Selection, choose, cuttable, select_
 from .budgets.patterns import merged
 from .criteria import Criterion, score
 from .culprits import FAILED, OnFailure, passing_plan
-
-Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
+from .cutting import Optimizers, check_optimizers, cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,16 +189,19 @@ def prune(
         plan = plan_for(traced)
     if budget.latency is not None and "asked" not in plan.notes:
         raise SelectionError("latency: no cut copy of the network could be timed; say how much may stay with macs=")
-    receipt = apply(plan, model, optimizer=optimizer, averaged=averaged, cuttings=cuttings)
-    frozen = {g.name: g.frozen.removeprefix(FAILED) for g in groups if (g.frozen or "").startswith(FAILED) and g.frozen}
-    if verified is not None and verified.cost is not None and not plan.attributes:
-        return PruneResult(plan, before, verified.cost, verified, groups, frozen)
-    try:
-        after = measure(inner, example_inputs)
-    except FilterfoldError:
-        plan, receipt = _repaired(plan, inner, traced, example_inputs, receipt, optimizer, averaged)
-        after = measure(inner, example_inputs)
-    return PruneResult(plan, before, after, verified, groups, frozen)
+    known = verified.cost if verified is not None and not plan.attributes else None
+    done = cut(
+        plan,
+        model,
+        traced,
+        example_inputs,
+        optimizer=optimizer,
+        averaged=averaged,
+        cuttings=cuttings,
+        tried=known is not None,
+    )
+    frozen = {g.name: g.frozen.removeprefix(FAILED) for g in groups if g.frozen and g.frozen.startswith(FAILED)}
+    return PruneResult(done.plan, before, known or done.cost or before, verified, groups, frozen)
 
 
 def _check(budget: Budget, selection: Selection, scoring: Scoring, verify: bool, on_failure: str) -> None:
@@ -212,17 +214,6 @@ def _check(budget: Budget, selection: Selection, scoring: Scoring, verify: bool,
         raise ConfigError("scoring: order='greedy' needs keep= and scope='layer'")
     if budget.latency is not None and selection.scope != "layer":
         raise SelectionError("scope= has no effect with latency=: leave it out")
-
-
-def check_optimizers(optimizer: Optimizers, model: nn.Module) -> None:
-    """Refuse an optimizer that holds none of a network's parameters: it was made for another one."""
-    own = {id(parameter) for parameter in model.parameters()}
-    optimizers = optimizer if isinstance(optimizer, Sequence) else [] if optimizer is None else [optimizer]
-    for entry in optimizers:
-        if not isinstance(entry, torch.optim.Optimizer):
-            raise ConfigError(f"optimizer={type(entry).__name__}: must be a torch.optim.Optimizer, or several")
-        if not any(id(parameter) in own for group in entry.param_groups for parameter in group["params"]):
-            raise ConfigError(f"{type(entry).__name__} holds no parameter of this model: was it built for another one?")
 
 
 @dataclass(frozen=True)
@@ -249,14 +240,10 @@ class _Network:
         """The plan that meets a latency budget; or one whose trial cut fails, where verification follows to say why."""
         tried: list[Plan] = []
 
-        def cut(plan: Plan) -> nn.Module:
+        def cut_copy(plan: Plan) -> nn.Module:
             tried.append(plan)
             trial = copy.deepcopy(self.model)
-            receipt = apply(plan, trial)
-            try:
-                measure(trial, self.example_inputs)
-            except FilterfoldError:
-                _repaired(plan, trial, self.traced, self.example_inputs, receipt, None, ())
+            cut(plan, trial, self.traced, self.example_inputs)
             return trial
 
         try:
@@ -266,7 +253,7 @@ class _Network:
                 latency=latency,
                 model=self.model,
                 example_inputs=self.example_inputs,
-                cut=cut,
+                cut=cut_copy,
                 cost=self.cost,
                 selection=selection,
             )
@@ -274,33 +261,6 @@ class _Network:
             if isinstance(error, SelectionError) or not (verify and tried):
                 raise
             return tried[-1]
-
-
-def _repaired(
-    plan: Plan,
-    model: nn.Module,
-    traced: Traced,
-    example_inputs: Any,
-    receipt: Receipt,
-    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None,
-    averaged: nn.Module | Sequence[nn.Module],
-) -> tuple[Plan, Receipt]:
-    """Cut again with the sizes in user code that the cut network stumbles over; or roll back and say why."""
-    try:
-        changes = rewrite_stale_sizes(model, plan, traced, example_inputs)
-    except BaseException:
-        receipt.rollback()
-        raise
-    revert(changes, model)
-    receipt.rollback()
-    plan = replace(plan, attributes=(*plan.attributes, *changes))
-    receipt = apply(plan, model, optimizer=optimizer, averaged=averaged)
-    try:
-        measure(model, example_inputs)
-    except BaseException:
-        receipt.rollback()
-        raise
-    return plan, receipt
 
 
 def _name(criterion: str | Criterion | Callable[..., Tensor]) -> str:

@@ -22,8 +22,13 @@ class Prices(Protocol):
     `neighbours` lists for each group those, itself among them, whose savings change when its width does.
     """
 
-    full: Counts
-    neighbours: Sequence[Collection[int]]
+    @property
+    def full(self) -> Counts:
+        """Kept units before anything is removed."""
+
+    @property
+    def neighbours(self) -> Sequence[Collection[int]]:
+        """Group → groups."""
 
     def saved(self, counts: Counts, index: int, fewer: int) -> float:
         """What is saved if one group keeps fewer units, the others keep `counts`."""
