@@ -16,7 +16,7 @@ options runs/document "$@"
 
 if [ "$tiny" = yes ]; then
   setting=(--data digits --model vgg_small --width 0.25 --epochs 2 --train-limit 200 --clusters 2,4 --trials 2
-    --device cpu --threads 1)
+    --device cpu --threads 1 --latency-batches none)
 else
   setting=(--data cifar10 --model vgg16 --clusters 5,10,15,20,25,30 --trials 5 --epochs 100
     --device cuda --precision bf16-mixed --channels-last)

@@ -15,7 +15,7 @@ options runs/li2017 "$@"
 
 if [ "$tiny" = yes ]; then
   rows=(resnet56-b)
-  setting=(--data digits --width 0.25 --epochs-scale 0.01 --train-limit 100 --device cpu --threads 1)
+  setting=(--data digits --width 0.25 --epochs-scale 0.01 --train-limit 100 --device cpu --threads 1 --latency-batches none)
 else
   rows=(vgg16-a resnet56-a resnet56-b resnet110-a resnet110-b)
   setting=(--seeds 0,1,2 --device cuda --precision bf16-mixed --channels-last)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 import torch
 
 import filterfold as ff
@@ -31,6 +32,7 @@ def test_every_public_name_is_there():
     assert not hasattr(ff, "no_such_name")
 
 
+@pytest.mark.slow
 def test_the_import_is_light():
     code = f"import sys, filterfold; print([name for name in {HEAVY!r} + ('scipy.stats',) if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

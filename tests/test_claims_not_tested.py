@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SUITE = """
 import pytest
 
@@ -20,6 +22,7 @@ def test_export():
 """
 
 
+@pytest.mark.slow
 def test_a_skip_without_need_is_named_and_fails_the_run(tmp_path: Path) -> None:
     here = Path(__file__).resolve()
     shutil.copy(here.with_name("conftest.py"), tmp_path)

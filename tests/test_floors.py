@@ -79,6 +79,7 @@ def test_no_room_is_missing_from_the_plan() -> None:
     assert {room_of(path) for path in FILES} == set(FLOOR)
 
 
+@pytest.mark.slow
 def test_importing_the_package_loads_nothing_heavy() -> None:
     code = f"import sys, filterfold; print(*[m for m in {HEAVY!r} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

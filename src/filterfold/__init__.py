@@ -27,8 +27,8 @@ from .pruning.prune import PruneResult, Scoring, prune
 from .pruning.reconstruction import Repair, reestimate, repair
 from .surgery.apply import Receipt, apply
 from .surgery.checkpoint import load, load_weights, save
-from .surgery.judge import Verification
 from .surgery.masking import masked
+from .surgery.verdict import Verification
 from .surgery.verify import verify
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ _LAZY = {
     "to_onnx": "utils.export",
     "to_program": "utils.export",
 }
-"""Names whose rooms import more than PyTorch, loaded when first used."""
+"""Names that are imported when first used, and the modules they come from."""
 
 
 def __getattr__(name: str) -> Any:

@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from filterfold.bench.trials.records import Record, read_all
-from filterfold.cli import app
-from filterfold.cli.options import OnlineOptions
+from filterfold.cli.app import app
+from filterfold.cli.options import OnlineOptions, settings
 from filterfold.data import load as load_data
 from filterfold.profiling.macs import measure
 from filterfold.surgery.checkpoint import inspect, load
-from filterfold.training import evaluate
+from filterfold.training import Recipe, evaluate
 from filterfold.zoo import build
 
 runner = CliRunner()
@@ -76,6 +76,7 @@ def test_train_leaves_a_network_and_a_record_that_agree(trained: Path) -> None:
     assert record["command"]
 
 
+@pytest.mark.slow
 def test_train_again_is_refused_and_overwriting_gives_the_same(trained: Path, tmp_path: Path) -> None:
     other = tmp_path / "run"
     run("train", *SMALL, "--epochs", "1", "--out", str(other))
@@ -87,6 +88,7 @@ def test_train_again_is_refused_and_overwriting_gives_the_same(trained: Path, tm
     assert len(read_all(other)) == 1
 
 
+@pytest.mark.slow
 def test_train_online_is_smaller(tmp_path: Path) -> None:
     text = run(
         "train", *SMALL, "--epochs", "4", "--method", "online", "--clusters", "4", "--out", str(tmp_path / "run")
@@ -103,6 +105,7 @@ def test_train_online_is_smaller(tmp_path: Path) -> None:
     assert "online k=4" in text
 
 
+@pytest.mark.slow
 def test_stopping_in_time_and_going_on(tmp_path: Path, trained: Path) -> None:
     command = ["train", *SMALL, "--epochs", "6", "--out", str(tmp_path / "run")]
     text = run(*command, "--stop-after", "0.001s", code=3)
@@ -167,6 +170,7 @@ def test_prune_and_repair(trained: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_prune_to_onnx(trained: Path, tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")
     out, onnx = tmp_path / "small.safetensors", tmp_path / "small.onnx"
@@ -185,6 +189,7 @@ def test_prune_to_onnx(trained: Path, tmp_path: Path) -> None:
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_demo_twice(tmp_path: Path) -> None:
     command = ["demo", "--trials", "2", "--epochs", "2", "--latency-batches", "1,16", "--out", str(tmp_path / "demo")]
     first = run(*command)
@@ -222,9 +227,12 @@ COMPARE = [
     "0.5",
     "--trials",
     "2",
+    "--latency-batches",
+    "none",
 ]
 
 
+@pytest.mark.slow
 def test_a_killed_comparison_goes_on_with_the_same_numbers(tmp_path: Path) -> None:
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     _kill_in_the_middle(killed)
@@ -265,6 +273,7 @@ def _kill_in_the_middle(folder: Path) -> None:
         process.wait()
 
 
+@pytest.mark.slow
 def test_the_gpu_plan_at_a_tiny_size(tmp_path: Path) -> None:
     assert _plan("gpu", "--once", tmp_path / "run", piece="0.1s") == 3  # one piece, and something is left
     assert _plan("gpu", "--tiny", tmp_path / "run", piece="9m") == 0
@@ -274,6 +283,7 @@ def test_the_gpu_plan_at_a_tiny_size(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "comparison.json").read_text())["setting"]["data"] == "digits"
 
 
+@pytest.mark.slow
 def test_the_headline_plan_at_a_tiny_size(tmp_path: Path) -> None:
     assert _plan("headline", "--tiny", tmp_path, piece="9m") == 0
     labels = [record["label"] for record in read_all(tmp_path / "vgg16")]
@@ -301,9 +311,7 @@ def _example() -> Any:
 
 
 def test_settings_that_an_older_version_did_not_know_do_not_part_it_from_its_runs() -> None:
-    from filterfold.cli.options import RecipeOptions
-
-    assert set(RecipeOptions().keywords()) == {  # what the first version wrote
+    assert set(settings(Recipe())) == {  # what the first version wrote
         "epochs", "batch_size", "lr", "momentum", "nesterov", "weight_decay", "decay_norms", "schedule", "step_every",
         "step_factor", "warmup", "label_smoothing", "augment", "precision", "channels_last", "compile", "deterministic",
     }  # fmt: skip

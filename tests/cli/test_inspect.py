@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from filterfold import __version__
-from filterfold.cli import app
+from filterfold.cli.app import app
 
 runner = CliRunner()
 
@@ -21,8 +21,9 @@ def test_version() -> None:
     assert (result.exit_code, result.stdout.strip()) == (0, f"filterfold {__version__}")
 
 
+@pytest.mark.slow
 def test_help_shows_the_commands_and_loads_nothing_heavy() -> None:
-    code = "import sys; from filterfold.cli import app; sys.stdout.write(' '.join(sys.modules))"
+    code = "import sys; from filterfold.cli.app import app; sys.stdout.write(' '.join(sys.modules))"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "typer" in modules
     assert not {"matplotlib", "sklearn", "datasets", "scipy", "lightning_fabric", "torchvision"} & set(modules)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from filterfold.cli import app
+from filterfold.cli.app import app
 from filterfold.profiling.macs import measure
 from filterfold.pruning.prune import prune
 from filterfold.surgery.checkpoint import inspect, save
@@ -68,6 +68,7 @@ def test_refusals(arguments: list[str], message: str) -> None:
     assert len(result.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_prune_to_a_share_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FILTERFOLD_CACHE", str(tmp_path / "cache"))
     weights, out = tmp_path / "dense.safetensors", tmp_path / "fast.safetensors"
@@ -81,6 +82,7 @@ def test_prune_to_a_share_of_the_time(tmp_path: Path, monkeypatch: pytest.Monkey
     assert list((tmp_path / "cache" / "latency").glob("*.json"))
 
 
+@pytest.mark.slow
 def test_a_stopped_retraining_takes_up_the_same_widths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed in retraining, the second run must not measure anew: it would cut another network."""
     monkeypatch.setenv("FILTERFOLD_CACHE", str(tmp_path / "cache"))

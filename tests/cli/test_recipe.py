@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from filterfold.bench import recipes
 from filterfold.bench.trials.records import read_all
-from filterfold.cli import app
+from filterfold.cli.app import app
 
 runner = CliRunner()
 
@@ -76,6 +76,7 @@ def test_what_is_shown_is_a_file_to_start_from(tmp_path: Path) -> None:
     assert recipes.load(path) == recipes.load("resnet110-b")
 
 
+@pytest.mark.slow
 def test_a_run_ends_in_records_and_the_papers_table(mini: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     options = ["--epochs-scale", "0.1", "--train-limit", "200", "--seeds", "0,1", "--threads", "1"]
@@ -101,6 +102,7 @@ def test_a_run_ends_in_records_and_the_papers_table(mini: Path, tmp_path: Path) 
     assert "Mini-pruned-A" in again
 
 
+@pytest.mark.slow
 def test_a_run_with_all_that_compare_has(mini: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     folder = tmp_path / "run"
@@ -134,6 +136,7 @@ def test_what_makes_no_sense_is_refused(command: list[str], message: str, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_whole_plan_at_a_tiny_size(tmp_path: Path) -> None:
     assert _plan("--once", tmp_path, piece="0.1s") == 3
     assert _plan("--tiny", tmp_path, piece="9m") == 0

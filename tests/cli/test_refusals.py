@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import filterfold.cli.compare as comparing
-from filterfold.cli import app
+from filterfold.cli.app import app
 from filterfold.zoo import build
 
 runner = CliRunner()

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from filterfold.bench import recipes
 from filterfold.bench.report.sensitivity import sensitivity_plots
 from filterfold.bench.sensitivity import Sensitivity
-from filterfold.cli import app
+from filterfold.cli.app import app
 from filterfold.data import load
 from filterfold.surgery.checkpoint import load_weights, save
 from filterfold.training import Recipe, evaluate, train
@@ -37,6 +37,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_sweep_is_drawn_written_read_again_and_becomes_a_recipe(weights: Path, tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     command = ["sensitivity", "vgg_small", "-w", str(weights), "-d", "digits", "--width", "0.5", "--threads", "1"]

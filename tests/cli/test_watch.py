@@ -14,10 +14,11 @@ import pytest
 from typer.testing import CliRunner
 
 from filterfold.bench.trials.records import read_all
-from filterfold.cli import app
+from filterfold.cli.app import app
 
 COMMAND = ["compare", "--model", "vgg_small", "--data", "digits", "--width", "0.25", "--train-limit", "400"]
 COMMAND += ["--epochs", "30", "--methods", "dense,online", "--keep", "0.5", "--trials", "1", "--threads", "1"]
+COMMAND += ["--latency-batches", "none"]
 
 
 def look(folder: Path, code: int = 0) -> str:
@@ -30,6 +31,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_run_from_waiting_to_finished(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = subprocess.Popen(
@@ -70,6 +72,7 @@ def test_refusals(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs pseudo-terminals")
+@pytest.mark.slow
 def test_live_on_a_terminal_until_all_is_done(tmp_path: Path) -> None:
     short = [part if part != "30" else "1" for part in COMMAND]
     done = CliRunner().invoke(app, [*short, "--out", str(tmp_path / "run")])

@@ -50,6 +50,7 @@ def test_list_has_ninety_networks_without_repetition():
 
 
 @pytest.mark.parametrize("entry", chosen(), ids=lambda entry: entry.name)
+@pytest.mark.slow
 def test_half_of_every_group_goes_and_the_network_equals_the_masked_one(entry):
     if not entry.name.startswith("zoo:"):
         pytest.importorskip("timm")

@@ -32,6 +32,7 @@ def both(torchrun: Launch, tmp_path_factory: pytest.TempPathFactory) -> list[dic
     return found
 
 
+@pytest.mark.slow
 def test_without_batch_norm_two_processes_do_what_one_does(both: list[dict[str, Any]]) -> None:
     first, second = (entry["exact"] for entry in both)
     model, watch = plain(), Watch()
@@ -46,6 +47,7 @@ def test_without_batch_norm_two_processes_do_what_one_does(both: list[dict[str, 
     assert first["losses"] == second["losses"] == pytest.approx([row["train_loss"] for row in rows], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_cut_alike_and_end_where_one_does(both: list[dict[str, Any]]) -> None:
     first, second = (entry["online"] for entry in both)
     for key in ("structure", "weights", "plans", "momentum", "events", "validation", "test"):
@@ -70,10 +72,12 @@ def test_two_processes_cut_alike_and_end_where_one_does(both: list[dict[str, Any
     assert digest(alone) == first["weights"]
 
 
+@pytest.mark.slow
 def test_a_plain_loop_recovers_after_a_cut(both: list[dict[str, Any]]) -> None:
     assert [entry["run"]["recovered"] for entry in both] == [3, 3]  # it asserts the rest by itself
 
 
+@pytest.mark.slow
 def test_a_command_runs_once_and_trains_on_all(torchrun: Launch, tmp_path: Path) -> None:
     (tmp_path / "nets.py").write_text(
         "from torch import nn\n\n\nclass Net(nn.Sequential):\n    pass\n\n\n"
@@ -93,6 +97,7 @@ def test_a_command_runs_once_and_trains_on_all(torchrun: Launch, tmp_path: Path)
     assert not list((tmp_path / "run" / "work").glob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_refused_command_ends_all_processes(torchrun: Launch, tmp_path: Path) -> None:
     arguments = [
         "--data",

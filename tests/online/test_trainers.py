@@ -37,6 +37,7 @@ def example(name: str) -> ModuleType:
     ("name", "needs"),
     [("fabric", "lightning_fabric"), ("lightning_callback", "lightning"), ("hugging_face_trainer", "transformers")],
 )
+@pytest.mark.slow
 def test_the_example_runs(name: str, needs: str, capsys) -> None:
     pytest.importorskip(needs)
     assert example(name).main() > 93
@@ -140,6 +141,7 @@ def test_lightning_levels_off_and_refuses(tmp_path) -> None:
         fit(classifier(), shrinking(example_inputs=None), 1, tmp_path)
 
 
+@pytest.mark.slow
 def test_hugging_face_goes_on_from_the_checkpoint_of_a_smaller_network(tmp_path) -> None:
     pytest.importorskip("transformers")
     from transformers import Trainer, TrainingArguments, set_seed
@@ -182,6 +184,7 @@ def test_hugging_face_goes_on_from_the_checkpoint_of_a_smaller_network(tmp_path)
         run(tmp_path)
 
 
+@pytest.mark.slow
 def test_hugging_face_levels_off_and_refuses(tmp_path) -> None:
     pytest.importorskip("transformers")
     from transformers import Trainer, TrainingArguments

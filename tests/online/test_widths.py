@@ -105,6 +105,7 @@ class StopError(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_a_budget_in_the_training_loop_is_met_in_steps_and_resumed(tmp_path):
     images, recipe = enlarged(), Recipe(epochs=4, batch_size=32, lr=0.05)
     schedule = {"updates": [1, 2, 3], "milestones": [[2, 0.5], [3, 1.0]]}

@@ -203,7 +203,9 @@ def test_integers_are_scaled_and_batches_may_be_ready():
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # PyTorch's compiler
-@pytest.mark.parametrize("mode", ["eager", "channels_last", "onnxruntime", "compile"])
+@pytest.mark.parametrize(
+    "mode", ["eager", "channels_last", "onnxruntime", pytest.param("compile", marks=pytest.mark.slow)]
+)
 def test_every_mode_runs_the_same_network(mode):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
     x, outputs = torch.randn(1, 3, 4, 4), []

@@ -17,8 +17,8 @@ from filterfold.pruning.budgets import Selection
 from filterfold.pruning.culprits import culprits
 from filterfold.pruning.prune import prune
 from filterfold.surgery.apply import apply
-from filterfold.surgery.judge import Verification
 from filterfold.surgery.layer_attributes import snapshot
+from filterfold.surgery.verdict import Verification
 
 
 def net() -> nn.Sequential:

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 import filterfold.surgery.apply as surgery
 from filterfold.errors import PlanError, SurgeryError
 from filterfold.plan import AttributeChange, Cut, Plan, Slice
-from filterfold.surgery.apply import Cuttings, apply
+from filterfold.surgery import cut_cache
+from filterfold.surgery.apply import apply
+from filterfold.surgery.cut_cache import CutCache
 from filterfold.surgery.index_maps import AxisCut, cut_tensor
 from filterfold.surgery.layer_attributes import snapshot
 from filterfold.utils.modules import named_tensors
@@ -441,33 +443,33 @@ def assert_same_values(expected: nn.Module, model: nn.Module) -> None:
 
 
 def test_what_a_rehearsal_has_cut_is_taken_over_as_long_as_nobody_wrote_into_it(monkeypatch):
-    expected, model, cut = seeded(), seeded(), Cuttings()
+    expected, model, cut = seeded(), seeded(), CutCache()
     apply(DROP, expected)
-    cutting, names = surgery.cut_tensor, []
-    monkeypatch.setattr(surgery, "cut_tensor", lambda *given: names.append(given) or cutting(*given))
-    receipt = apply(DROP, model, cuttings=cut)
+    cutting, names = cut_cache.cut_tensor, []
+    monkeypatch.setattr(cut_cache, "cut_tensor", lambda *given: names.append(given) or cutting(*given))
+    receipt = apply(DROP, model, cache=cut)
     model.one.weight.data.add_(0.0)  # past autograd, so as good as unseen
     with torch.inference_mode():
         model.norm.running_mean.add_(1.0)
     receipt.rollback()
     first = len(names)
-    apply(DROP, model, cuttings=cut)
+    apply(DROP, model, cache=cut)
     assert (first, len(names)) == (8, 9)
     assert torch.equal(model.norm.running_mean, expected.norm.running_mean)
     assert_same_values(expected, model)
 
 
 def test_another_plan_or_other_data_is_cut_anew():
-    model, cut = seeded(), Cuttings()
-    apply(DROP, model, cuttings=cut).rollback()
+    model, cut = seeded(), CutCache()
+    apply(DROP, model, cache=cut).rollback()
     model.two.weight.data = model.two.weight.data + 1.0
     expected = copy.deepcopy(model)
     apply(DROP, expected)
-    receipt = apply(DROP, model, cuttings=cut)
+    receipt = apply(DROP, model, cache=cut)
     assert_same_values(expected, model)
     receipt.rollback()
     other = cuts((0, 1, -1, 2, 3, 4), (0, 1, 2, -1))
-    apply(other, model, cuttings=cut)
+    apply(other, model, cache=cut)
     assert model.one.out_channels == 5
 
 

@@ -16,7 +16,7 @@ KEPT, DROPPED = [0, 2, 3, 5], [1, 4]
 
 
 def net() -> nn.Sequential:
-    """The norm comes last: in front of it a bias would get no gradient but rounding, which Rprop follows by its sign."""
+    """In front of the norm a bias would get no gradient but rounding, and some optimizers make whole steps of it."""
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 6, 3), nn.Tanh(), nn.BatchNorm2d(6), nn.Conv2d(6, 2, 3), nn.Flatten()]
     return nn.Sequential(*layers).double()

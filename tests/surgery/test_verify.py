@@ -18,7 +18,7 @@ from filterfold.surgery.layer_attributes import snapshot
 from filterfold.surgery.masking import masked, permuted
 from filterfold.surgery.verify import rehearse, verify
 from filterfold.utils.inputs import leaves, outputs
-from filterfold.utils.model_state import borrowed
+from filterfold.utils.model_state import preserved
 from filterfold.utils.modules import named_tensors
 
 
@@ -248,7 +248,7 @@ def test_repair_is_asked_for_the_groups_that_masking_cannot_judge():
         model.width = 4
         return (AttributeChange("", "width", 6, 4),)
 
-    found = rehearse(model, plan, X, groups=groups, repair=repair)
+    found = rehearse(model, plan, X, groups=groups, rewrite=repair)
     assert found.masking_error < 1e-5
     assert asked == [["one", "two"], ["one"]]
     assert found.attributes == (AttributeChange("", "width", 6, 4),)
@@ -257,7 +257,7 @@ def test_repair_is_asked_for_the_groups_that_masking_cannot_judge():
     known = rehearse(model, Plan(plan.cuts, found.attributes), X, groups=groups)
     assert known.ok
     assert known.masking_error is None
-    assert known.message.startswith("the cut network runs, but one can't be held against a masked one (permutation")
+    assert known.message.startswith("the cut network runs, but one can't be compared with a masked one (permutation")
     assert rehearse(model, plan, X, groups=groups).message.startswith("the cut network fails: ZeroDivisionError")
     assert model.width == 6
 
@@ -342,7 +342,7 @@ def test_borrowing_leaves_no_trace_and_dropout_is_the_same_every_time():
     assert torch.equal(random, torch.get_rng_state())
     model = seeded()
     before = state(model)
-    with borrowed(model, dtype=torch.float64, generic=True):
+    with preserved(model, dtype=torch.float64, generic=True):
         model(X.double())["classes"].sum().backward()
         assert model.norm.weight.std() > 0
     assert_same(before, state(model))
@@ -354,7 +354,7 @@ def test_a_group_that_is_neither_exact_nor_symmetric_is_reported():
     odd: list[ChannelGroup] = [dataclasses.replace(g, exact=g.name != "one", symmetric=False) for g in groups]
     found = rehearse(model, plan, X, groups=odd)
     assert found.ok
-    assert "not mask-exact: one (unjudged)" in found.message
+    assert "not mask-exact: one (not compared at all)" in found.message
 
 
 @pytest.mark.parametrize("alone", [True, False])

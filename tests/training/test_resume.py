@@ -161,6 +161,7 @@ class Slow(Callback):
     """Stands in for the callback of that name in the killed process."""
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_an_epoch(digits: ImageData, tmp_path: Path) -> None:
     path = tmp_path / "run.safetensors"
     command = [sys.executable, "-c", SCRIPT, str(path), str(Path(__file__).parent)]

@@ -8,6 +8,7 @@ import torch
 training_speed = pytest.importorskip("training_speed", reason="benchmarks/ is not on the path")
 
 
+@pytest.mark.slow
 def test_the_figures_of_the_benchmark_belong_together() -> None:
     modes = ["eager", "bf16 channels_last"]
     rows = training_speed.measure(0.0625, modes, "cpu", 8, 1, 2)

@@ -182,6 +182,7 @@ def test_a_callback_may_change_the_structure(digits: ImageData, options: dict[st
     assert evaluate(model, digits.test).top1 > 20
 
 
+@pytest.mark.slow
 def test_compile_and_recompile(digits: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled, real = [], torch.compile
 

@@ -66,6 +66,7 @@ def test_what_cannot_be_exported_is_said_in_one_line():
         to_program(net(), (3,))
 
 
+@pytest.mark.slow
 def test_onnx_equals_pytorch_at_other_batch_sizes(tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -93,6 +94,7 @@ class Both(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [dict, tuple])
+@pytest.mark.slow
 def test_several_inputs_and_outputs(tmp_path, kind):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -101,6 +103,7 @@ def test_several_inputs_and_outputs(tmp_path, kind):
     assert (tmp_path / "both.onnx").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_a_difference_means_that_nothing_is_written(tmp_path, monkeypatch):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -2,6 +2,24 @@
 
 from __future__ import annotations
 
-from .app import app, main
+import sys
+from importlib.util import find_spec
 
-__all__ = ["app", "main"]
+LAB = ("datasets", "lightning_fabric", "matplotlib", "pandas", "PIL", "rich", "sklearn", "typer")
+"""Packages of `filterfold[lab]` that commands import: `pip install filterfold` installs none of them."""
+
+
+REFUSED = 2
+"""Exit code for what can't be done as asked, as for a wrong option."""
+
+
+def main() -> None:
+    """Entry point of the `filterfold` command; without the lab's packages it says in one line what to install."""
+    if missing := [name for name in LAB if find_spec(name) is None]:
+        sys.stderr.write(
+            f"filterfold: the command line needs {', '.join(missing)}; install with: pip install 'filterfold[lab]'\n"
+        )
+        sys.exit(REFUSED)
+    from .app import run
+
+    run()

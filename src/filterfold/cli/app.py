@@ -7,31 +7,19 @@ import inspect
 import os
 from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
 from ..errors import FilterfoldError
-from . import compare as comparing
+from . import REFUSED, compare, latency, prune, recipe, report, sensitivity, train, watch
 from . import inspect as inspecting
-from . import latency as timing
-from . import prune as pruning
-from . import recipe as recipes
-from . import report as reporting
-from . import sensitivity as sensing
-from . import train as training
-from . import watch as watching
-
-REFUSED = 2
-
 
 INTERRUPTED = 130
-"""Exit codes: refused (as for a wrong option), and Ctrl-C (128 + SIGINT)."""
+"""Exit code after Ctrl-C: 128 + SIGINT."""
 
 
-def refusing(
-    interrupted: str = "nothing is left half-written",
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def refusing(interrupted: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Turn a refusal of the library into one line and exit code 2; Ctrl-C into one line and exit code 130.
 
     Anything else is a bug and keeps its traceback.
@@ -61,6 +49,8 @@ def refusing(
 def spread(command: Callable[..., None]) -> Callable[..., None]:
     """Replace a command's dataclass parameters by the dataclass's fields, as keyword-only parameters.
 
+    `Annotated[SomeDataclass, {field: typer.Option(...)}]` shows just these fields; the others keep their defaults.
+
     >>> from dataclasses import dataclass
     >>> @dataclass
     ... class Colour:
@@ -74,20 +64,20 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
     wall Colour(hue=5)
     """
     hints = get_type_hints(command, include_extras=True)
-    hints.pop("return", None)
-    families = {name: hint for name, hint in hints.items() if isinstance(hint, type) and is_dataclass(hint)}
+    families: dict[str, tuple[type, list[inspect.Parameter]]] = {}
     parameters: list[inspect.Parameter] = []
-    for parameter in inspect.signature(command).parameters.values():
-        if parameter.name in families:
-            parameters += _parameters(families[parameter.name])
+    for name, parameter in inspect.signature(command).parameters.items():
+        family, shown = _family(hints[name])
+        if family is not None:
+            families[name] = family, _options(family, shown)
+            parameters += families[name][1]
         else:
-            hint = hints[parameter.name]
-            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hint))
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name]))
 
     @functools.wraps(command)
     def wrapper(**values: Any) -> None:
-        for name, family in families.items():
-            values[name] = family(**{field.name: values.pop(field.name) for field in fields(family)})
+        for name, (family, options) in families.items():
+            values[name] = family(**{option.name: values.pop(option.name) for option in options})
         command(**values)
 
     wrapper.__signature__ = inspect.Signature(parameters, return_annotation=None)  # type: ignore[attr-defined]
@@ -95,17 +85,28 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
-def _parameters(family: type) -> list[inspect.Parameter]:
+def _family(hint: Any) -> tuple[type | None, dict[str, Any] | None]:
+    """The dataclass that a parameter is annotated with, or None, and the options of the fields that are shown."""
+    kind, shown = hint, None
+    if get_origin(hint) is Annotated and isinstance(get_args(hint)[1], dict):
+        kind, shown = get_args(hint)
+    return (kind, shown) if isinstance(kind, type) and is_dataclass(kind) else (None, None)
+
+
+def _options(family: type, shown: dict[str, Any] | None) -> list[inspect.Parameter]:
+    """A dataclass's fields as parameters: all, which then are annotated with their options, or those shown."""
     hints = get_type_hints(family, include_extras=True)
-    return [
-        inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if field.default is MISSING else field.default,
-            annotation=hints[field.name],
-        )
-        for field in fields(family)
-    ]
+    made = []
+    for entry in fields(family):
+        hint = hints[entry.name]
+        if shown is not None:
+            if entry.name not in shown:
+                continue
+            kind = str if get_origin(hint) is Literal else hint  # the dataclass refuses other values, in one line
+            hint = Annotated[kind, shown[entry.name]]
+        default = inspect.Parameter.empty if entry.default is MISSING else entry.default
+        made.append(inspect.Parameter(entry.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint))
+    return made
 
 
 app = typer.Typer(
@@ -117,8 +118,8 @@ app = typer.Typer(
 )
 
 
-def main() -> None:
-    """Entry point of the `filterfold` command. Under torchrun rank 0 runs it, and the other ranks train along."""
+def run() -> None:
+    """Run the command line. Under torchrun rank 0 runs it, and the other ranks train along."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         app()
         return
@@ -148,58 +149,33 @@ def _everything(
     """
 
 
-def _add(
-    command: Callable[..., None], examples: str, interrupted: str, to: typer.Typer = app, name: str | None = None
-) -> None:
-    to.command(name, epilog=examples)(refusing(interrupted)(spread(command)))
-
-
-_RESUME = "the same command goes on from here"
-
-
-_NOTHING = "nothing is left half-written"
-
-
-_add(comparing.demo, comparing.DEMO_EXAMPLES, _RESUME)
-
-
-_add(training.train, training.EXAMPLES, _RESUME)
-
-
-_add(training.evaluate, training.EVALUATE_EXAMPLES, _NOTHING)
-
-
-_add(pruning.prune, pruning.EXAMPLES, _RESUME)
-
-
-_add(sensing.sensitivity, sensing.EXAMPLES, _RESUME)
-
-
-_add(comparing.compare, comparing.EXAMPLES, _RESUME)
-
-
-_add(watching.watch, watching.EXAMPLES, "the run itself goes on")
-
-
-_add(inspecting.inspect, inspecting.EXAMPLES, _NOTHING)
-
-
-_add(timing.latency, timing.EXAMPLES, _NOTHING)
-
-
-_add(reporting.report, reporting.EXAMPLES, _RESUME)
-
-
 _recipes = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Whole experiments of a paper by name.")
 
 
-_add(recipes.list_, recipes.LIST_EXAMPLES, _NOTHING, _recipes, "list")
+RESUME = "the same command goes on from here"
 
 
-_add(recipes.show, recipes.SHOW_EXAMPLES, _NOTHING, _recipes)
+NOTHING = "nothing is left half-written"
+"""What somebody who pressed Ctrl-C is told."""
 
 
-_add(recipes.run, recipes.RUN_EXAMPLES, _RESUME, _recipes)
+for _group, _command, _examples, _interrupted in (
+    (app, compare.demo, compare.DEMO_EXAMPLES, RESUME),
+    (app, train.train, train.EXAMPLES, RESUME),
+    (app, train.evaluate, train.EVALUATE_EXAMPLES, NOTHING),
+    (app, prune.prune, prune.EXAMPLES, RESUME),
+    (app, sensitivity.sensitivity, sensitivity.EXAMPLES, RESUME),
+    (app, compare.compare, compare.EXAMPLES, RESUME),
+    (app, watch.watch, watch.EXAMPLES, "the run itself goes on"),
+    (app, inspecting.inspect, inspecting.EXAMPLES, NOTHING),
+    (app, latency.latency, latency.EXAMPLES, NOTHING),
+    (app, report.report, report.EXAMPLES, RESUME),
+    (_recipes, recipe.list_, recipe.LIST_EXAMPLES, NOTHING),
+    (_recipes, recipe.show, recipe.SHOW_EXAMPLES, NOTHING),
+    (_recipes, recipe.run, recipe.RUN_EXAMPLES, RESUME),
+):
+    _name = _command.__name__.rstrip("_")
+    _group.command(_name, epilog=_examples)(refusing(_interrupted)(spread(_command)))
 
 
 app.add_typer(_recipes, name="recipe")

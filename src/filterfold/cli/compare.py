@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Option
 
+from ..training.recipe import Recipe
 from . import report
 from .display import live, say
 from .options import (
@@ -16,9 +17,10 @@ from .options import (
     EngineOptions,
     ModelOptions,
     OnlineOptions,
-    RecipeOptions,
     Threads,
+    TrainingOptions,
     listed,
+    settings,
     use_threads,
 )
 from .report import MARGIN_HELP
@@ -80,7 +82,7 @@ METHODS_HELP = (
 def compare(
     chosen: ModelOptions,
     images: DataOptions,
-    training: RecipeOptions,
+    training: TrainingOptions,
     clustering: OnlineOptions,
     places: EngineOptions,
     methods: Annotated[
@@ -143,7 +145,7 @@ def compare(
         data=images.data,
         width=chosen.width,
         data_options=images.keywords(),
-        recipe=training.keywords(),
+        recipe=settings(training),
         retrain_epochs=max(1, round(0.4 * training.epochs)) if retrain_epochs is None else retrain_epochs,
         retrain_lr=retrain_lr,
         round_to=round_to,
@@ -220,11 +222,10 @@ def demo(
     from ..bench.trials.config import Setting, plan
 
     use_threads(threads)
-    recipe = RecipeOptions(epochs=epochs, lr=0.1, schedule="onecycle")
     setting = Setting(
         model="vgg_small",
         data="digits",
-        recipe=recipe.keywords(),
+        recipe=settings(Recipe(epochs=epochs, lr=0.1, schedule="onecycle")),
         retrain_epochs=max(1, round(0.4 * epochs)),
         retrain_lr=0.01,  # the paper's .001 is for 390 steps an epoch; here are ten
         online=OnlineOptions().keywords(),

@@ -12,10 +12,10 @@ from typer import Argument, Option
 
 from ..errors import ConfigError
 from .display import count, live, say, table
-from .options import MODEL_HELP
+from .options import MODEL_HELP, Width
 
 if TYPE_CHECKING:
-    from ..plan import ChannelGroup
+    from ..plan import ChannelGroup, Slice
     from ..profiling.macs import Cost
 
 
@@ -36,7 +36,7 @@ def inspect(
     model: Annotated[str, Argument(help=MODEL_HELP)],
     image: Annotated[str, Option("--input", help="Input shape: channels x height x width.")] = "3x32x32",
     classes: Annotated[int, Option(help="Number of outputs.")] = 10,
-    width: Annotated[float, Option(help="Multiplier on every layer's width.")] = 1.0,
+    width: Width = 1.0,
     layers: Annotated[bool, Option("--layers", help="Also show the cost layer by layer.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print everything as JSON instead.")] = False,
 ) -> None:
@@ -119,13 +119,13 @@ def _document(model: str, groups: Iterable[ChannelGroup], cost: Cost) -> dict[st
                 "size": group.size,
                 "exact": group.exact,
                 "frozen": group.frozen,
-                "producers": [
-                    {"tensor": part.tensor, "axis": part.axis, "role": part.role} for part in group.producers
-                ],
-                "consumers": [
-                    {"tensor": part.tensor, "axis": part.axis, "role": part.role} for part in group.consumers
-                ],
+                "producers": _slices(group.producers),
+                "consumers": _slices(group.consumers),
             }
             for group in groups
         ],
     }
+
+
+def _slices(parts: Iterable[Slice]) -> list[dict[str, Any]]:
+    return [{"tensor": part.tensor, "axis": part.axis, "role": part.role} for part in parts]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -67,14 +68,19 @@ def latency(
 
     The first network is the reference, and is timed a second time as the control, which must give 1.00x.
     """
+    import torch
+
     from ..bench.trials.context import resolve
     from ..profiling import measure_latency, wasted_widths
+    from ..zoo import build
 
     use_threads(threads)
     shape, sizes = image_shape(image), list(dict.fromkeys([*(batch or [1, 8, 64, 512]), *([PASS] if images else [])]))
     with live():
-        built = _built(networks, model, resolve(device), classes=classes, shape=shape, width=width)
-        example = _example(shape, built)
+        device = resolve(device)
+        fresh = partial(build, classes=classes, channels=shape[0], width=width, image_size=shape[1])
+        built = _built(networks, model, device, fresh)
+        example = torch.zeros(1, *shape, device=device)
         found = [
             measure_latency(built, example, batch_sizes=sorted(sizes), mode=name, repeats=repeats)  # type: ignore[arg-type]
             for name in dict.fromkeys(mode or ["eager"])
@@ -92,20 +98,9 @@ def latency(
 
 
 def _built(
-    networks: Sequence[str],
-    model: str | None,
-    device: str,
-    *,
-    classes: int,
-    shape: tuple[int, int, int],
-    width: float,
+    networks: Sequence[str], model: str | None, device: str, fresh: Callable[[str], nn.Module]
 ) -> dict[str, nn.Module]:
     """Name or file name → network; one that comes twice gets a number."""
-    from ..zoo import build
-
-    def fresh(name: str) -> nn.Module:
-        return build(name, classes=classes, channels=shape[0], width=width, image_size=shape[1])
-
     files = {name for name in networks if Path(name).suffix in FILES}
     base = model or next((name for name in networks if name not in files), None)
     if files and base is None:
@@ -119,13 +114,6 @@ def _built(
         count = sum(known.partition(" #")[0] == shown for known in built)
         built[f"{shown} #{count + 1}" if count else shown] = network.to(device)
     return built
-
-
-def _example(shape: tuple[int, int, int], built: dict[str, nn.Module]) -> Any:
-    import torch
-
-    parameter = next((p for network in built.values() for p in network.parameters()), None)
-    return torch.zeros(1, *shape, device=None if parameter is None else parameter.device)
 
 
 def _show(found: LatencyComparison, images: int) -> None:

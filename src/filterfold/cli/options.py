@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from typer import Option
 
 from ..errors import CheckpointError, ConfigError, RecordError
+from ..training.recipe import Recipe
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,14 +20,16 @@ if TYPE_CHECKING:
     from ..data import ImageData
 
 
-TRAIN = "Training"
-
-
-ONLINE = "Online clustering"
-
-
 MODEL_HELP = (
     "vgg16, vgg_small, resnet20|32|44|56|110, timm:NAME, torchvision:NAME, package.module:factory, or file.py:factory."
+)
+
+
+DATA_HELP = "digits, cifar10, cifar100, a Parquet or image folder, or a hub id."
+
+
+_model, _data, _training, _online = (
+    partial(Option, rich_help_panel=panel) for panel in ("Model", "Data", "Training", "Online clustering")
 )
 
 
@@ -33,8 +37,8 @@ MODEL_HELP = (
 class ModelOptions:
     """Which network."""
 
-    model: Annotated[str, Option("--model", "-m", help=MODEL_HELP, rich_help_panel="Model")] = "vgg16"
-    width: Annotated[float, Option(help="Multiplier on every layer's width.", rich_help_panel="Model")] = 1.0
+    model: Annotated[str, _model("--model", "-m", help=MODEL_HELP)] = "vgg16"
+    width: Annotated[float, _model(help="Multiplier on every layer's width.")] = 1.0
 
     def build(self, data: ImageData) -> nn.Module:
         """The network for a data set, with fresh weights."""
@@ -51,65 +55,36 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Which images, and how they are split and normalised."""
+    """Which images, and how they are split and normalised: the arguments of `data.load`, None for its defaults."""
 
-    data: Annotated[
-        str,
-        Option(
-            "--data",
-            "-d",
-            help="digits, cifar10, cifar100, a Parquet or image folder, or a hub id.",
-            rich_help_panel="Data",
-        ),
-    ] = "cifar10"
-    image_size: Annotated[int | None, Option(help="Scale to this size (pixels).", rich_help_panel="Data")] = None
-    channels: Annotated[int | None, Option(help="1 (grey) or 3.", rich_help_panel="Data")] = None
-    image_column: Annotated[str | None, Option(help="Column with the images.", rich_help_panel="Data")] = None
-    label_column: Annotated[str | None, Option(help="Column with the labels.", rich_help_panel="Data")] = None
-    train_split: Annotated[str | None, Option(help="Name of the training split.", rich_help_panel="Data")] = None
-    validation_split: Annotated[str | None, Option(help="Name of the validation split.", rich_help_panel="Data")] = None
-    test_split: Annotated[str | None, Option(help="Name of the test split.", rich_help_panel="Data")] = None
+    data: Annotated[str, _data("--data", "-d", help=DATA_HELP)] = "cifar10"
+    image_size: Annotated[int | None, _data(help="Scale to this size (pixels).")] = None
+    channels: Annotated[int | None, _data(help="1 (grey) or 3.")] = None
+    image_column: Annotated[str | None, _data(help="Column with the images.")] = None
+    label_column: Annotated[str | None, _data(help="Column with the labels.")] = None
+    train_split: Annotated[str | None, _data(help="Name of the training split.")] = None
+    validation_split: Annotated[str | None, _data(help="Name of the validation split.")] = None
+    test_split: Annotated[str | None, _data(help="Name of the test split.")] = None
     validation: Annotated[
         str | None,
-        Option(
-            help="Hold out of the training images: a share (0.1) or a count (5000).",
-            show_default="a tenth",
-            rich_help_panel="Data",
-        ),
+        _data(help="Hold out of the training images: a share (0.1) or a count (5000).", show_default="a tenth"),
     ] = None
-    train_limit: Annotated[
-        int | None, Option(help="Train on so many images only, balanced over classes.", rich_help_panel="Data")
-    ] = None
-    normalization: Annotated[str, Option(help="dataset or imagenet.", rich_help_panel="Data")] = "dataset"
+    train_limit: Annotated[int | None, _data(help="Train on so many images only, balanced over classes.")] = None
+    normalization: Annotated[str, _data(help="dataset or imagenet.")] = "dataset"
     augment: Annotated[
         str | None,
-        Option(
-            help="none, crop, crop-flip; streamed: resized-crop-flip, torchvision.",
-            show_default="what suits the data",
-            rich_help_panel="Data",
+        _data(
+            help="none, crop, crop-flip; streamed: resized-crop-flip, torchvision.", show_default="what suits the data"
         ),
     ] = None
     cache_dir: Annotated[
-        Path | None,
-        Option(help="Where decoded images are kept.", show_default="~/.cache/filterfold", rich_help_panel="Data"),
+        Path | None, _data(help="Where decoded images are kept.", show_default="~/.cache/filterfold")
     ] = None
 
     def keywords(self) -> dict[str, Any]:
         """What `data.load` is to be told and a result depends on: only what was asked for."""
-        asked: dict[str, Any] = {
-            "image_size": self.image_size,
-            "channels": self.channels,
-            "image_column": self.image_column,
-            "label_column": self.label_column,
-            "train_split": self.train_split,
-            "validation_split": self.validation_split,
-            "test_split": self.test_split,
-            "validation": _amount(self.validation),
-            "train_limit": self.train_limit,
-            "normalization": self.normalization,
-            "augment": self.augment,
-        }
-        return {key: value for key, value in asked.items() if value is not None}
+        asked = {**asdict(self), "validation": _amount(self.validation)}
+        return {key: value for key, value in asked.items() if value is not None and key not in ("data", "cache_dir")}
 
     def load(self) -> ImageData:
         """The data set."""
@@ -132,39 +107,32 @@ def _amount(text: str | None) -> float | None:
         raise ConfigError(f"--validation {text}: give a share such as 0.1, or a count such as 5000") from None
 
 
-@dataclass(frozen=True)
-class RecipeOptions:
-    """How to train. The defaults are those of `training.Recipe`."""
+TrainingOptions = Annotated[
+    Recipe,
+    {
+        "epochs": _training("--epochs", "-e", help="Passes over the training images."),
+        "batch_size": _training(help="Images a step."),
+        "lr": _training(help="Initial (or highest) learning rate."),
+        "schedule": _training(help="step, constant, cosine or onecycle."),
+        "step_every": _training(help="step: divide every so many epochs …"),
+        "step_factor": _training(help="… by this factor."),
+        "momentum": _training(help="Of SGD."),
+        "nesterov": _training("--nesterov", help="Nesterov's momentum."),
+        "weight_decay": _training(help="Of SGD."),
+        "label_smoothing": _training(help="Share spread over all classes."),
+        "precision": _training(help="32-true, bf16-mixed or 16-mixed."),
+        "channels_last": _training("--channels-last", help="Memory format."),
+        "compile": _training("--compile", help="Use torch.compile."),
+        "cuda_graphs": _training("--cuda-graphs", help="Replay the network as CUDA graphs (a GPU only)."),
+        "validate_every": _training(help="Epochs from one validation to the next; 0: never."),
+    },
+]
+"""The fields of a training recipe that a command shows as options, with its defaults."""
 
-    epochs: Annotated[int, Option("--epochs", "-e", help="Passes over the training images.", rich_help_panel=TRAIN)] = (
-        100
-    )
-    batch_size: Annotated[int, Option(help="Images a step.", rich_help_panel=TRAIN)] = 128
-    lr: Annotated[float, Option(help="Initial (or highest) learning rate.", rich_help_panel=TRAIN)] = 0.02
-    schedule: Annotated[str, Option(help="step, constant, cosine or onecycle.", rich_help_panel=TRAIN)] = "step"
-    step_every: Annotated[int, Option(help="step: divide every so many epochs …", rich_help_panel=TRAIN)] = 60
-    step_factor: Annotated[float, Option(help="… by this factor.", rich_help_panel=TRAIN)] = 5.0
-    momentum: Annotated[float, Option(help="Of SGD.", rich_help_panel=TRAIN)] = 0.9
-    nesterov: Annotated[bool, Option("--nesterov", help="Nesterov's momentum.", rich_help_panel=TRAIN)] = False
-    weight_decay: Annotated[float, Option(help="Of SGD.", rich_help_panel=TRAIN)] = 5e-4
-    label_smoothing: Annotated[float, Option(help="Share spread over all classes.", rich_help_panel=TRAIN)] = 0.0
-    precision: Annotated[str, Option(help="32-true, bf16-mixed or 16-mixed.", rich_help_panel=TRAIN)] = "32-true"
-    channels_last: Annotated[bool, Option("--channels-last", help="Memory format.", rich_help_panel=TRAIN)] = False
-    compile: Annotated[bool, Option("--compile", help="Use torch.compile.", rich_help_panel=TRAIN)] = False
-    cuda_graphs: Annotated[
-        bool, Option("--cuda-graphs", help="Replay the network as CUDA graphs (a GPU only).", rich_help_panel=TRAIN)
-    ] = False
-    validate_every: Annotated[
-        int, Option(help="Epochs from one validation to the next; 0: never.", rich_help_panel=TRAIN)
-    ] = 1
 
-    def keywords(self) -> dict[str, Any]:
-        """The fields of `training.Recipe` but the seed; later ones only where used, so that begun runs can go on."""
-        from ..training import Recipe
-
-        chosen = Recipe(**asdict(self)).to_dict()  # refuses what makes no sense
-        del chosen["seed"]
-        return chosen
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """A training recipe as a setting holds it: without the seed, which is the trial's own."""
+    return {name: value for name, value in recipe.to_dict().items() if name != "seed"}
 
 
 @dataclass(frozen=True)
@@ -173,25 +141,21 @@ class OnlineOptions:
 
     milestones: Annotated[
         str,
-        Option(
+        _online(
             help="When to cut: gradual (at 20, 35 and 50 % of training), early (5, 10, 15 %), document (50, 60, 70 %), "
-            "or plateau (as document at the latest, sooner where the loss levels off).",
-            rich_help_panel=ONLINE,
+            "or plateau (as document at the latest, sooner where the loss levels off)."
         ),
     ] = "gradual"
     pull: Annotated[
         str,
-        Option(
+        _online(
             help="What brings the filters of a cluster together: cosine (a term in the loss), centripetal (common "
-            "gradients: they become identical), or none.",
-            rich_help_panel=ONLINE,
+            "gradients: they become identical), or none."
         ),
     ] = "cosine"
     strength: Annotated[
         float | None,
-        Option(
-            help="Of the pull.", show_default="0.001 for cosine, 0.05 for centripetal", min=0.0, rich_help_panel=ONLINE
-        ),
+        _online(help="Of the pull.", show_default="0.001 for cosine, 0.05 for centripetal", min=0.0),
     ] = None
 
     def keywords(self) -> dict[str, Any]:
@@ -208,10 +172,10 @@ class OnlineOptions:
         return {**options, "pull": self.pull, **({} if self.strength is None else {"strength": self.strength})}
 
 
-DEVICE_HELP = "cpu, cuda, cuda:N, or auto: the GPU if there is one."
+Width = Annotated[float, Option(help="Multiplier on every layer's width.")]
 
 
-Device = Annotated[str, Option(help=DEVICE_HELP)]
+Device = Annotated[str, Option(help="cpu, cuda, cuda:N, or auto: the GPU if there is one.")]
 
 
 Threads = Annotated[int | None, Option(help="CPU threads.", show_default="as many as cores", min=1)]
@@ -227,6 +191,9 @@ Precision = Annotated[str, Option(help="32-true, bf16-mixed or 16-mixed.")]
 
 
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace what is there.")]
+
+
+StopAfter = Annotated[str | None, Option(help="Stop in time, to be gone on with: 9m, 90s, 2h.")]
 
 
 def use_threads(count: int | None) -> None:

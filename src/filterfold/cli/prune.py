@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -26,7 +28,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from ..data import ImageData
     from ..plan import Plan
@@ -48,7 +50,7 @@ Examples:
 """
 
 
-CUT = "Cut"
+_cut_option = partial(Option, rich_help_panel="Cut")
 
 
 @dataclass(frozen=True)
@@ -57,23 +59,19 @@ class CutOptions:
 
     keep: Annotated[
         list[str] | None,
-        Option(help="Share of filters to keep: 0.5; or GROUP=0.5, several times, with * and ?.", rich_help_panel=CUT),
+        _cut_option(help="Share of filters to keep: 0.5; or GROUP=0.5, several times, with * and ?."),
     ] = None
-    macs: Annotated[float | None, Option(help="Share of the MACs that may remain.", rich_help_panel=CUT)] = None
-    parameters: Annotated[float | None, Option(help="Share of parameters that may remain.", rich_help_panel=CUT)] = None
+    macs: Annotated[float | None, _cut_option(help="Share of the MACs that may remain.")] = None
+    parameters: Annotated[float | None, _cut_option(help="Share of parameters that may remain.")] = None
     latency: Annotated[
-        float | None, Option(help="Share of the time, measured on this device, that may remain.", rich_help_panel=CUT)
+        float | None, _cut_option(help="Share of the time, measured on this device, that may remain.")
     ] = None
-    latency_batch: Annotated[int, Option(help="Images at a time for --latency.", rich_help_panel=CUT, min=1)] = 64
-    criterion: Annotated[str, Option(help="l1, l2, random, fpgm, taylor, reconstruction, …", rich_help_panel=CUT)] = (
-        "l1"
-    )
-    scope: Annotated[str, Option(help="Rank filters by layer or all together: layer, global.", rich_help_panel=CUT)] = (
-        "layer"
-    )
-    round_to: Annotated[int, Option(help="Keep multiples of so many filters.", rich_help_panel=CUT)] = 1
-    min_keep: Annotated[int, Option(help="Keep at least so many in each group.", rich_help_panel=CUT)] = 1
-    ignore: Annotated[list[str] | None, Option(help="Groups to leave alone, with * and ?.", rich_help_panel=CUT)] = None
+    latency_batch: Annotated[int, _cut_option(help="Images at a time for --latency.", min=1)] = 64
+    criterion: Annotated[str, _cut_option(help="l1, l2, random, fpgm, taylor, reconstruction, …")] = "l1"
+    scope: Annotated[str, _cut_option(help="Rank filters by layer or all together: layer, global.")] = "layer"
+    round_to: Annotated[int, _cut_option(help="Keep multiples of so many filters.")] = 1
+    min_keep: Annotated[int, _cut_option(help="Keep at least so many in each group.")] = 1
+    ignore: Annotated[list[str] | None, _cut_option(help="Groups to leave alone, with * and ?.")] = None
 
     def keywords(self) -> dict[str, Any]:
         """Keyword arguments of `filterfold.prune`."""
@@ -118,6 +116,7 @@ def prune(
     """
     from ..bench.trials.context import resolve
     from ..training import Recipe
+    from ..utils.export import to_onnx
 
     use_threads(threads)
     budget = cut.keywords()
@@ -146,10 +145,10 @@ def prune(
             )
             _retrain(model, data, out, recipe, device, result.plan)
             stages["after retraining"] = _top1(model, data, evaluate)
-        latency = _latency(before, model, data)
+        latency = _latency(before, model, data, device)
         _save(model, result, out, stages)
         if onnx is not None:
-            _export(model, data, onnx)
+            to_onnx(copy.deepcopy(model).cpu(), data.example, onnx)
         kept.unlink(missing_ok=True)
     _show(result, stages, latency)
     say(f"network: {out}" + (f" and {onnx}" if onnx else ""))
@@ -160,7 +159,7 @@ def _cut(model: nn.Module, data: ImageData, budget: dict[str, Any], seed: int, d
 
     loader = _some_batches(data, seed, device)
     return prune(
-        model, _example(data, device), loader=loader, scoring=Scoring(seed=seed), on_failure="freeze", **budget
+        model, data.example.to(device), loader=loader, scoring=Scoring(seed=seed), on_failure="freeze", **budget
     )
 
 
@@ -173,8 +172,6 @@ def _repair(model: nn.Module, before: nn.Module, plan: Plan, data: ImageData, se
 
 def _some_batches(data: ImageData, seed: int, device: str) -> list[Any]:
     """Up to 1,280 training images, to score filters and to repair on."""
-    from itertools import islice
-
     from ..data import batches
 
     return list(islice(batches(data.train, 128, shuffle=True, seed=seed, device=device), 10))
@@ -207,12 +204,6 @@ def _kept_plan(kept: Path) -> Plan | None:
     return Plan.from_json(kept.read_text(encoding="utf-8")) if kept.exists() else None
 
 
-def _example(data: ImageData, device: str) -> Tensor:
-    import torch
-
-    return torch.zeros(1, data.channels, data.image_size, data.image_size, device=device)
-
-
 def _top1(model: nn.Module, data: ImageData, asked: bool) -> float | None:
     from ..training import evaluate
 
@@ -230,12 +221,11 @@ def _retrain(model: nn.Module, data: ImageData, out: Path, recipe: Recipe, devic
     kept.unlink(missing_ok=True)
 
 
-def _latency(before: nn.Module, after: nn.Module, data: ImageData) -> LatencyComparison:
+def _latency(before: nn.Module, after: nn.Module, data: ImageData, device: str) -> LatencyComparison:
     from ..profiling import measure_latency
 
-    device = str(next(after.parameters()).device)
     models = {"before": before, "after": after}
-    return measure_latency(models, _example(data, device), batch_sizes=(1, 64), repeats=10)
+    return measure_latency(models, data.example.to(device), batch_sizes=(1, 64), repeats=10)
 
 
 def _save(model: nn.Module, result: PruneResult, out: Path, stages: dict[str, float | None]) -> None:
@@ -244,12 +234,6 @@ def _save(model: nn.Module, result: PruneResult, out: Path, stages: dict[str, fl
 
     about = {"command": command(), "test_top1": stages, "environment": describe()}
     save(model, out, plan=result.plan, metadata=about)
-
-
-def _export(model: nn.Module, data: ImageData, path: Path) -> None:
-    from ..utils.export import to_onnx
-
-    to_onnx(copy.deepcopy(model).cpu(), _example(data, "cpu"), path)
 
 
 def _show(result: PruneResult, stages: dict[str, float | None], latency: LatencyComparison) -> None:

@@ -12,7 +12,7 @@ from typer import Argument, Option
 from ..errors import ConfigError
 from .compare import FAILED, UNFINISHED, default_folder
 from .display import live, say, table
-from .options import DataOptions, Device, EngineOptions, Precision, Threads, listed, use_threads
+from .options import DATA_HELP, DataOptions, Device, EngineOptions, Precision, Threads, listed, use_threads
 
 if TYPE_CHECKING:
     from ..bench.recipes import PruningRecipe
@@ -61,13 +61,7 @@ class RecipeData(DataOptions):
 
     data: Annotated[
         str,
-        Option(
-            "--data",
-            "-d",
-            help="digits, cifar10, cifar100, a Parquet or image folder, or a hub id.",
-            show_default="the recipe's",
-            rich_help_panel="Data",
-        ),
+        Option("--data", "-d", help=DATA_HELP, show_default="the recipe's", rich_help_panel="Data"),
     ] = ""
 
 

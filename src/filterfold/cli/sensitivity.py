@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +20,8 @@ from .options import (
     ModelOptions,
     Overwrite,
     Threads,
+    Width,
+    listed,
     use_threads,
     with_weights,
 )
@@ -42,43 +46,32 @@ Examples:
 """
 
 
-SWEEP = "Sweep"
+_swept = partial(Option, rich_help_panel="Sweep")
 
 
 @dataclass(frozen=True)
 class SweepOptions:
     """What is pruned, and on what it is evaluated."""
 
-    criteria: Annotated[
-        str, Option(help="Comma-separated: l1, l2, random, largest, fpgm, mean-std, …", rich_help_panel=SWEEP)
-    ] = "l1"
-    ratios: Annotated[
-        str | None, Option(help="Shares to prune away.", show_default="0.1,0.2 … 0.9", rich_help_panel=SWEEP)
-    ] = None
+    criteria: Annotated[str, _swept(help="Comma-separated: l1, l2, random, largest, fpgm, mean-std, …")] = "l1"
+    ratios: Annotated[str | None, _swept(help="Shares to prune away.", show_default="0.1,0.2 … 0.9")] = None
     layers: Annotated[
-        list[str] | None,
-        Option(help="Layers to prune, with * and ?; several times.", show_default="all", rich_help_panel=SWEEP),
+        list[str] | None, _swept(help="Layers to prune, with * and ?; several times.", show_default="all")
     ] = None
-    images: Annotated[int | None, Option(help="Use so many.", show_default="all", rich_help_panel=SWEEP)] = None
-    split: Annotated[
-        str, Option(help="validation, or test (then nothing may be chosen from it).", rich_help_panel=SWEEP)
-    ] = "validation"
-    seed: Annotated[int, Option(help="Of random scores, and of the choice of images.", rich_help_panel=SWEEP)] = 0
+    images: Annotated[int | None, _swept(help="Use so many.", show_default="all")] = None
+    split: Annotated[str, _swept(help="validation, or test (then nothing may be chosen from it).")] = "validation"
+    seed: Annotated[int, _swept(help="Of random scores, and of the choice of images.")] = 0
 
-    def parsed(self) -> dict[str, Any]:
-        """Arguments of `sensitivity.sweep`."""
+    def keywords(self) -> dict[str, Any]:
+        """Arguments of `bench.sensitivity.sweep`, as lists, so that they can be written down."""
         from ..bench.sensitivity import RATIOS
 
         if self.split not in ("validation", "test"):
             raise ConfigError(f"--split {self.split}: give validation or test")
-        try:
-            ratios = tuple(float(part) for part in self.ratios.split(",")) if self.ratios else RATIOS
-        except ValueError:
-            raise ConfigError(f"--ratios {self.ratios}: give comma-separated shares, such as 0.3,0.6") from None
         return {
-            "criteria": tuple(part.strip() for part in self.criteria.split(",")),
-            "ratios": ratios,
-            "layers": tuple(self.layers or ()),
+            "criteria": listed(self.criteria, "--criteria", str),
+            "ratios": listed(self.ratios, "--ratios", float) or list(RATIOS),
+            "layers": list(self.layers or ()),
             "images": self.images,
             "seed": self.seed,
         }
@@ -89,7 +82,7 @@ def sensitivity(
     source: DataOptions,
     sweeping: SweepOptions,
     weights: Annotated[Path, Option("--weights", "-w", help=WEIGHTS_HELP)],
-    width: Annotated[float, Option(help="Multiplier on every layer's width.")] = 1.0,
+    width: Width = 1.0,
     suggest: Annotated[
         str | None,
         Option(help="Derive ratios and write a recipe: loss=POINTS for each layer alone, or macs=SHARE that remains."),
@@ -105,17 +98,26 @@ def sensitivity(
     that is done is shown again, and --suggest reads it.
     """
     from ..bench.report.sensitivity import sensitivity_table, write
+    from ..bench.sensitivity import sweep
     from ..bench.trials.context import resolve
+    from ..data import batches
+    from ..graph import trace
+    from ..utils.environment import describe
 
     use_threads(threads)
-    options, goal = sweeping.parsed(), _goal(suggest) if suggest else None
+    options, goal = sweeping.keywords(), _goal(suggest) if suggest else None
     folder = out or Path("runs") / f"sensitivity-{Path(model.replace(':', '-')).name}"
     place = resolve(device)
     with live():
         data = source.load()
         network = with_weights(lambda: ModelOptions(model, width).build(data), weights, place)
         about = {"model": model, "width": width, "weights": str(weights), "data": f"{source.data}, {sweeping.split}"}
-        found = _found(network, data, sweeping.split, options, folder, overwrite, about, place)
+        found = None if overwrite else _done(folder, about | options)
+        if found is None:
+            loader = list(islice(batches(data.train, 128, shuffle=True, seed=sweeping.seed, device=place), 10))
+            groups, split = trace(network, data.example.to(place)), getattr(data, sweeping.split)
+            measured = sweep(network, groups, split, loader=loader, path=folder / "sensitivity.part", **options)
+            found = replace(measured, conditions=about | options | {"environment": describe(place)})
         write(found, folder)
         chosen = _suggested(network, data, found, goal) if goal else None
     _show(found, sensitivity_table(found).title)
@@ -124,40 +126,23 @@ def sensitivity(
         _write_recipe(chosen, found, model, source, data, folder)
 
 
-def _found(
-    network: nn.Module,
-    data: ImageData,
-    split: str,
-    options: dict[str, Any],
-    folder: Path,
-    overwrite: bool,
-    about: dict[str, Any],
-    device: str,
-) -> Sensitivity:
-    """The sweep: run, gone on with, or read if it is done."""
-    from itertools import islice
+def _done(folder: Path, asked: dict[str, Any]) -> Sensitivity | None:
+    """The sweep that a folder holds, or None.
 
-    from ..bench.sensitivity import Sensitivity, sweep
-    from ..data import batches
-    from ..graph import trace
-    from ..utils.environment import describe
+    **Raises:** `RecordError` if it is not the one that is asked for.
+    """
+    from ..bench.sensitivity import Sensitivity
 
-    asked = {**about, **options, "criteria": list(options["criteria"]), "ratios": list(options["ratios"])}
-    asked["layers"] = list(options["layers"])
     path = folder / "sensitivity.json"
-    if path.exists() and not overwrite:
-        found = Sensitivity.read(path)
-        known = {key: found.conditions.get(key) for key in asked}
-        if known != asked:
-            key = next(key for key in asked if known[key] != asked[key])
+    if not path.exists():
+        return None
+    found = Sensitivity.read(path)
+    for key, value in asked.items():
+        if (known := found.conditions.get(key)) != value:
             raise RecordError(
-                f"{folder} holds another sweep ({key} is {known[key]!r} there); give another --out, or --overwrite"
+                f"{folder} holds another sweep ({key} is {known!r} there); give another --out, or --overwrite"
             )
-        return found
-    loader = list(islice(batches(data.train, 128, shuffle=True, seed=options["seed"], device=device), 10))
-    groups = trace(network, data.example.to(device))
-    measured = sweep(network, groups, getattr(data, split), loader=loader, path=folder / "sensitivity.part", **options)
-    return replace(measured, conditions={**asked, "environment": describe(device)})
+    return found
 
 
 def _goal(text: str) -> dict[str, float]:

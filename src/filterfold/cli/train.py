@@ -22,9 +22,11 @@ from .options import (
     OnlineOptions,
     Overwrite,
     Precision,
-    RecipeOptions,
+    StopAfter,
     Threads,
+    TrainingOptions,
     listed,
+    settings,
     use_threads,
     with_weights,
 )
@@ -52,7 +54,7 @@ Examples:
 def train(
     chosen: ModelOptions,
     images: DataOptions,
-    training: RecipeOptions,
+    training: TrainingOptions,
     clustering: OnlineOptions,
     method: Annotated[
         str, Option(help="dense; online: fold clusters of filters while training; or l1: train, cut once, retrain.")
@@ -63,7 +65,7 @@ def train(
     seed: Annotated[int, Option(help="Of initial weights, batches and augmentation.")] = 0,
     out: Annotated[Path | None, Option(help="Run folder.", show_default="runs/METHOD-MODEL-DATA")] = None,
     overwrite: Overwrite = False,
-    stop_after: Annotated[str | None, Option(help="Stop in time, to be gone on with: 9m, 90s, 2h.")] = None,
+    stop_after: StopAfter = None,
     log: Log = None,
     device: Device = "auto",
     threads: Threads = None,
@@ -80,7 +82,7 @@ def train(
         data=images.data,
         width=chosen.width,
         data_options=images.keywords(),
-        recipe=training.keywords(),
+        recipe=settings(training),
         retrain_epochs=retrain_epochs,
         online=clustering.keywords(),
     )

@@ -147,6 +147,16 @@ class Walk:
         else:
             setattr(tensor, _MARK, mark)
 
+    @contextmanager
+    def undoing_writes(self) -> Iterator[None]:
+        """Give the tensors in `saved` their old values back on leaving."""
+        try:
+            yield
+        finally:
+            for tensor, value in self.saved.values():
+                with torch.no_grad():
+                    tensor.copy_(value)
+
     def freeze(self, layout: Layout, reason: str) -> None:
         """Freeze every label of a layout."""
         for axis in layout:

@@ -18,11 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import TraceError
 from ..plan import AttributeChange, Plan
-from ..utils.model_state import attention_in_steps
+from ..utils.inputs import call
+from ..utils.model_state import attention_in_steps, preserved, random_state_preserved
 from .dispatch import Step, Walk, bind, find_rule, module_stack, numbers_in, tensors_in
 from .predicted_sizes import PredictedSizes, replaced, settled
 from .rules import RULES
-from .trace import Traced, arguments_of, left_as_it_was
+from .trace import Traced
 
 _ROUNDS = 24
 
@@ -271,16 +272,14 @@ class _Search:
     def run(self) -> Run:
         """Run the pruned network once beside the forecast."""
         run, stack = Run(), list[str]()
-        positional, keywords = arguments_of(self.inputs)
         walk = Walk(None, RULES)  # type: ignore[arg-type]  # only its list of saved tensors is used
-        with left_as_it_was(self.model, walk):
-            self.model.eval()
+        with preserved(self.model), random_state_preserved(self.model), walk.undoing_writes():
             for tensor in self.model.buffers():
                 walk.saved[id(tensor)] = (tensor, tensor.clone())
             checker = _Checker(self.forecast, self.traced.sizes.steps, stack, run)
             try:
                 with torch.inference_mode(), attention_in_steps(), module_stack(self.model, stack), checker:
-                    self.model(*positional, **keywords)
+                    call(self.model, self.inputs)
             except Exception as error:
                 run.error = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return run

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import random
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..errors import TraceError
 from ..plan import ChannelGroup
 from ..profiling.macs import Cost, Counting, measure
-from ..utils.inputs import batch_of
-from ..utils.model_state import attention_in_steps
+from ..utils.inputs import batch_of, call
+from ..utils.model_state import attention_in_steps, preserved, random_state_preserved
+from ..utils.modules import leaves
 from .assemble import Assembly, assemble
 from .dispatch import Mark, Recorder, Split, Step, Walk, module_stack
 from .labels import FIXED, OUTPUT, LabelTable
@@ -32,13 +30,6 @@ _PREFERENCES: tuple[Callable[[Split], int], ...] = (
     lambda split: sorted(split.options)[-2],  # the heads of (heads, size of a head)
     lambda split: max(split.options),
 )
-
-
-_CONTAINERS = (dict, list, set, OrderedDict)
-
-
-_REGISTRIES = ("_parameters", "_buffers")
-"""What a module's own caches are kept in, and what PyTorch keeps its tensors in."""
 
 
 _WHOLE = (nn.MultiheadAttention, nn.RNNBase, nn.EmbeddingBag)
@@ -135,17 +126,15 @@ def _walk(
     """One walk through the network, with `watch` around its run in evaluation mode."""
     walk = Walk(LabelTable(), RULES, choices)
     names = _register(model, walk)
-    positional, keywords = arguments_of(example_inputs)
-    with left_as_it_was(model, walk) as cached:
-        model.eval()
+    with preserved(model) as added, random_state_preserved(model), walk.undoing_writes():
         with watch:
-            _run(model, walk, positional, keywords)
-        for tensor in cached():
+            _run(model, walk, example_inputs)
+        for tensor in added():
             walk.freeze(walk.layout(tensor), "kept by the model from one call to the next")
         unmet = [name for key, name in names.items() if key not in walk.met]
         steps = tuple(walk.steps)
         if unmet:
-            unmet = _train_pass(model, walk, names, positional, keywords)
+            unmet = _train_pass(model, walk, names, example_inputs)
     assembly = assemble(walk.ledger)
     return Traced(assembly.groups, Sizes(steps, assembly), unmet), walk.splits
 
@@ -187,106 +176,30 @@ def _register(model: nn.Module, walk: Walk) -> dict[int, str]:
     return names
 
 
-def arguments_of(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments from example inputs."""
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (tuple(inputs), {}) if isinstance(inputs, tuple | list) else ((inputs,), {})
-
-
-def _run(model: nn.Module, walk: Walk, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+def _run(model: nn.Module, walk: Walk, inputs: Any) -> None:
     """One forward pass under the recorder; what comes out of the model is frozen."""
-    for tensor in _leaves([positional, keywords]):
+    for tensor in leaves(inputs):
         walk.know(tensor, Mark((FIXED,) * tensor.ndim))
     try:
         with torch.inference_mode(), attention_in_steps(), module_stack(model, walk.stack), Recorder(walk):
-            outputs = model(*positional, **keywords)
+            outputs = call(model, inputs)
     except Exception as error:
         reason = str(error).strip().splitlines()
         message = f"the model does not run on the example inputs: {type(error).__name__}: {reason[0] if reason else ''}"
         raise TraceError(message) from error
-    for tensor in _leaves(outputs):
+    for tensor in leaves(outputs):
         walk.freeze(walk.layout(tensor), OUTPUT)
 
 
-def _train_pass(
-    model: nn.Module, walk: Walk, names: dict[int, str], positional: tuple[Any, ...], keywords: dict[str, Any]
-) -> list[str]:
+def _train_pass(model: nn.Module, walk: Walk, names: dict[int, str], inputs: Any) -> list[str]:
     """Run again in training mode, for branches that exist only there; norms and dropout stay in evaluation mode."""
     before = len(walk.met)
     for module in model.modules():
         if not isinstance(module, nn.modules.batchnorm._NormBase | nn.modules.dropout._DropoutNd):
             module.training = True
     try:
-        _run(model, walk, positional, keywords)
+        _run(model, walk, inputs)
     except TraceError as error:
         _LOG.warning("training mode could not be traced, branches that exist only there are unknown: %s", error)
     _LOG.debug("training mode met %d more tensors", len(walk.met) - before)
     return [name for key, name in names.items() if key not in walk.met]
-
-
-def _leaves(value: Any, depth: int = 0) -> Iterator[Tensor]:
-    """All tensors in nested tuples, lists, dictionaries, dataclasses and plain objects."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _leaves(item, depth + 1)
-    elif isinstance(value, list | tuple | set):
-        for item in value:
-            yield from _leaves(item, depth + 1)
-    elif hasattr(value, "__dict__") and not isinstance(value, type | nn.Module) and depth < 8:
-        for item in vars(value).values():
-            yield from _leaves(item, depth + 1)
-
-
-@contextmanager
-def left_as_it_was(model: nn.Module, walk: Walk) -> Iterator[Callable[[], Iterator[Tensor]]]:
-    """Restore modes, attributes, buffers and random state when done.
-
-    Gives a function that lists the tensors that the model has put into its own lists and dictionaries.
-    """
-    modules = [(module, dict(vars(module))) for module in model.modules()]
-    containers = [
-        (value, value.copy())
-        for _, attributes in modules
-        for name, value in attributes.items()
-        if type(value) in _CONTAINERS and not name.startswith("_")
-    ]
-    registries = [(attributes[name], attributes[name].copy()) for _, attributes in modules for name in _REGISTRIES]
-
-    def cached() -> Iterator[Tensor]:
-        for container, content in containers:
-            if isinstance(container, dict | list) and not _same_content(container, content):
-                old = {id(tensor) for tensor in _leaves(content)}
-                yield from (tensor for tensor in _leaves(container) if id(tensor) not in old)
-
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002  # the global state is the user's
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield cached
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        for tensor, value in walk.saved.values():
-            with torch.no_grad():
-                tensor.copy_(value)
-        for container, content in (*containers, *registries):
-            if not _same_content(container, content):
-                container.clear()
-                container.extend(content) if isinstance(container, list) else container.update(content)
-        for module, attributes in modules:
-            current = vars(module)
-            for key in [key for key in current if key not in attributes]:
-                del current[key]
-            current.update(attributes)
-
-
-def _same_content(first: Any, second: Any) -> bool:
-    """Whether two lists or dictionaries hold the very same objects."""
-    if len(first) != len(second):
-        return False
-    if isinstance(first, dict):
-        return list(first) == list(second) and all(first[key] is second[key] for key in first)
-    return isinstance(first, set) or all(a is b for a, b in zip(first, second, strict=True))

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from ..errors import VerificationError
 from ..graph import Traced, rewrite_stale_sizes
-from ..plan import AttributeChange, ChannelGroup, Plan
+from ..plan import ChannelGroup, Plan
 from ..pruning.reconstruction import reestimate, repair
-from ..surgery.judge import Verification
+from ..surgery.apply import Rewrite
+from ..surgery.verdict import Verification
 from ..surgery.verify import rehearse
 from ..utils.distributed import decided
 from ..utils.inputs import informative_inputs, outputs
-from ..utils.model_state import borrowed
+from ..utils.model_state import preserved
 from ..utils.modules import named_tensors, unwrap
 from .assign import along
 from .folding import FILTER_ROLES, FoldBound
@@ -66,7 +67,7 @@ class CutResult:
 
 def observed(model: nn.Module, example_inputs: Any) -> list[Tensor]:
     """Floating-point outputs on the example inputs (noise where those are constant), in eval mode."""
-    with borrowed(model):
+    with preserved(model):
         found = outputs(model, informative_inputs(example_inputs))
     return [value.detach().clone() for value in found if value.is_floating_point()]
 
@@ -109,16 +110,17 @@ def write_back(groups: Sequence[ChannelGroup], labels: Mapping[str, Tensor], mod
             rows.index_copy_(0, place, mean[slot])
 
 
+def sizes_rewriter(groups: Traced) -> Rewrite:
+    """What finds the sizes in the model's own code that a cut makes wrong; `groups`: of the uncut network."""
+    return lambda pruned, plan, inputs: rewrite_stale_sizes(pruned, plan, groups, inputs)
+
+
 def rehearsed(plan: Plan, model: nn.Module, groups: Traced, example_inputs: Any) -> Verification:
     """Hold a cut against the masked network; where several processes train, rank 0 does.
 
     **Raises:** `VerificationError` if the cut network would not equal the masked one.
     """
-
-    def rewrite(pruned: nn.Module, part: Plan, inputs: Any) -> tuple[AttributeChange, ...]:
-        return rewrite_stale_sizes(pruned, part, groups, inputs)
-
-    verified = decided(lambda: rehearse(model, plan, example_inputs, groups=groups, repair=rewrite))
+    verified = decided(lambda: rehearse(model, plan, example_inputs, groups=groups, rewrite=sizes_rewriter(groups)))
     if not verified.ok:
         raise VerificationError(f"the cut was not made: {verified.message}")
     return verified

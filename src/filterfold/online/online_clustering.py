@@ -18,7 +18,8 @@ from ..profiling.macs import Cost
 from ..pruning.budgets.patterns import merged
 from ..pruning.budgets.ranking import rank
 from ..pruning.criteria import score
-from ..pruning.cutting import Optimizers, check_optimizers, cut
+from ..pruning.prune import Optimizers, check_optimizers
+from ..surgery.apply import apply_with_sizes
 from ..utils.distributed import agreed, check_wrappers, renew
 from ..utils.modules import named_tensors, unwrap
 from .assign import ClusterRow, read_row, regroup, summary
@@ -34,6 +35,7 @@ from .cut import (
     observed,
     rehearsed,
     relative_change,
+    sizes_rewriter,
     write_back,
 )
 from .folding import BoundMeasurement, fold
@@ -321,22 +323,21 @@ class OnlineFilterClustering:
         """Make the cut, look at what came of it, and mend that."""
         options = self.cutting
         uncut = copy.deepcopy(self._bare) if options.remedy == "kernels" else None
-        done = cut(
+        plan, receipt = apply_with_sizes(
             plan,
             self.model,
-            self.groups,
             self.example_inputs,
+            None if options.verify else sizes_rewriter(self.groups),
             optimizer=self.optimizer,
             averaged=self.averaged,
-            tried=options.verify,
         )
-        undo(done.receipt.rollback)
-        self.plans.append(done.plan)
+        undo(receipt.rollback)
+        self.plans.append(plan)
         self.groups, self._cost = self._traced()
         if options.remedy is not None:
             undo(kept_values(self._bare))
-            mend(options, self._bare, uncut, done.plan)
-        return done.plan
+            mend(options, self._bare, uncut, plan)
+        return plan
 
     def _plan(self, share: float) -> Plan:
         """The cut of this milestone."""

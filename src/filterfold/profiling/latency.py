@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import ConfigError
 from ..utils.inputs import call, examples
-from ..utils.model_state import undisturbed
+from ..utils.model_state import preserved
 from ..utils.progress import track
 from .latency_results import CONTROL, Latency, LatencyComparison
 from .macs import measure
@@ -227,7 +227,7 @@ def measure_latency(
     rows: list[Latency] = []
     timer = timer or timer_for(device)
     macs = {name: measure(model, example).macs for name, model in models.items()} if count_macs else {}
-    with threads_set(threads), undisturbed(*models.values()), compiling(mode):
+    with threads_set(threads), preserved(*models.values()), compiling(mode):
         runners: list[tuple[str, Runner]] = [(name, prepare(model, mode, example)) for name, model in models.items()]
         runners.append((CONTROL, runners[0][1]))
         conditions: dict[str, str | int | float | None] = {
@@ -291,7 +291,7 @@ def inference_seconds(
     def once() -> float:
         return sum(clock(partial(model, ready(batch)), 1) for batch in batches)
 
-    with undisturbed(model), torch.inference_mode():
+    with preserved(model), torch.inference_mode():
         model(ready(batches[0]))
         return statistics.median(once() for _ in range(repeats))
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..utils.inputs import call, examples
 from ..utils.io import write_json
-from ..utils.model_state import undisturbed
+from ..utils.model_state import preserved, random_state_preserved
 from ..utils.progress import track
 from .latency import Timer, hardware_name, place_of, threads_set, timer_for
 from .macs import WeightOps
@@ -135,7 +135,7 @@ def layer_calls(model: nn.Module, example_inputs: Any) -> tuple[LayerCall, ...]:
     ```
     """
     recorder = _Recorder(model)
-    with undisturbed(model), torch.random.fork_rng(devices=[]), torch.inference_mode(), recorder:
+    with preserved(model), random_state_preserved(model), torch.inference_mode(), recorder:
         call(model, examples(example_inputs))
     return tuple(recorder.calls)
 
@@ -330,7 +330,7 @@ def wasted_widths(
     """
     device, dtype = place_of(model)
     found = []
-    with threads_set(threads), undisturbed(model):
+    with threads_set(threads), preserved(model):
         times = times or LayerTimes(device, dtype, batch_size, timer=timer, folder=False)
         for layer in dict.fromkeys(layer_calls(model, example_inputs)):
             rounded = _rounded_up(layer, _TENSOR_CORE if device.type == "cuda" else _VECTOR)

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import ModelError
 from ..utils.inputs import call, examples
-from ..utils.model_state import attention_in_steps, undisturbed
+from ..utils.model_state import attention_in_steps, preserved, random_state_preserved
 from ..utils.modules import named_tensors
 
 aten = torch.ops.aten
@@ -116,7 +116,7 @@ def measure(model: nn.Module, example_inputs: Any) -> Cost:
     ```
     """
     counting = Counting(model)
-    with undisturbed(model), torch.random.fork_rng(devices=[]), torch.inference_mode(), counting:
+    with preserved(model), random_state_preserved(model), torch.inference_mode(), counting:
         try:
             call(model, examples(example_inputs))
         except Exception as error:

@@ -10,7 +10,7 @@ from typing import Literal
 from ..errors import PlanError, SurgeryError, VerificationError
 from ..graph import Traced
 from ..plan import Cut, Plan
-from ..surgery.judge import Verification
+from ..surgery.verdict import Verification
 
 _LOG = logging.getLogger("filterfold.prune")
 

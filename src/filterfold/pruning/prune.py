@@ -13,16 +13,18 @@ from torch import Tensor, nn
 from ..errors import ConfigError, FilterfoldError, SelectionError
 from ..graph import Traced, rewrite_stale_sizes, trace_and_measure
 from ..plan import AttributeChange, ChannelGroup, Plan
-from ..profiling.macs import Cost
-from ..surgery.apply import Cuttings
-from ..surgery.judge import Verification
+from ..profiling.macs import Cost, measure
+from ..surgery.apply import apply_with_sizes
+from ..surgery.cut_cache import CutCache
+from ..surgery.verdict import Verification
 from ..surgery.verify import rehearse
 from ..utils.modules import unwrap
 from .budgets import Budget, LatencyBudget, Selection, choose, cuttable, select_for_latency, select_greedily
 from .budgets.patterns import merged
 from .criteria import Criterion, score
 from .culprits import FAILED, OnFailure, passing_plan
-from .cutting import Optimizers, check_optimizers, cut
+
+Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,7 @@ def prune(
     """Make a model smaller, in place, and prove it.
 
     Traces the channel groups, scores their units, selects those that fit the budget, rehearses the
-    cut against both oracles (see `filterfold.verify.rehearse`), and makes it: on the parameters, gradients, buffers,
+    cut (see `filterfold.surgery.verify.rehearse`), and makes it: on the parameters, gradients, buffers,
     module attributes, optimizer state and averaged copies, as one transaction. By default this is
     Li et al. (2017): the filters of smallest L1 norm go.
 
@@ -176,11 +178,10 @@ def prune(
         return replace(plan, notes={"criterion": _name(criterion), **plan.notes})
 
     def judge(plan: Plan) -> Verification:
-        return rehearse(
-            inner, plan, example_inputs, groups=traced, repair=network.rewrite_sizes, cuttings=cuttings, count=True
-        )
+        rewrite = network.rewrite_sizes
+        return rehearse(inner, plan, example_inputs, groups=traced, rewrite=rewrite, cache=cache, count=True)
 
-    cuttings = Cuttings()
+    cache = CutCache()
     groups, verified = traced, None
     if verify:
         groups, plan, verified = passing_plan(traced, plan_for, judge, on_failure)
@@ -189,19 +190,24 @@ def prune(
         plan = plan_for(traced)
     if budget.latency is not None and "asked" not in plan.notes:
         raise SelectionError("latency: no cut copy of the network could be timed; say how much may stay with macs=")
-    known = verified.cost if verified is not None and not plan.attributes else None
-    done = cut(
+    plan, receipt = apply_with_sizes(
         plan,
         model,
-        traced,
         example_inputs,
+        None if verify else network.rewrite_sizes,
         optimizer=optimizer,
         averaged=averaged,
-        cuttings=cuttings,
-        tried=known is not None,
+        cache=cache,
     )
     frozen = {g.name: g.frozen.removeprefix(FAILED) for g in groups if g.frozen and g.frozen.startswith(FAILED)}
-    return PruneResult(done.plan, before, known or done.cost or before, verified, groups, frozen)
+    if verified is not None and verified.cost is not None and not plan.attributes:
+        return PruneResult(plan, before, verified.cost, verified, groups, frozen)
+    try:
+        after = measure(inner, example_inputs)
+    except BaseException:
+        receipt.rollback()
+        raise
+    return PruneResult(plan, before, after, verified, groups, frozen)
 
 
 def _check(budget: Budget, selection: Selection, scoring: Scoring, verify: bool, on_failure: str) -> None:
@@ -214,6 +220,16 @@ def _check(budget: Budget, selection: Selection, scoring: Scoring, verify: bool,
         raise ConfigError("scoring: order='greedy' needs keep= and scope='layer'")
     if budget.latency is not None and selection.scope != "layer":
         raise SelectionError("scope= has no effect with latency=: leave it out")
+
+
+def check_optimizers(optimizer: Optimizers, model: nn.Module) -> None:
+    """Refuse an optimizer that holds none of a network's parameters: it was made for another one."""
+    own = {id(parameter) for parameter in model.parameters()}
+    for entry in optimizer if isinstance(optimizer, Sequence) else [] if optimizer is None else [optimizer]:
+        if not isinstance(entry, torch.optim.Optimizer):
+            raise ConfigError(f"optimizer={type(entry).__name__}: must be a torch.optim.Optimizer, or several")
+        if not any(id(parameter) in own for group in entry.param_groups for parameter in group["params"]):
+            raise ConfigError(f"{type(entry).__name__} holds no parameter of this model: was it built for another one?")
 
 
 @dataclass(frozen=True)
@@ -243,7 +259,7 @@ class _Network:
         def cut_copy(plan: Plan) -> nn.Module:
             tried.append(plan)
             trial = copy.deepcopy(self.model)
-            cut(plan, trial, self.traced, self.example_inputs)
+            apply_with_sizes(plan, trial, self.example_inputs, self.rewrite_sizes)
             return trial
 
         try:

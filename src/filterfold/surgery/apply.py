@@ -17,15 +17,16 @@ stepping and then cutting, as far as an optimizer is linear:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import FilterfoldError, PlanError, SurgeryError
-from ..plan import AttributeChange, Cut, Plan
+from ..plan import AttributeChange, Plan
 from ..utils.modules import named_tensors, unwrap
+from .cut_cache import CutCache
 from .index_maps import Edit, Kind, cut_tensor, edits_of
 from .layer_attributes import like, plain_sizes, refresh_attributes, sizes_of
 
@@ -56,70 +57,6 @@ class _Journal:
             self._actions.pop()()
 
 
-@dataclass(frozen=True, slots=True)
-class _Cutting:
-    """One tensor that was cut: its data, how often it had been written into, by what it was cut, and the outcome."""
-
-    before: Tensor
-    version: int
-    edit: Edit
-    after: Tensor
-
-    def holds(self, tensor: Tensor, edit: Edit) -> bool:
-        """Whether cutting the tensor now would come to the same."""
-        return self.version == tensor._version and _same_data(self.before, tensor) and _same_edit(self.edit, edit)
-
-
-class Cuttings:
-    """What a rehearsal has cut, so that the cut itself need not do it again; for one model.
-
-    Given to `apply`, it collects the new tensors, and gives them out when the same data is to be cut in the same way.
-    A tensor that was written into in between, or that had other data for the rehearsal, is cut anew.
-    """
-
-    def __init__(self) -> None:
-        """Empty."""
-        self.begin()
-
-    def begin(self) -> None:
-        """Forget everything: another plan will be rehearsed."""
-        self._cuts: tuple[Cut, ...] | None = None
-        self._edits: dict[str, Edit] = {}
-        self._tensors: dict[str, _Cutting] = {}
-
-    def edits(self, plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Edit]:
-        """`edits_of`, computed once for the first plan since the beginning."""
-        if self._cuts is None:
-            self._cuts, self._edits = plan.cuts, edits_of(plan, tensors)
-        return self._edits if plan.cuts is self._cuts else edits_of(plan, tensors)
-
-    def cut(self, name: str, tensor: Tensor, edit: Edit, kind: Kind) -> Tensor:
-        """`cut_tensor`, once for the same data."""
-        known = self._tensors.get(name)
-        if known is not None and known.holds(tensor, edit):
-            return known.after
-        after = cut_tensor(tensor, edit, kind)
-        if known is None:
-            self._tensors[name] = _Cutting(tensor.detach(), tensor._version, edit, after)
-        return after
-
-
-def _same_edit(first: Edit, second: Edit) -> bool:
-    """Whether two edits only drop positions, and the same ones."""
-    if first is second:
-        return True
-    return first.keys() == second.keys() and all(
-        len(cut.source) == len(second[axis].source) == 0 and torch.equal(cut.keep, second[axis].keep)
-        for axis, cut in first.items()
-    )
-
-
-def _same_data(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors show the same part of the same memory in the same way."""
-    same_place = first.data_ptr() == second.data_ptr() and first.dtype == second.dtype
-    return same_place and first.shape == second.shape and first.stride() == second.stride()
-
-
 @dataclass(frozen=True)
 class Receipt:
     """What a cut did, and the way back.
@@ -148,7 +85,7 @@ def apply(
     *,
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     averaged: nn.Module | Sequence[nn.Module] = (),
-    cuttings: Cuttings | None = None,
+    cache: CutCache | None = None,
 ) -> Receipt:
     """Cut a model in place, with its gradients, optimizer state and averaged copies, as one transaction.
 
@@ -161,7 +98,7 @@ def apply(
       `DistributedDataParallel` is refused: cut the model inside and wrap it again.
     - `optimizer`: the optimizer or optimizers whose state is cut alike.
     - `averaged`: copies of the same structure (an EMA, an `AveragedModel`) that are cut alike.
-    - `cuttings`: what a rehearsal of the same plan on the same model has cut already.
+    - `cache`: what a rehearsal of the same plan on the same model has cut already.
 
     **Returns:** a `Receipt`, whose `rollback` undoes everything.
 
@@ -186,49 +123,82 @@ def apply(
     """
     if type(model).__name__ == "DistributedDataParallel":
         raise SurgeryError("DDP's buckets would keep the old sizes: apply the plan to ddp.module and wrap it again")
-    # Inside inference_mode, new parameters would be inference tensors, of no use for training.
-    with torch.inference_mode(False), torch.no_grad():
-        return _apply(plan, model, optimizer, averaged, cuttings or Cuttings())
-
-
-def _apply(
-    plan: Plan,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None,
-    averaged: nn.Module | Sequence[nn.Module],
-    cuttings: Cuttings,
-) -> Receipt:
-    optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer] if optimizer is not None else []
+    cache = cache or CutCache()
+    optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer or ())
     copies = [averaged] if isinstance(averaged, nn.Module) else list(averaged)
     modules = [unwrap(target) for target in (model, *copies)]
     tensors = [dict(named_tensors(module)) for module in modules]
-    edits = cuttings.edits(plan, tensors[0])
-    work = [_new_tensors(edits, tensors[0], cuttings.cut)]
-    work += [_new_tensors(edits_of(plan, named), named, _cut_anew) for named in tensors[1:]]
-    by_id = {id(tensors[0][name]): (name, edit) for name, edit in edits.items()}
-    states = [change for entry in optimizers for change in _new_states(entry, by_id, tensors[0])]
-    journal = _Journal()
-    try:
-        for tensor, new, grad in (change for changes in work for change in changes):
-            _swap(tensor, new, grad, journal)
-        for state, values in states:
-            _update(state, values, journal)
-        changed = [_set_attributes(plan, module, edits, journal) for module in modules]
-    except BaseException as error:
-        journal.undo()
-        if isinstance(error, FilterfoldError) or not isinstance(error, Exception):
-            raise
-        reason = str(error).splitlines()[0] if str(error) else "no reason given"
-        raise SurgeryError(f"the cut failed and was undone: {type(error).__name__}: {reason}") from error
+    # Inside inference_mode, new parameters would be inference tensors, of no use for training.
+    with torch.inference_mode(False), torch.no_grad():
+        edits = cache.edits(plan, tensors[0])
+        changes = _new_tensors(edits, tensors[0], cache)
+        for named in tensors[1:]:
+            changes += _new_tensors(edits_of(plan, named), named, CutCache())
+        by_id = {id(tensors[0][name]): (name, edit) for name, edit in edits.items()}
+        states = [change for entry in optimizers for change in _new_states(entry, by_id, tensors[0])]
+        journal = _Journal()
+        try:
+            for tensor, new, grad in changes:
+                _swap(tensor, new, grad, journal)
+            for state, values in states:
+                _update(state, values, journal)
+            changed = [_set_attributes(plan, module, edits, journal) for module in modules]
+        except BaseException as error:
+            journal.undo()
+            if isinstance(error, FilterfoldError) or not isinstance(error, Exception):
+                raise
+            reason = str(error).splitlines()[0] if str(error) else "no reason given"
+            raise SurgeryError(f"the cut failed and was undone: {type(error).__name__}: {reason}") from error
     return Receipt(tuple(edits), tuple(changed[0]), journal)
 
 
-def _cut_anew(_name: str, tensor: Tensor, edit: Edit, kind: Kind) -> Tensor:
-    return cut_tensor(tensor, edit, kind)
+Rewrite = Callable[[nn.Module, Plan, Any], tuple[AttributeChange, ...]]
+"""Given a model after surgery, the plan and example inputs: rewrites the sizes in the model's own code in place and
+returns the changes, or raises a `FilterfoldError` and leaves them. See `filterfold.graph.rewrite_stale_sizes`."""
+
+
+def apply_with_sizes(
+    plan: Plan,
+    model: nn.Module,
+    example_inputs: Any,
+    rewrite: Rewrite | None,
+    *,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+    averaged: nn.Module | Sequence[nn.Module] = (),
+    cache: CutCache | None = None,
+) -> tuple[Plan, Receipt]:
+    """`apply` a plan, and let the sizes in the model's own code follow, in one transaction.
+
+    What has to change is known only after the cut. So the model is cut, the sizes are found, the cut is taken back,
+    and the plan with these sizes is applied: then averaged copies get them too, and one rollback undoes everything.
+
+    **Arguments:** as for `apply`, and
+
+    - `example_inputs`: given to `rewrite`.
+    - `rewrite`: finds the sizes; None: there are none to find.
+
+    **Returns:** the plan with the changed sizes, and the receipt of applying it.
+
+    **Raises:** as `apply` and `rewrite` do; the model is then as before.
+    """
+    receipt = apply(plan, model, optimizer=optimizer, averaged=averaged, cache=cache)
+    if rewrite is None:
+        return plan, receipt
+    try:
+        changes = rewrite(unwrap(model), plan, example_inputs)
+    except BaseException:
+        receipt.rollback()
+        raise
+    if not changes:
+        return plan, receipt
+    _put_back(changes, unwrap(model))  # the receipt knows nothing of them
+    receipt.rollback()
+    plan = replace(plan, attributes=(*plan.attributes, *changes))
+    return plan, apply(plan, model, optimizer=optimizer, averaged=averaged, cache=cache)
 
 
 def _new_tensors(
-    edits: Mapping[str, Edit], tensors: Mapping[str, Tensor], cut: Callable[[str, Tensor, Edit, Kind], Tensor]
+    edits: Mapping[str, Edit], tensors: Mapping[str, Tensor], cache: CutCache
 ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
     """(tensor, its new data, its new gradient) for everything that changes."""
     changes = []
@@ -238,7 +208,8 @@ def _new_tensors(
         grad = tensor.grad if tensor.is_leaf else None
         if grad is not None and grad.layout != torch.strided:
             raise SurgeryError(f"{name} has a sparse gradient: call optimizer.zero_grad() before cutting")
-        changes.append((tensor, cut(name, tensor, edit, kind), None if grad is None else cut_tensor(grad, edit)))
+        new = cache.cut(name, tensor, edit, kind)
+        changes.append((tensor, new, None if grad is None else cut_tensor(grad, edit)))
     return changes
 
 
@@ -354,10 +325,9 @@ def _rewrite(module: nn.Module, change: AttributeChange, before: Any) -> None:
     vars(module)[change.attribute] = like(present, plain_sizes(change.new))
 
 
-def revert(changes: Sequence[AttributeChange], model: nn.Module) -> None:
-    """Undo rewritten sizes: every attribute gets its `old` value back."""
+def _put_back(changes: Sequence[AttributeChange], model: nn.Module) -> None:
     for change in reversed(changes):
-        attributes = vars(unwrap(model).get_submodule(change.module))
+        attributes = vars(model.get_submodule(change.module))
         attributes[change.attribute] = like(attributes[change.attribute], plain_sizes(change.old))
 
 

@@ -1,7 +1,7 @@
 """Verification: the cut network must compute what the uncut one computes with the plan imposed on it.
 
-Two oracles. *Masking* imposes the plan without changing any size (`masked`); it judges every group
-whose units are exact. *Permutation* judges the others, where a normalisation, softmax or mean runs over the
+Two comparisons. *Masking* imposes the plan without changing any size (`masked`); it applies to every group
+whose units are exact. *Permutation* serves the others, where a normalisation, softmax or mean runs over the
 channels: shuffling interchangeable units of the uncut network must not change its outputs.
 
 The error of an output is max|a - b| / max|a|, and the error of a network the largest over its outputs. Networks
@@ -10,22 +10,27 @@ amplify rounding differently, so a float32 error above `TOLERANCES` is decided b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..errors import VerificationError
-from ..plan import ChannelGroup, Plan
-from ..utils.inputs import batch_of, informative_inputs
-from ..utils.model_state import borrowed
-from ..utils.modules import unwrap
-from .apply import Cuttings
-from .judge import TOLERANCES, Errors, Judge, NotFiniteError, Repair, Verification, type_of
-from .masking import masked
+from ..errors import FilterfoldError, VerificationError
+from ..plan import ChannelGroup, Cut, Plan
+from ..profiling.macs import Cost, Counting
+from ..utils.inputs import batch_of, informative_inputs, outputs
+from ..utils.model_state import preserved
+from ..utils.modules import named_tensors, unwrap
+from .apply import Rewrite, apply, apply_with_sizes
+from .cut_cache import CutCache
+from .index_maps import edits_of
+from .masking import masked, permuted, rebased
+from .verdict import TOLERANCES, Errors, Verification, describe, difference
 
-__all__ = ["TOLERANCES", "Repair", "Verification", "masked", "rehearse", "verify"]
+_LOG = logging.getLogger("filterfold.verify")
 
 
 @torch.inference_mode(mode=False)  # else new tensors could never be trained
@@ -38,7 +43,7 @@ def verify(
     groups: Iterable[ChannelGroup] | None = None,
     tolerance: float | None = None,
 ) -> Verification:
-    """Hold a pruned model against the original it was cut from.
+    """Compare a pruned model with the original that it was cut from.
 
     Both are run in eval mode on the example inputs (constant ones are replaced by noise), with the
     values that they have. A branch that starts at zero hides what lies behind it; `rehearse`, which
@@ -60,7 +65,7 @@ def verify(
     ```python
     >>> import copy
     >>> from filterfold.plan import Cut, Slice
-    >>> from filterfold.surgery.apply import apply
+    >>> from filterfold import apply
     >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
     >>> made = tuple(Slice(name, 0, (0, 1, 2), "filter") for name in ("0.weight", "0.bias"))
     >>> plan = Plan((Cut("0", (0, -1, 1), made, (Slice("2.weight", 1, (0, 1, 2), "kernel"),)),))
@@ -74,17 +79,19 @@ def verify(
     pruned, original = unwrap(pruned), unwrap(original)
     if pruned is original:
         raise VerificationError("verify needs the original beside the pruned model: copy it before cutting")
-    judge = Judge(plan, groups, original, None)
+    comparison = _Comparison(original, plan, groups)
 
-    def trial(dtype: torch.dtype | None) -> Errors:
+    def compare(dtype: torch.dtype | None) -> Errors:
         inputs = informative_inputs(example_inputs, dtype)
-        with borrowed(original, dtype=dtype):
-            expected, shuffled = judge.references(inputs)
-        with borrowed(pruned, dtype=dtype):
-            actual, failure = judge.run(pruned, inputs)
-        return judge.errors(expected, shuffled, actual, failure)
+        with preserved(original, dtype=dtype):
+            expected, permutation = comparison.references(inputs)
+        with preserved(pruned, dtype=dtype):
+            try:
+                return Errors(_masking_error(expected, outputs(pruned, inputs)), permutation)
+            except Exception as reason:
+                return Errors(None, permutation, _line(reason))
 
-    return judge.decide(trial, type_of(original), tolerance)
+    return comparison.decide(compare, tolerance)
 
 
 @torch.inference_mode(mode=False)  # else new tensors could never be trained
@@ -95,20 +102,20 @@ def rehearse(
     *,
     groups: Iterable[ChannelGroup] | None = None,
     tolerance: float | None = None,
-    repair: Repair | None = None,
-    cuttings: Cuttings | None = None,
+    rewrite: Rewrite | None = None,
+    cache: CutCache | None = None,
     count: bool = False,
 ) -> Verification:
-    """Try a plan on a model, judge the outcome by both oracles, and take everything back.
+    """Try a plan on a model, compare the outcome, and take everything back.
 
     Needs no copy of the model. Constant and tiny parameters have random values meanwhile, so that
     a fresh network, with zeros in its last batch norms, hides nothing.
 
     **Arguments:** as for `verify`, and
 
-    - `repair`: asked where the cut network fails or differs, for sizes written into user code; what it finds
+    - `rewrite`: called where the cut network fails or differs, for sizes in the model's own code; what it changes
       is part of the verification.
-    - `cuttings`: collects what was cut, for `apply` to take over.
+    - `cache`: collects what was cut, for `apply` to take over.
     - `count`: whether to count what the cut network costs, as long as the inputs are one example.
 
     **Returns:** a `Verification`.
@@ -117,21 +124,200 @@ def rehearse(
     model does not run as it is.
     """
     model = unwrap(model)
-    if cuttings is not None:
-        cuttings.begin()
-    judge = Judge(plan, groups, model, repair, cuttings, count and batch_of(example_inputs) == 1)
+    if cache is not None:
+        cache.begin()
+    comparison = _Comparison(model, plan, groups, rewrite, cache)
+    comparison.counts = count and batch_of(example_inputs) == 1
 
-    def trial_with(generic: bool) -> Callable[[torch.dtype | None], Errors]:
-        def trial(dtype: torch.dtype | None) -> Errors:
-            inputs = informative_inputs(example_inputs, dtype)
-            with borrowed(model, dtype=dtype, generic=generic):
-                return judge.rehearsal(inputs)
-
-        return trial
+    def compare(dtype: torch.dtype | None) -> Errors:
+        inputs = informative_inputs(example_inputs, dtype)
+        with preserved(model, dtype=dtype, generic=comparison.generic):
+            return comparison.rehearsal(inputs)
 
     try:
-        judge.finite_only = True
-        return judge.decide(trial_with(True), type_of(model), tolerance)
-    except NotFiniteError:
-        judge.finite_only = False
-        return judge.decide(trial_with(False), type_of(model), tolerance)
+        comparison.generic = True
+        return comparison.decide(compare, tolerance)
+    except _OverflowError:
+        comparison.generic = False
+        return comparison.decide(compare, tolerance)
+
+
+class _OverflowError(Exception):
+    """Random values made the network overflow."""
+
+
+class _Comparison:
+    """A plan on a model: runs the cut network and the networks of the old size that it must equal.
+
+    `plan` gets the sizes in the model's own code that turn out to need a change; `cost` and `suspects` are for the
+    `Verification`. `generic`: whether the model has random values, which may make it overflow.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        groups: Iterable[ChannelGroup] | None,
+        rewrite: Rewrite | None = None,
+        cache: CutCache | None = None,
+    ) -> None:
+        self.model, self.plan, self.rewrite, self.cache = model, plan, rewrite, cache
+        by_name = {group.name: group for group in groups or ()}
+        inexact = [c for c in plan.cuts if c.changes and c.group in by_name and not by_name[c.group].exact]
+        self.inexact = tuple(inexact)
+        self.exact = tuple(cut for cut in plan.cuts if cut not in inexact)
+        shuffled = [by_name[cut.group] for cut in inexact if by_name[cut.group].symmetric]
+        self.interchangeable = {group.name: tuple(zip(group.classes, group.blocks, strict=True)) for group in shuffled}
+        self.generic = self.counts = False
+        self.cost: Cost | None = None
+        self.suspects: tuple[str, ...] = ()
+
+    def decide(self, compare: Callable[[torch.dtype | None], Errors], tolerance: float | None) -> Verification:
+        """The verdict in the model's own type, or in float64 where rounding could be the reason for an error."""
+        dtype = _least_precise_type(self.model)
+        limit = tolerance if tolerance is not None else TOLERANCES.get(dtype, 1e-4)
+        errors = compare(None)
+        if tolerance is None and limit < errors.worst and not errors.failure and dtype != torch.float64:
+            try:
+                errors, limit, dtype = compare(torch.float64), TOLERANCES[torch.float64], torch.float64
+            except FilterfoldError as reason:
+                _LOG.info("the model does not run in float64 (%s); deciding in %s", reason, dtype)
+        names = tuple(cut.group for cut in self.inexact)
+        ok = errors.worst <= limit
+        return Verification(
+            ok,
+            errors.masking,
+            errors.permutation,
+            names,
+            describe(errors, limit, dtype, names),
+            self.plan.attributes,
+            () if ok else self.suspects,
+            self.cost,
+        )
+
+    def rehearsal(self, inputs: Any) -> Errors:
+        """Cut, run, take back, and compare; once more with rewritten sizes where that fails or differs."""
+        actual, failure = self._cut_outputs(inputs)
+        if actual is None:
+            self._uncut_outputs(inputs)  # raises if it is not the cut that fails
+            return Errors(None, None, failure)
+        self._check_finite(actual)
+        expected, permutation = self.references(inputs)
+        errors = Errors(_masking_error(expected, actual), permutation)
+        suspicious = errors.masking is not None and not errors.masking <= TOLERANCES[torch.bfloat16]
+        if self.rewrite is None or self.plan.attributes or not suspicious:
+            return errors
+        before = self.plan
+        actual, failure = self._rewritten_outputs(inputs, "it differs")
+        if actual is not None:
+            again = Errors(_masking_error(expected, actual), permutation)
+            if again.worst < errors.worst:
+                return again
+        self.plan = before
+        return errors
+
+    def references(self, inputs: Any) -> tuple[list[Tensor] | None, float | None]:
+        """(outputs of the masked network or None, error under permutation or None)."""
+        error = None
+        shuffled = [cut for cut in self.inexact if cut.group in self.interchangeable]
+        if shuffled:
+            plain = self._uncut_outputs(inputs)
+            with permuted(self.model, shuffled, self.interchangeable, torch.Generator().manual_seed(2)):
+                error = difference(plain, outputs(self.model, inputs))
+        if self.inexact and not any(cut.changes for cut in self.exact):
+            return None, error  # there is nothing to mask
+        return self._masked_outputs(inputs), error
+
+    def _cut_outputs(self, inputs: Any) -> tuple[list[Tensor] | None, str | None]:
+        """(outputs of the cut network, None), with sizes rewritten if it fails without; or (None, why it fails)."""
+        receipt = apply(self.plan, self.model, cache=self.cache)
+        try:
+            if not self.counts:
+                return outputs(self.model, inputs), None
+            with Counting(self.model) as counting:
+                actual = outputs(self.model, inputs)
+            self.cost = counting.cost()
+            return actual, None
+        except Exception as reason:
+            failure = _line(reason)
+        finally:
+            receipt.rollback()
+        if self.rewrite is None or self.plan.attributes:
+            return None, failure
+        return self._rewritten_outputs(inputs, failure)
+
+    def _rewritten_outputs(self, inputs: Any, failure: str) -> tuple[list[Tensor] | None, str | None]:
+        """The same with sizes rewritten in any case; `failure`: the reason if there are none to rewrite."""
+        try:
+            plan, receipt = apply_with_sizes(self.plan, self.model, inputs, self.rewrite, cache=self.cache)
+        except FilterfoldError as reason:
+            self.suspects = tuple(getattr(reason, "groups", ()))
+            return None, str(reason)
+        try:
+            if not plan.attributes:
+                return None, failure
+            actual = outputs(self.model, inputs)
+        except Exception as reason:
+            return None, _line(reason)
+        finally:
+            receipt.rollback()
+        self.plan = plan
+        return actual, None
+
+    def _uncut_outputs(self, inputs: Any) -> list[Tensor]:
+        try:
+            uncut = outputs(self.model, inputs)
+        except Exception as reason:
+            raise VerificationError(f"the model fails before any cut: {_line(reason)}") from reason
+        self._check_finite(uncut)
+        return uncut
+
+    def _check_finite(self, values: Sequence[Tensor]) -> None:
+        if self.generic and not all(bool(torch.isfinite(v).all()) for v in values if v.is_floating_point()):
+            raise _OverflowError
+
+    def _masked_outputs(self, inputs: Any) -> list[Tensor] | None:
+        """Outputs with the inexact groups cut and the exact ones masked; None if that can't be run."""
+        failure: Exception | None = None
+        for rewrite in [None, self.rewrite] if self.inexact and self.rewrite else [None]:
+            try:
+                with self._inexact_cut(inputs, rewrite) as exact, masked(self.model, Plan(exact)):
+                    return outputs(self.model, inputs)
+            except Exception as reason:
+                failure = reason
+        assert failure is not None
+        self._uncut_outputs(inputs)  # raises if the network does not run at all
+        if not self.inexact:
+            raise failure
+        _LOG.info("the groups beside those that aren't exact can't be masked: %s", _line(failure))
+        return None
+
+    @contextmanager
+    def _inexact_cut(self, inputs: Any, rewrite: Rewrite | None) -> Iterator[tuple[Cut, ...]]:
+        """Really cut the inexact groups for a while; gives the exact groups' cuts as they read then."""
+        if not self.inexact:
+            yield self.exact
+            return
+        plan = Plan(self.inexact)
+        tensors = dict(named_tensors(self.model))
+        exact = rebased(self.exact, edits_of(plan, tensors), tensors)
+        _, receipt = apply_with_sizes(plan, self.model, inputs, rewrite, cache=self.cache)
+        try:
+            yield exact
+        finally:
+            receipt.rollback()
+
+
+def _masking_error(expected: list[Tensor] | None, actual: list[Tensor]) -> float | None:
+    return None if expected is None else difference(expected, actual)
+
+
+def _least_precise_type(model: nn.Module) -> torch.dtype:
+    """The least precise floating-point type among the parameters and buffers."""
+    kinds = {tensor.dtype for _, tensor in named_tensors(model) if tensor.is_floating_point()}
+    return max(kinds, key=lambda kind: torch.finfo(kind).eps, default=torch.float32)
+
+
+def _line(reason: BaseException) -> str:
+    text = next((line.strip() for line in str(reason).splitlines() if line.strip()), "no reason given")
+    return f"{type(reason).__name__}: {text}"

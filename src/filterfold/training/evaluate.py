@@ -14,7 +14,7 @@ from ..data import batches
 from ..data.splits import AnySplit, whole
 from ..errors import ConfigError, DataError, ModelError
 from ..utils import distributed
-from ..utils.model_state import evaluating
+from ..utils.model_state import preserved
 from ..utils.progress import track
 from .recipe import AUTOCAST
 
@@ -89,7 +89,7 @@ def evaluate(
     dtype = AUTOCAST[precision]
     autocast = torch.autocast(where.type, dtype=dtype) if dtype is not None else contextlib.nullcontext()
     started = time.perf_counter()
-    with evaluating(model), torch.inference_mode(), autocast:
+    with preserved(model), torch.inference_mode(), autocast:
         part = distributed.part if together else whole
         feed = batches(held, batch_size, device=where, channels_last=channels_last, part=part)
         for number, (images, labels) in enumerate(track(feed, description, -(-count // batch_size))):
@@ -117,7 +117,7 @@ def check_fit(model: nn.Module, images: Tensor, classes: int | None, needed: int
 
     **Arguments:** `images`: at least one; `classes`: the exact number of outputs, or None; `needed`: the least.
     """
-    with evaluating(model), torch.no_grad():
+    with preserved(model), torch.no_grad():
         try:
             logits = model(images)
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:

@@ -14,48 +14,50 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import ConfigError, TrainingError
 from ..utils import distributed
-from ..utils.model_state import undisturbed
+from ..utils.model_state import preserved
 from ..zoo.registry import FILE_MODULE, load_file
 from .recipe import Recipe
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+    from lightning_fabric.plugins.environments import ClusterEnvironment
+    from lightning_fabric.strategies import DDPStrategy
 
 
-class Joined(TorchElasticEnvironment):
+def _joined() -> ClusterEnvironment:
     """Ranks as `torch.distributed` has them, however the processes were started."""
+    from lightning_fabric.plugins.environments import TorchElasticEnvironment
 
-    def world_size(self) -> int:
-        """Number of processes."""
-        return dist.get_world_size()
+    class Joined(TorchElasticEnvironment):
+        def world_size(self) -> int:
+            return distributed.count()
 
-    def global_rank(self) -> int:
-        """The number of this one."""
-        return dist.get_rank()
+        def global_rank(self) -> int:
+            return distributed.rank()
 
-    def local_rank(self) -> int:
-        """Its number on its machine."""
-        return distributed.place()
+        def local_rank(self) -> int:
+            return distributed.place()
 
-    def node_rank(self) -> int:
-        """The number of its machine."""
-        return distributed.rank() // distributed.here()
+        def node_rank(self) -> int:
+            return distributed.rank() // distributed.here()
+
+    return Joined()
 
 
-def strategy(*, unreached: bool) -> DDPStrategy:
+def _strategy(*, unreached: bool) -> DDPStrategy:
     """DDP that leaves batch norm's running statistics to the training loop, which averages them once an epoch.
 
     **Arguments:**
 
     - `unreached`: whether some parameters get no gradient.
     """
+    from lightning_fabric.strategies import DDPStrategy
+
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options: dict[str, Any] = {buffers: False, "find_unused_parameters": unreached}
@@ -88,8 +90,8 @@ def make(device: str, recipe: Recipe, model: nn.Module, example: Tensor) -> Fabr
         accelerator=accelerator,
         devices=distributed.here(),
         num_nodes=distributed.count() // distributed.here(),
-        strategy=strategy(unreached=_unreached(model, example)),
-        plugins=[Joined()],
+        strategy=_strategy(unreached=_unreached(model, example)),
+        plugins=[_joined()],
         precision=recipe.precision,
     )
     fabric.launch()
@@ -117,7 +119,7 @@ def _unreached(model: nn.Module, example: Tensor) -> bool:
     wanted = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     where = next(model.parameters()).device
     try:
-        with undisturbed(model), torch.enable_grad():
+        with preserved(model), torch.enable_grad():
             logits = model(example.to(where))
     except (RuntimeError, ValueError, TypeError, AssertionError):
         return False  # `check_fit` will say what is wrong

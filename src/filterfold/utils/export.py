@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..errors import ExportError
 from .inputs import call
 from .io import write_atomically
-from .model_state import evaluating
+from .model_state import preserved
 from .modules import unwrap
 
 TOLERANCE = 1e-4
@@ -54,7 +54,7 @@ def to_program(
     model = unwrap(model)
     arguments, keywords = _arguments(_doubled(example_inputs) if dynamic else example_inputs)
     shapes = _dynamic_shapes(model, arguments, keywords) if dynamic else None
-    with evaluating(model), torch.no_grad(), _quiet():
+    with preserved(model), torch.no_grad(), _quiet():
         try:
             program = torch.export.export(model, arguments, keywords, dynamic_shapes=shapes, strict=False)
         except Exception as error:
@@ -112,7 +112,7 @@ def _check(model: nn.Module, example_inputs: Any, data: bytes, batches: tuple[in
         tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
         if len(names) != len(tensors):
             raise ExportError(f"the ONNX graph reads {len(names)} of {len(tensors)} inputs: {', '.join(names)}")
-        with evaluating(model), torch.inference_mode():
+        with preserved(model), torch.inference_mode():
             expected = [leaf for leaf in tree_leaves(call(model, inputs)) if isinstance(leaf, Tensor)]
         feed = {name: tensor.cpu().numpy() for name, tensor in zip(names, tensors, strict=True)}
         actual = [torch.from_numpy(value) for value in session.run(None, feed)]

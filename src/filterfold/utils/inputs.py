@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from .modules import named_tensors
+from .model_state import random_state_preserved
+from .modules import leaves
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
@@ -65,36 +65,8 @@ def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
     >>> [tuple(value.shape) for value in outputs(nn.Linear(2, 3), torch.zeros(1, 2))]
     [(1, 3)]
     """
-    devices: list[int] = []
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        devices = sorted({tensor.device.index for _, tensor in named_tensors(model) if tensor.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices), torch.inference_mode():
-        # Not torch.manual_seed, which would seed every device there is.
-        for generator in (torch.default_generator, *(torch.cuda.default_generators[index] for index in devices)):
-            generator.manual_seed(0)
+    with random_state_preserved(model, seed=0), torch.inference_mode():
         return list(leaves(call(model, inputs)))
-
-
-def leaves(value: Any, depth: int = 0) -> Iterator[Tensor]:
-    """The tensors inside tuples, lists, mappings, dataclasses and plain objects.
-
-    >>> list(leaves({"a": [torch.tensor(1)], "b": None}))
-    [tensor(1)]
-    """
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from leaves(item, depth)
-    elif isinstance(value, list | tuple | set):
-        for item in value:
-            yield from leaves(item, depth)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for entry in dataclasses.fields(value):
-            yield from leaves(getattr(value, entry.name), depth + 1)
-    elif hasattr(value, "__dict__") and not isinstance(value, type | nn.Module) and depth < 3:
-        for item in vars(value).values():
-            yield from leaves(item, depth + 1)
 
 
 def informative_inputs(inputs: Any, dtype: torch.dtype | None = None) -> Any:

@@ -1,143 +1,124 @@
-"""Context managers that give a model back as it was: mode, hooks, buffers, gradients, data type."""
+"""Giving a model back as it was, and the random state with it."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping
+import random
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .modules import named_tensors
-
-
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Put every module of the models into eval mode, and each back into its own mode afterwards.
-
-    >>> net = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
-    >>> with evaluating(net):
-    ...     print(net.training, net[0].training)
-    False False
-    >>> net.training, net[0].training, net[1].training
-    (True, True, False)
-    """
-    before = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for module, training in before:
-            if module.training is not training:
-                module.training = training
-
-
-_INTERNAL = frozenset(vars(nn.Module())) - {"_buffers"}
-
-
-@contextmanager
-def undisturbed(*models: nn.Module) -> Iterator[None]:
-    """`evaluating`, and what modules keep in attributes and buffers while they run is given back as well.
-
-    Some networks cache what they compute from their weights (attention biases in LeViT, say) and
-    clear it in their own `train()`: left behind, a cache would be used after the weights changed.
-
-    >>> class Caching(nn.Module):
-    ...     def forward(self, x):
-    ...         self.cache = x
-    >>> net = Caching()
-    >>> with undisturbed(net):
-    ...     net(1)
-    >>> hasattr(net, "cache")
-    False
-    """
-    before = [(module, _own(module)) for model in models for module in model.modules()]
-    with evaluating(*models):
-        try:
-            yield
-        finally:
-            for module, own in before:
-                _give_back(module, own)
-
-
-def _own(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """A module's attributes, with a shallow copy of those that can grow."""
-    return {
-        name: (value, copy.copy(value) if type(value) in (dict, list) else None)
-        for name, value in vars(module).items()
-        if name not in _INTERNAL
-    }
-
-
-def _give_back(module: nn.Module, own: Mapping[str, tuple[Any, Any]]) -> None:
-    attributes = vars(module)
-    for name in [name for name in attributes if name not in own and name not in _INTERNAL]:
-        del attributes[name]
-    for name, (value, content) in own.items():
-        attributes[name] = value
-        if isinstance(content, dict):
-            value.clear()
-            value.update(content)
-        elif isinstance(content, list):
-            value[:] = content
-
-
-@contextmanager
-def attention_in_steps() -> Iterator[None]:
-    """Have `nn.MultiheadAttention` and the layers around it run step by step, not as one opaque operation."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
+from .modules import leaves, named_tensors
 
 TINY = 1e-3
 """Parameters below this hide what they scale: float32 outputs agree to 1e-4 whatever lies behind them."""
 
 
-@contextmanager
-def borrowed(model: nn.Module, *, dtype: torch.dtype | None = None, generic: bool = False) -> Iterator[None]:
-    """Put a model into eval mode, without gradients, for the length of a `with` block.
+_CONTAINERS = (dict, list, set, OrderedDict)
 
-    On leaving, every tensor has its old data, every gradient is back, and caches that modules keep in
-    attributes are as they were.
+
+_HOOKS = frozenset(vars(nn.Module())) - {"_buffers", "_parameters"}
+"""Attributes that PyTorch keeps in every module; running a model does not change what is in them."""
+
+
+@contextmanager
+def preserved(
+    *models: nn.Module, dtype: torch.dtype | None = None, generic: bool = False
+) -> Iterator[Callable[[], Iterator[Tensor]]]:
+    """Put models into eval mode, and give each back as it was.
+
+    Given back are every module's mode and attributes, the content of its lists and dictionaries, which tensors it
+    holds, and their gradients. Some networks cache what they compute from their weights (attention biases in LeViT)
+    and clear it in their own `train()`: left behind, a cache would be used after the weights changed. What is
+    written into a tensor inside stays, unless `dtype` or `generic` is given.
 
     **Arguments:**
 
+    - `models`: the models.
     - `dtype`: if given, all floating-point parameters and buffers have this type inside.
     - `generic`: if true, constant and tiny parameters get seeded random values inside.
 
+    **Yields:** a function that lists the tensors that modules have put into their own lists and dictionaries so far.
+
+    >>> class Caching(nn.Module):
+    ...     def forward(self, x):
+    ...         self.cache = x
+    >>> net = nn.Sequential(Caching(), nn.Dropout().eval())
+    >>> with preserved(net):
+    ...     _ = net[0](1)
+    ...     net.training, net[0].cache
+    (False, 1)
+    >>> net.training, net[1].training, hasattr(net[0], "cache")
+    (True, False, False)
     >>> net = nn.BatchNorm2d(4)
-    >>> with borrowed(net, dtype=torch.float64, generic=True):
+    >>> with preserved(net, dtype=torch.float64, generic=True):
     ...     net.weight.dtype, bool(net.weight.std() > 0)
     (torch.float64, True)
-    >>> net.weight.tolist(), net.weight.dtype, net.training
-    ([1.0, 1.0, 1.0, 1.0], torch.float32, True)
+    >>> net.weight.tolist(), net.weight.dtype
+    ([1.0, 1.0, 1.0, 1.0], torch.float32)
     """
-    tensors = {id(tensor): (name, tensor) for name, tensor in named_tensors(model)}
-    before = [(tensor, tensor.data, tensor.grad if tensor.is_leaf else None) for _, tensor in tensors.values()]
+    modules = [(module, vars(module).copy()) for model in models for module in model.modules()]
+    containers = [
+        (value, value.copy())
+        for _, attributes in modules
+        for name, value in attributes.items()
+        if type(value) in _CONTAINERS and name not in _HOOKS
+    ]
+    tensors = {id(tensor): (name, tensor) for model in models for name, tensor in named_tensors(model)}
+    gradients = [(tensor, tensor.grad) for _, tensor in tensors.values() if tensor.is_leaf]
+    data = [(tensor, tensor.data) for _, tensor in tensors.values()] if dtype is not None or generic else []
+
+    def added() -> Iterator[Tensor]:
+        for container, content in containers:
+            if not isinstance(container, set) and not _same_content(container, content):
+                old = {id(tensor) for tensor in leaves(content)}
+                yield from (tensor for tensor in leaves(container) if id(tensor) not in old)
+
+    try:
+        for model in models:
+            model.eval()
+        if data:
+            _replace_data(tensors.values(), dtype, generic)
+        yield added
+    finally:
+        for tensor, old in data:
+            tensor.grad = None  # of another type or size, it would forbid the old data
+            tensor.data = old
+        for tensor, gradient in gradients:
+            if tensor.grad is not gradient:
+                tensor.grad = gradient
+        for container, content in containers:
+            if not _same_content(container, content):
+                container.clear()
+                container.extend(content) if isinstance(container, list) else container.update(content)
+        for module, attributes in modules:
+            current = vars(module)
+            for name in [name for name in current if name not in attributes]:
+                del current[name]
+            current.update(attributes)
+
+
+def _same_content(first: Any, second: Any) -> bool:
+    """Whether two lists, sets or dictionaries hold the very same objects."""
+    if len(first) != len(second):
+        return False
+    if isinstance(first, dict):
+        return list(first) == list(second) and all(first[key] is second[key] for key in first)
+    return first == second if isinstance(first, set) else all(a is b for a, b in zip(first, second, strict=True))
+
+
+def _replace_data(named: Any, dtype: torch.dtype | None, generic: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    with undisturbed(model):
-        try:
-            for name, tensor in tensors.values():
-                if tensor.is_leaf:
-                    tensor.grad = None
-                if tensor.is_floating_point():
-                    data = _generic(name, tensor, generator) if generic else tensor.data
-                    tensor.data = data if dtype is None else data.to(dtype)
-            yield
-        finally:
-            for tensor, data, grad in before:
-                if tensor.is_leaf:
-                    tensor.grad = None
-                tensor.data = data
-                if grad is not None:
-                    tensor.grad = grad
+    for name, tensor in named:
+        if tensor.is_leaf:
+            tensor.grad = None
+        if tensor.is_floating_point():
+            data = _generic(name, tensor, generator) if generic else tensor.data
+            tensor.data = data if dtype is None else data.to(dtype)
 
 
 def _generic(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
@@ -165,3 +146,45 @@ def _generic(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
         noise: Tensor = torch.randn(data.shape, generator=generator) / inputs**0.5
         return noise.to(data)
     return data
+
+
+@contextmanager
+def random_state_preserved(model: nn.Module, seed: int | None = None) -> Iterator[None]:
+    """Give back the random state of Python, NumPy and PyTorch, on the CPU and on the model's GPUs.
+
+    **Arguments:**
+
+    - `model`: says which GPUs are meant.
+    - `seed`: if given, PyTorch's generators start from it inside.
+
+    >>> _ = torch.manual_seed(0); first = torch.rand(1); _ = torch.manual_seed(0)
+    >>> with random_state_preserved(nn.Identity(), seed=3):
+    ...     second = torch.rand(1)
+    >>> bool(torch.rand(1) == first), bool(first == second)
+    (True, False)
+    """
+    devices: list[int] = []
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        devices = sorted({tensor.device.index for _, tensor in named_tensors(model) if tensor.device.type == "cuda"})
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  # the global state is the user's
+    try:
+        with torch.random.fork_rng(devices=devices):
+            # Not torch.manual_seed, which would seed every device there is.
+            for generator in (torch.default_generator, *(torch.cuda.default_generators[i] for i in devices)):
+                if seed is not None:
+                    generator.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
+@contextmanager
+def attention_in_steps() -> Iterator[None]:
+    """Have `nn.MultiheadAttention` and the layers around it run step by step, not as one opaque operation."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

@@ -1,8 +1,10 @@
-"""Names, order in memory and wrappers of a model's parameters and buffers."""
+"""Finding tensors: in models, inside their wrappers, and in nested values; and their order in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +38,28 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             for name, tensor in getattr(module, kind).items():
                 if tensor is not None:
                     yield f"{prefix}{name}", tensor
+
+
+def leaves(value: Any, depth: int = 0) -> Iterator[Tensor]:
+    """The tensors inside tuples, lists, sets, mappings, dataclasses and plain objects.
+
+    >>> list(leaves({"a": [torch.tensor(1)], "b": None}))
+    [tensor(1)]
+    """
+    if isinstance(value, Tensor):
+        yield value
+        return
+    items: Iterable[Any] = ()
+    if isinstance(value, Mapping):
+        items = value.values()
+    elif isinstance(value, list | tuple | set):
+        items = value
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items = [getattr(value, entry.name) for entry in dataclasses.fields(value)]
+    elif hasattr(value, "__dict__") and not isinstance(value, type | nn.Module) and depth < 8:
+        items = vars(value).values()
+    for item in items:
+        yield from leaves(item, depth + 1)
 
 
 def memory_order(tensor: Tensor) -> list[int]:

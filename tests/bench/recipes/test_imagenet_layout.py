@@ -36,6 +36,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
+@pytest.mark.slow
 def test_resnet34_trains_is_pruned_by_its_shortcut_and_trains_again(folder: Path, tmp_path: Path) -> None:
     options = {"memory_limit": 0, "workers": 0, "image_size": 64}
     loaded = data.load(str(folder), **options)
@@ -46,7 +47,7 @@ def test_resnet34_trains_is_pruned_by_its_shortcut_and_trains_again(folder: Path
     chosen = recipe_runs.setting(small, data=str(folder), data_options=options, epochs_scale=0.01)
     assert (chosen.recipe["epochs"], chosen.retrain_epochs, chosen.follow) == (1, 1, "shortcut")
     trials = recipe_runs.comparison(small, chosen, scratch=False)
-    outcome = compare(trials, tmp_path / "run", device="cpu", timing_rounds=1)
+    outcome = compare(trials, tmp_path / "run", device="cpu", timing_rounds=1, batch_sizes=[])
     assert outcome.complete, [record["reason"] for record in outcome.failed]
     bench = RunContext(chosen, tmp_path / "run", "cpu")
     networks = recipe_runs.networks(small, outcome.records, bench)

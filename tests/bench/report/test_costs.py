@@ -91,6 +91,7 @@ def test_records_without_these_figures_have_no_such_tables() -> None:
     assert table.columns == ("Method", "n", "Top-1, %", "Training time, s", "× dense")
 
 
+@pytest.mark.slow
 def test_plots_of_speed(records: list[dict[str, Any]]) -> None:
     study = one(records)
     drawn = {plot.name: plot for plot in every(study, looks(study), judge(study))}

@@ -135,6 +135,7 @@ def test_groups_never_share_a_colour(records):
     assert len(colours) == len(set(colours)) == 27
 
 
+@pytest.mark.slow
 def test_everything_from_records_is_escaped(make, tmp_path):
     evil = '<script>alert("1")</script>$x^2$'
     records = [make(m, s) | {"model": evil, "data": evil, "command": evil} for m in ("dense", "l1") for s in (0, 1)]
@@ -149,6 +150,7 @@ def test_everything_from_records_is_escaped(make, tmp_path):
     assert evil in "".join(reader.text)
 
 
+@pytest.mark.slow
 def test_equal_records_give_equal_bytes(make, tmp_path):
     records = [make(m, s) for m in ("dense", "l1") for s in (0, 1)]
     first, second = report.build(records, tmp_path / "a"), report.build(records[::-1], tmp_path / "b")
@@ -158,6 +160,7 @@ def test_equal_records_give_equal_bytes(make, tmp_path):
             assert path.read_bytes() == other.read_bytes(), path.name
 
 
+@pytest.mark.slow
 def test_several_studies_on_one_page(make, tmp_path):
     records = [make(m, s) | {"data": data} for data in ("cifar10", "digits") for m in ("dense", "l1") for s in (0, 1)]
     page = report.build(records, tmp_path)
@@ -170,6 +173,7 @@ def test_several_studies_on_one_page(make, tmp_path):
 @pytest.mark.parametrize(
     "case", ["one record", "one group", "all failed", "no control", "accuracy only", "equal values"]
 )
+@pytest.mark.slow
 def test_thin_material_still_gives_a_page(make, tmp_path, case):
     pairs = [(method, seed) for method in ("dense", "l1") for seed in (0, 1)]
     records = {

@@ -217,6 +217,7 @@ def test_json_round_trip(groups: Traced, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:efficientnet_b0", "torchvision:shufflenet_v2_x1_0"])
+@pytest.mark.slow
 def test_networks_of_other_libraries_take_the_short_cut_in_every_layer(name: str) -> None:
     torch.manual_seed(0)
     network = build(name, classes=4)

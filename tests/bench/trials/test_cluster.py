@@ -25,6 +25,7 @@ SETTING = Setting(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_twelve_trials_two_workers_one_killed(tmp_path: Path) -> None:
     comparison = plan(SETTING, ["dense", "l1", "online"], keep=[0.5], seeds=range(4))
     killed: list[int] = []
@@ -36,16 +37,17 @@ def test_twelve_trials_two_workers_one_killed(tmp_path: Path) -> None:
                 os.kill(busy[0], signal.SIGKILL)
             yield record
 
-    outcome = runner.compare(comparison, tmp_path / "ray", engine=deadly, timing_rounds=1)
+    outcome = runner.compare(comparison, tmp_path / "ray", engine=deadly, timing_rounds=1, batch_sizes=[])
     assert len(killed) == 1
     assert outcome.complete
     assert len(outcome.ran) == len(set(outcome.ran)) == 12
     assert len(list((tmp_path / "ray" / "records").glob("*.json"))) == 12
-    here = runner.compare(comparison, tmp_path / "here", timing_rounds=1)
+    here = runner.compare(comparison, tmp_path / "here", timing_rounds=1, batch_sizes=[])
     assert [figures(record) for record in outcome.records] == [figures(record) for record in here.records]
     assert not workers("ray::")
 
 
+@pytest.mark.slow
 def test_a_killed_driver_takes_its_cluster_along_and_nothing_is_lost_or_done_twice(tmp_path: Path) -> None:
     kill_the_driver_and_go_on(tmp_path / "run", "--engine", "ray", "--parallel", "1", "--threads", "1")
 
@@ -69,7 +71,9 @@ def test_a_node_that_does_not_see_the_run_folder_sends_what_it_made(
     assert later is not None
     assert later["history"][:2] == record["history"]  # seconds and all: it was not trained again
     assert more[base[1]] == trained
-    alone = runner.compare(plan(SETTING, ["dense", "l1"], seeds=[0]), tmp_path / "alone", timing_rounds=1)
+    alone = runner.compare(
+        plan(SETTING, ["dense", "l1"], seeds=[0]), tmp_path / "alone", timing_rounds=1, batch_sizes=[]
+    )
     assert [figures(one) for one in (record, later)] == [figures(one) for one in alone.records]
 
 

@@ -18,6 +18,7 @@ from filterfold.errors import ConfigError, FilterfoldError, RecordError
 SETTING = Setting("vgg_small", "digits", recipe={"epochs": 2, "lr": 0.1})
 
 
+@pytest.mark.slow
 def test_names_do_not_depend_on_the_process_or_the_order_of_keys() -> None:
     turned = replace(SETTING, recipe={"lr": 0.1, "epochs": 2})
     trial = Trial("online", 4, SETTING, clusters=10)

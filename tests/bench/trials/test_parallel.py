@@ -46,10 +46,11 @@ def figures(record: records.Record) -> dict[str, Any]:
     return {"status": record["status"], "result": result, "history": history, "options": record["options"]}
 
 
+@pytest.mark.slow
 def test_the_same_records_as_in_sequence(tmp_path: Path) -> None:
     comparison = plan(SETTING, ["dense", "l1", "random", "online"], keep=[0.5], seeds=range(2))
-    together = runner.compare(comparison, tmp_path / "two", engine=Parallel(2), timing_rounds=1)
-    alone = runner.compare(comparison, tmp_path / "one", timing_rounds=1)
+    together = runner.compare(comparison, tmp_path / "two", engine=Parallel(2), timing_rounds=1, batch_sizes=[])
+    alone = runner.compare(comparison, tmp_path / "one", timing_rounds=1, batch_sizes=[])
     assert together.complete
     assert alone.complete
     assert sorted(together.ran) == sorted(alone.ran)
@@ -57,19 +58,21 @@ def test_the_same_records_as_in_sequence(tmp_path: Path) -> None:
     assert len(list((tmp_path / "two" / "bases").glob("*.json"))) == 2
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_fails_its_trial_and_no_other(tmp_path: Path) -> None:
     (tmp_path / "deadly.py").write_text(DEADLY)
     setting = Setting(f"{tmp_path / 'deadly.py'}:factory", "digits", recipe=RECIPE)
     comparison = plan(setting, ["dense"], seeds=range(3))
-    outcome = runner.compare(comparison, tmp_path / "run", engine=Parallel(2), timing_rounds=1)
+    outcome = runner.compare(comparison, tmp_path / "run", engine=Parallel(2), timing_rounds=1, batch_sizes=[])
     assert len(outcome.records) == 3
     (failed,) = outcome.failed
     assert failed["reason"] == "its worker process died (killed by SIGKILL); out of memory? Run fewer trials at a time"
-    again = runner.compare(comparison, tmp_path / "run", engine=Parallel(2), timing_rounds=1)
+    again = runner.compare(comparison, tmp_path / "run", engine=Parallel(2), timing_rounds=1, batch_sizes=[])
     assert again.complete
     assert again.ran == (failed["id"],)
 
 
+@pytest.mark.slow
 def test_stopping_in_time(tmp_path: Path) -> None:
     comparison = plan(SETTING, ["dense"], seeds=range(2))
     before = children()
@@ -78,6 +81,7 @@ def test_stopping_in_time(tmp_path: Path) -> None:
     assert children() <= before
 
 
+@pytest.mark.slow
 def test_a_killed_driver_takes_its_workers_along_and_nothing_is_lost_or_done_twice(tmp_path: Path) -> None:
     kill_the_driver_and_go_on(tmp_path / "run", "--parallel", "2", "--threads", "2")
 
@@ -118,6 +122,7 @@ def kill_the_driver_and_go_on(folder: Path, *options: str) -> None:
         assert (after[name]["started"], after[name]["finished"]) == (record["started"], record["finished"])
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_workers_and_the_same_command_goes_on(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "filterfold", "compare", "--model", "vgg_small", "--data", "digits"]
@@ -146,6 +151,7 @@ def test_ctrl_c_ends_the_workers_and_the_same_command_goes_on(tmp_path: Path) ->
     assert len(records.read_all(folder)) == 6
 
 
+@pytest.mark.slow
 def test_two_processes_with_one_trial_do_it_once(tmp_path: Path) -> None:
     """An orphan of a killed run may still be at it: the second waits, and takes over its record."""
     trial = Trial("dense", 0, SETTING)

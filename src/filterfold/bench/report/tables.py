@@ -10,7 +10,7 @@ from . import cost_tables
 from .format import MISSING, interval, mean_sd, number, p_value, points, signed, times
 from .study import MEASURES, TESTED, Group, Measure, Record, Study, studies, value
 from .table import Cell, Table, heading, p_cell
-from .verdict import Judgement, judge, matched
+from .verdict import Judgement, control_tests, judge
 
 HEADINGS = ("Method", "n", "Top-1 %", "Top-5 %", "Inference s", "MACs", "Parameters", "Training s")
 
@@ -203,30 +203,26 @@ def equivalence(judgements: Sequence[Judgement]) -> Table | None:
 
 def against_control(study: Study, measure: Measure) -> Table | None:
     """One measure against the control: difference or ratio, Cliff's δ, and permutation test with Holm."""
-    control = study.reference
-    found = [(g, *matched(g, control, measure)) for g in study.others] if control else []
-    # Time depends on the machine and the moment, not on the checkpoint: never paired.
-    usable = [(g, samples, paired and measure.kind != "seconds") for g, samples, paired in found if samples]
-    if control is None or not usable:
+    tests = control_tests(study, measure)
+    if not tests:
         return None
-    tests = [stats.permutation(*samples, paired=paired) for _, samples, paired in usable]
-    corrected = stats.holm([test.p for test in tests])
     rows, notes = [], []
-    for (group, (ours, theirs), paired), test, adjusted in zip(usable, tests, corrected, strict=True):
+    for test in tests:
+        ours, theirs = test.samples
         effect = stats.cliffs_delta(ours, theirs)
         if measure.kind == "seconds" and min(*ours, *theirs) > 0:
             d = stats.mean_ratio(theirs, ours)
             bounds = MISSING if d.low is None else f"{times(d.low)} … {times(d.high)}"
             change = (Cell(times(d.value), d.value), Cell(bounds))
         else:
-            d = stats.mean_difference(ours, theirs, paired=paired)
+            d = stats.mean_difference(ours, theirs, paired=test.paired)
             change = (Cell(signed(d.value), d.value), Cell(interval(d.low, d.high)))
         delta = Cell(f"{signed(effect.delta)} {effect.size}", effect.delta)
-        rows.append((Cell(group.label), *change, delta, p_cell(test.p), p_cell(adjusted)))
-        notes += [*d.notes, *test.notes]
+        rows.append((Cell(test.group.label), *change, delta, p_cell(test.result.p), p_cell(test.p_adjusted)))
+        notes += [*d.notes, *test.result.notes]
     what = "Speed-up" if measure.kind == "seconds" else "Difference"
-    columns = ("Against " + control.label, what, "95 % interval", "Cliff’s δ", "Permutation p", "p, Holm")
-    title = f"{measure.title} against {control.label}"
+    columns = (f"Against {study.control}", what, "95 % interval", "Cliff’s δ", "Permutation p", "p, Holm")
+    title = f"{measure.title} against {study.control}"
     return Table(f"against_control_{measure.key}", title, columns, tuple(rows), tuple(dict.fromkeys(notes)), True)
 
 

@@ -137,6 +137,29 @@ def matched(group: Group, control: Group, measure: Measure) -> tuple[tuple[list[
     return (ours, ordered.values(measure)), True
 
 
+@dataclass(frozen=True, slots=True)
+class ControlTest:
+    """The permutation test of one group against the control; `p_adjusted` is corrected by Holm over the groups."""
+
+    group: Group
+    samples: tuple[list[float], list[float]]
+    paired: bool
+    result: stats.Significance
+    p_adjusted: float | None
+
+
+def control_tests(study: Study, measure: Measure) -> list[ControlTest]:
+    """Permutation tests of one measure, one for each group that has it; empty without a control."""
+    if study.reference is None:
+        return []
+    # Time depends on the machine and the moment, not on the checkpoint: never paired.
+    found = [(group, *matched(group, study.reference, measure)) for group in study.others]
+    usable = [(group, both, paired and measure.kind != "seconds") for group, both, paired in found if both]
+    results = [stats.permutation(*both, paired=paired) for _, both, paired in usable]
+    adjusted = stats.holm([result.p for result in results])
+    return [ControlTest(*one, result, p) for one, result, p in zip(usable, results, adjusted, strict=True)]
+
+
 def _went_on(trial: Record) -> bool:
     return any(entry.get("phase") == "retrain" for entry in trial.get("history") or ())
 

@@ -14,7 +14,7 @@ from .. import stats
 from .cost_tables import speeds, wasted_by_label
 from .format import number, p_words, points, signed, times
 from .study import MACS, SECONDS, TOP1, TOP5, Group, Study
-from .verdict import ALPHA, Judgement, power_words
+from .verdict import ALPHA, Judgement, control_tests, power_words
 
 RESTLESS = 0.03
 """An A/A control further than this from 1.00 is worth a warning (`latency.results` has the same)."""
@@ -208,12 +208,11 @@ def _power(judgements: Sequence[Judgement]) -> list[Reading]:
 
 def _test_disagrees(study: Study, judgements: Sequence[Judgement]) -> list[Reading]:
     """Verdicts rest on Welch's t; say where the test without assumptions can't confirm them."""
-    control = study.reference
     decided = [j for j in judgements if j.accuracy in ("worse", "better")]
-    if control is None or not decided:
+    if not decided:
         return []
-    tests = stats.against_control(study.samples(TOP1), control.label)
-    weak = {test.name: test.p_adjusted for test in tests if test.p_adjusted is not None and test.p_adjusted >= ALPHA}
+    tests = control_tests(study, TOP1)
+    weak = {t.group.label: t.p_adjusted for t in tests if t.p_adjusted is not None and t.p_adjusted >= ALPHA}
     names = [j.group.label for j in decided if j.group.label in weak]
     if not names:
         return []

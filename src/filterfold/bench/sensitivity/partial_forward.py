@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ...errors import ModelError
 from ...utils.inputs import call
-from ...utils.model_state import evaluating
+from ...utils.model_state import preserved
 
 _MISSING = object()
 
@@ -112,7 +112,7 @@ class Replay:
             state.place, state.next = place, 0
             return call(self.model, inputs)
 
-        with evaluating(self.model), torch.no_grad(), self._wrapped(state):
+        with preserved(self.model), torch.no_grad(), self._wrapped(state):
             state.seen = keep
             call(self.model, inputs)
             state.seen = None
@@ -153,7 +153,7 @@ class Replay:
             outputs.extend((this, tensor, tensor._version) for tensor in tensors)
 
         state = _Pass(learning=True, seen=see)
-        with evaluating(self.model), torch.no_grad(), self._wrapped(state):
+        with preserved(self.model), torch.no_grad(), self._wrapped(state):
             call(self.model, example)
         for this, tensor, version in outputs:
             this.fragile = this.fragile or tensor._version != version

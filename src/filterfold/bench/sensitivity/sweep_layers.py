@@ -29,7 +29,7 @@ from ...pruning.budgets.patterns import matching
 from ...pruning.criteria import score
 from ...surgery.masking import masked
 from ...utils.io import write_json
-from ...utils.model_state import evaluating
+from ...utils.model_state import preserved
 from ...utils.progress import track
 from .curves import Layer, Point, Sensitivity
 from .partial_forward import Replay
@@ -163,7 +163,7 @@ class _Sweep:
         count = -(-len(left) // self.batch) * len(self.groups)
         ticks = iter(track(range(count), "sensitivity", count))
         feed = batches(left, self.batch, device=device, channels_last=True)
-        with evaluating(self.model):
+        with preserved(self.model):
             for number, (images, labels) in enumerate(feed):
                 started, cpu = time.perf_counter(), time.process_time()
                 if number == 0:

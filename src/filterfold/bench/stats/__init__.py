@@ -1,17 +1,15 @@
-"""Statistics that hold up: what a comparison of a few trials a method can and can't show.
+"""Statistics for comparing methods that were run a few times each.
 
-Arrays in, small results out; this module knows no trials. The tests themselves are those of SciPy,
-scikit-posthocs and statsmodels. What is added here: order and names of the groups are kept, Holm's
-correction is applied where several comparisons are made, and whatever a test can't say (a group
-without spread, groups under five) comes back as a note in words instead of a warning or a NaN.
+Arrays in, small results out; this package knows no trials. The tests are those of SciPy. What is added: order and names
+of the groups are kept, Holm's correction for several comparisons, power, and notes in words, instead of warnings or
+NaN, on what a test can't say (a group without spread, groups of fewer than five).
 """
 
 from __future__ import annotations
 
 from .power import resolvable_difference, trials_needed
-from .results import AgainstControl, Difference, Effect, Equivalence, Pairwise, Significance, Summary
+from .results import Difference, Effect, Equivalence, Pairwise, Significance, Summary
 from .tests import (
-    against_control,
     cliffs_delta,
     dunn,
     equivalence,
@@ -26,14 +24,12 @@ from .tests import (
 )
 
 __all__ = [
-    "AgainstControl",
     "Difference",
     "Effect",
     "Equivalence",
     "Pairwise",
     "Significance",
     "Summary",
-    "against_control",
     "cliffs_delta",
     "dunn",
     "equivalence",

@@ -1,4 +1,4 @@
-"""What the tests give back: small, frozen, with the caveats in words."""
+"""Results of the tests, with their caveats in words."""
 
 from __future__ import annotations
 
@@ -110,14 +110,3 @@ class Equivalence:
     def equivalent(self) -> bool:
         """Whether a difference of the margin or more, either way, is ruled out."""
         return self.p is not None and self.p < self.alpha
-
-
-@dataclass(frozen=True, slots=True)
-class AgainstControl:
-    """One method's test against the control: p-value as it is, and corrected for all methods tested."""
-
-    name: str
-    p: float | None
-    p_adjusted: float | None
-    exact: bool
-    notes: tuple[str, ...] = ()

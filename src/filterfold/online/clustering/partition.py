@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -107,8 +106,7 @@ def cluster(
     - `clusters`: how many clusters; more than there are rows means one for every row.
     - `threshold`: instead, the cosine similarity that *any two* rows of a cluster must have (complete linkage).
     - `method`: `"spherical"`: k-means on directions (default); `"euclidean"`: k-means on the rows
-      as they are; `"agglomerative"`: complete linkage on cosine distance through scikit-learn
-      (default with a threshold).
+      as they are; `"agglomerative"`: complete linkage on cosine distance (default with a threshold).
     - `seed`: of the k-means++ start; a generator of its own, PyTorch's global one is not touched.
     - `start`: shape `(n,)`: labels to go on from instead of k-means++ (k-means only).
     - `restarts`: k-means++ starts, run as one batch (besides `start`); the best objective wins. By default 4, or
@@ -248,16 +246,17 @@ def _describe(rows: Tensor, alive: Tensor, labels: Tensor) -> Clustering:
 
 
 def _agglomerative(rows: Tensor, clusters: int | None, threshold: float | None) -> Tensor:
-    from sklearn.cluster import AgglomerativeClustering
+    from scipy.cluster.hierarchy import complete, cut_tree
 
     if len(rows) == 1:
         return torch.zeros(1, dtype=torch.int64, device=rows.device)
     unit = directions(rows).double()
-    distance = (1 - unit @ unit.T).clamp(min=0).cpu().numpy()
-    # scikit-learn merges while the distance is *below* its threshold; rows at exactly the asked similarity belong.
-    limit = None if threshold is None else math.nextafter(1 - threshold, math.inf) + 1e-9
-    model = AgglomerativeClustering(clusters, metric="precomputed", linkage="complete", distance_threshold=limit)
-    return torch.as_tensor(model.fit_predict(distance), dtype=torch.int64, device=rows.device)
+    distance = (1 - unit @ unit.T).clamp(min=0).cpu()
+    above = torch.triu_indices(len(rows), len(rows), 1)
+    merges = complete(distance[above[0], above[1]].numpy())
+    if threshold is not None:  # rows at exactly the asked similarity belong together, whatever the rounding
+        clusters = 1 + int((merges[:, 2] > 1 - threshold + 1e-9).sum())
+    return torch.as_tensor(cut_tree(merges, [clusters or 1])[:, 0], dtype=torch.int64, device=rows.device)
 
 
 def _checked_weights(weights: Tensor, n: int, method: str) -> Tensor:

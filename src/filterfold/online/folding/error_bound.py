@@ -33,7 +33,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...plan import DROPPED, Cut, Plan, Slice
 from ...utils.inputs import call
-from ...utils.model_state import undisturbed
+from ...utils.model_state import preserved
 from ...utils.modules import named_tensors, unwrap
 from .units import ProducerLayer, only_norm, producer_layers
 
@@ -85,7 +85,7 @@ def bounds(model: nn.Module, plan: Plan, inputs: Any) -> dict[str, FoldBound]:
     ```
     """
     measurement = BoundMeasurement(model, plan)
-    with undisturbed(unwrap(model)), torch.no_grad(), measurement.watching():
+    with preserved(unwrap(model)), torch.no_grad(), measurement.watching():
         call(unwrap(model), inputs)
     return measurement.result()
 

@@ -13,7 +13,7 @@ from ...errors import ConfigError
 from ...plan import ChannelGroup, Slice
 from ...profiling.macs import LAYERS, WeightOps
 from ...utils.inputs import call
-from ...utils.model_state import undisturbed
+from ...utils.model_state import preserved
 from .registry import Batch, Evidence, criterion
 from .unit_rows import Combine, combined
 
@@ -66,7 +66,7 @@ def observe(
             values = statistic(_maps(data if inputs else output, op, weight))
             moments.setdefault(str(name), _Moments()).add(values)
 
-    with undisturbed(model):
+    with preserved(model):
         for batch, _ in batches:
             with torch.inference_mode(), WeightOps(model, seen):
                 call(model, batch)

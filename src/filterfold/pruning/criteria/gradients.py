@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 from ...errors import ConfigError, DataError
 from ...plan import ChannelGroup, Slice
 from ...utils.inputs import call
-from ...utils.model_state import undisturbed
+from ...utils.model_state import preserved
 from .registry import Batch, Evidence, criterion
 from .unit_rows import filters
 
@@ -43,7 +43,7 @@ def products(
     parameters = [owned[name] for name in names]
     total = {group.name: torch.zeros(group.size, dtype=torch.float64) for group in groups}
     count = 0
-    with undisturbed(model), _differentiable(parameters):
+    with preserved(model), _differentiable(parameters):
         for inputs, targets in batches:
             if targets is None:
                 raise DataError("the taylor criterion needs targets: let the loader give (inputs, targets)")

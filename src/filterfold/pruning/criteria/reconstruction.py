@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...errors import ConfigError
 from ...plan import ChannelGroup, Slice
 from ...utils.inputs import call
-from ...utils.model_state import undisturbed
+from ...utils.model_state import preserved
 from ..reconstruction import Inputs, observed, ridged, unsolvable
 from .registry import Batch, Evidence, criterion
 
@@ -96,7 +96,7 @@ def _losses(model: nn.Module, groups: Sequence[ChannelGroup], batches: Iterable[
             modules[name] = module
         else:
             reasons[part.tensor] = reason
-    with undisturbed(model), torch.no_grad(), observed(model, modules) as inputs:
+    with preserved(model), torch.no_grad(), observed(model, modules) as inputs:
         for batch, _ in batches:
             call(model, batch)
     found = {}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
@@ -14,21 +13,13 @@ from torch.utils._pytree import tree_map
 
 from ...errors import ConfigError, DataError, ModelError
 from ...utils.inputs import call
-from ...utils.model_state import undisturbed
+from ...utils.model_state import preserved, random_state_preserved
 from ...utils.modules import named_tensors, unwrap
 from ...utils.progress import track
 
 
 class ReachedError(Exception):
     """Thrown out of a forward pass at the layer that is looked at: what follows is not needed."""
-
-
-@contextmanager
-def random_state_kept(model: nn.Module) -> Iterator[None]:
-    """Give back the random state of the CPU and of the model's devices."""
-    devices = sorted({tensor.device.index for _, tensor in named_tensors(model) if tensor.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
-        yield
 
 
 def gathered(model: nn.Module, loader: Iterable[Any], batches: int) -> list[Any]:
@@ -83,7 +74,7 @@ def reestimate(model: nn.Module, loader: Iterable[Any], *, batches: int = 10) ->
     ```
     """
     model = unwrap(model)
-    with random_state_kept(model):
+    with random_state_preserved(model):
         return measure_norms(model, gathered(model, loader, batches))
 
 
@@ -96,7 +87,7 @@ def measure_norms(model: nn.Module, inputs: list[Any]) -> int:
     ]
     reached = [False] * len(norms)
     try:
-        with undisturbed(model), torch.no_grad():
+        with preserved(model), torch.no_grad():
             for norm in norms:
                 norm.reset_running_stats()
                 norm.momentum = None  # the cumulative average

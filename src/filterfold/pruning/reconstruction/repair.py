@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ...errors import ConfigError, ModelError, PlanError
 from ...plan import Plan
 from ...surgery.index_maps import AxisCut, edits_of
-from ...utils.model_state import undisturbed
+from ...utils.model_state import preserved, random_state_preserved
 from ...utils.modules import named_tensors, unwrap
 from ...utils.progress import track
-from .calibration import ReachedError, gathered, measure_norms, random_state_kept, run
+from .calibration import ReachedError, gathered, measure_norms, run
 from .least_squares import Sums, exact, spatial, unsolvable, watched
 
 _LOG = logging.getLogger("filterfold.pruning.reconstruction")
@@ -112,10 +112,10 @@ def repair(
         raise ConfigError(f"ridge={ridge}: must be above 0, such as 1e-3")
     pruned, original = unwrap(pruned), unwrap(original)
     saved = [(tensor, tensor.detach().clone()) for _, tensor in named_tensors(pruned)]
-    with random_state_kept(pruned):
+    with random_state_preserved(pruned):
         inputs = gathered(pruned, loader, batches)
         try:
-            with undisturbed(pruned, original), torch.no_grad():
+            with preserved(pruned, original), torch.no_grad():
                 sites, skipped = _sites(pruned, original, plan, inputs[0])
                 stream = track(sites, "repairing layers", len(sites))
                 rows = [_solved(site, pruned, original, inputs, ridge) for site in stream]

@@ -1,0 +1,125 @@
+"""What verification found: errors of a cut network, the tolerances, and the verdict in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..plan import AttributeChange
+from ..profiling.macs import Cost
+
+TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+"""Largest relative error by type: about √ε, loose enough for reordered sums in deep networks, and far below
+what a wrong channel does (over 1e-2 with generic values)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What verification found; true in a boolean context if the cut is right.
+
+    **Arguments:**
+
+    - `ok`: whether both errors are within the tolerance and nothing failed.
+    - `masking_error`: relative error against the masked network; None if it could not be computed.
+    - `permutation_error`: relative error under permutation; None if no changed group needs that comparison.
+    - `inexact`: names of the changed groups to which masking can't be applied.
+    - `message`: all of that in one line.
+    - `attributes`: sizes in the model's own code that must change with the plan.
+    - `suspects`: groups that the failed search for such sizes names as the reason.
+    - `cost`: what the cut network costs, if that was asked for and could be counted while it ran.
+    """
+
+    ok: bool
+    masking_error: float | None
+    permutation_error: float | None
+    inexact: tuple[str, ...]
+    message: str
+    attributes: tuple[AttributeChange, ...] = ()
+    suspects: tuple[str, ...] = ()
+    cost: Cost | None = field(default=None, repr=False, compare=False)
+
+    def __bool__(self) -> bool:
+        """`ok`."""
+        return self.ok
+
+    def __str__(self) -> str:
+        """The message."""
+        return self.message
+
+
+@dataclass(frozen=True, slots=True)
+class Errors:
+    """Both errors of a cut network, where they are known, and why it failed, if it did."""
+
+    masking: float | None
+    permutation: float | None
+    failure: str | None = None
+
+    @property
+    def worst(self) -> float:
+        """The larger error; infinite after a failure."""
+        known = [error for error in (self.masking, self.permutation) if error is not None]
+        return float("inf") if self.failure else max(known, default=0.0)
+
+
+def describe(errors: Errors, limit: float, dtype: torch.dtype, inexact: Sequence[str]) -> str:
+    """The verdict in one line.
+
+    >>> describe(Errors(3e-6, None), 1e-4, torch.float32, ())
+    'the cut network equals the masked one to 3.0e-06 (float32)'
+    """
+    kind = str(dtype).removeprefix("torch.")
+    masking, permutation, names = errors.masking, errors.permutation, listed(inexact)
+    if errors.failure:
+        return f"the cut network fails: {errors.failure}"
+    # `not error <= limit`, since the error may be NaN
+    if masking is not None and not masking <= limit:
+        text = f"the cut network differs from the masked one by {masking:.1e} (allowed {limit:.0e}, {kind})"
+    elif permutation is not None and not permutation <= limit:
+        text = f"permuting {names} changes the network by {permutation:.1e} (allowed {limit:.0e})"
+    elif masking is None:
+        text = f"the cut network runs, but {names} can't be compared with a masked one"
+    else:
+        text = f"the cut network equals the masked one to {masking:.1e} ({kind})"
+    if not inexact or not errors.worst <= limit:
+        return text
+    how = "not compared at all" if permutation is None else f"permutation error {permutation:.1e}"
+    return f"{text} ({how})" if masking is None else f"{text}; not mask-exact: {names} ({how})"
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first three names, and how many more there are."""
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def difference(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> float:
+    """Largest max|a - b| / max|a| over the outputs; infinite where shapes, types or non-finite places differ.
+
+    >>> difference([torch.tensor([1.0, 2.0])], [torch.tensor([1.0, 2.5])])
+    0.25
+    """
+    if len(expected) != len(actual):
+        return float("inf")
+    return max((_relative(a, b) for a, b in zip(expected, actual, strict=True)), default=0.0)
+
+
+def _relative(expected: Tensor, actual: Tensor) -> float:
+    if expected.shape != actual.shape or expected.dtype != actual.dtype:
+        return float("inf")
+    if expected.numel() == 0:
+        return 0.0
+    if not (expected.is_floating_point() or expected.is_complex()):
+        return 0.0 if torch.equal(expected, actual) else 1.0
+    finite = torch.isfinite(expected)
+    if not torch.equal(finite, torch.isfinite(actual)):
+        return float("inf")
+    exact = torch.complex128 if expected.is_complex() else torch.float64
+    expected, actual = (value[finite].cpu().to(exact) for value in (expected, actual))
+    if expected.numel() == 0:
+        return 0.0
+    scale = float(expected.abs().max())
+    return float((expected - actual).abs().max()) / (scale or 1.0)
