@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import filterfold as ff
 from filterfold import data, zoo
-from filterfold.online import OnlineFilterClustering
+from filterfold.online import CutOptions, OnlineFilterClustering
 from filterfold.plan import Plan
 from filterfold.pruning.reconstruction import reestimate, repair
 from filterfold.utils.environment import command, describe
@@ -168,7 +168,7 @@ def one(
 
 def drop(network: nn.Module, example: Tensor, share: float, seed: int, _calibration: list[Any]) -> Plan:
     """Drop the filters of smallest L1 norm in every group."""
-    return ff.prune(network, example, keep=share, verify=False, seed=seed).plan
+    return ff.prune(network, example, keep=share, verify=False, scoring=ff.Scoring(seed=seed)).plan
 
 
 def fold(network: nn.Module, example: Tensor, share: float, seed: int, _calibration: list[Any]) -> Plan:
@@ -183,14 +183,14 @@ def fold_to_budget(network: nn.Module, example: Tensor, share: float, seed: int,
 
 def folded(network: nn.Module, example: Tensor, seed: int, **budget: Any) -> Plan:
     """Fold clusters of filters within a budget."""
-    online = OnlineFilterClustering(network, example, round_to=1, verify=False, seed=seed, **budget)
+    online = OnlineFilterClustering(network, example, round_to=1, cutting=CutOptions(seed=seed, verify=False), **budget)
     return online.cluster_and_prune().plan
 
 
 def lose_least(network: nn.Module, example: Tensor, share: float, seed: int, calibration: list[Any]) -> Plan:
     """Drop the filters that the next layers can best do without, in every group."""
-    options: dict[str, Any] = {"criterion": "reconstruction", "loader": calibration, "verify": False, "seed": seed}
-    return ff.prune(network, example, keep=share, **options).plan
+    options: dict[str, Any] = {"criterion": "reconstruction", "loader": calibration, "verify": False}
+    return ff.prune(network, example, keep=share, scoring=ff.Scoring(seed=seed), **options).plan
 
 
 def lose_least_to_budget(network: nn.Module, example: Tensor, share: float, seed: int, calibration: list[Any]) -> Plan:
@@ -199,8 +199,8 @@ def lose_least_to_budget(network: nn.Module, example: Tensor, share: float, seed
         "criterion": "reconstruction",
         "loader": calibration,
         "verify": False,
-        "seed": seed,
-        "scope": "global",
+        "scoring": ff.Scoring(seed=seed),
+        "selection": ff.Selection(scope="global"),
     }
     return ff.prune(network, example, macs=uniform_cost(network, example, share), **options).plan
 

@@ -21,9 +21,9 @@ from .online.folding.fold import from_clusters
 from .plan import ChannelGroup, Cut, Plan, Slice
 from .profiling import measure_latency
 from .profiling.macs import Cost, measure
-from .pruning.budgets import LatencyBudget, select
+from .pruning.budgets import LatencyBudget, Selection, select
 from .pruning.criteria import CRITERIA, criterion, score
-from .pruning.prune import PruneResult, prune
+from .pruning.prune import PruneResult, Scoring, prune
 from .pruning.reconstruction import Repair, reestimate, repair
 from .surgery.apply import Receipt, apply
 from .surgery.checkpoint import load, load_weights, save
@@ -52,6 +52,8 @@ __all__ = [
     "Receipt",
     "Repair",
     "Schedule",
+    "Scoring",
+    "Selection",
     "Slice",
     "Verification",
     "apply",

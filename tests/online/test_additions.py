@@ -15,7 +15,7 @@ from filterfold.bench.trials.context import RunContext
 from filterfold.bench.trials.method_names import DISTILL
 from filterfold.bench.trials.trial import run_trial
 from filterfold.errors import ConfigError
-from filterfold.online import OnlineCallback, OnlineFilterClustering, Schedule
+from filterfold.online import CutOptions, OnlineCallback, OnlineFilterClustering, Schedule
 from filterfold.online.distillation import Teacher
 from filterfold.profiling.macs import measure
 from filterfold.training import Recipe, train
@@ -41,7 +41,9 @@ def trained(digits) -> nn.Module:
 def cut(model: nn.Module, digits: data.ImageData, remedy, batches: list[Tensor], keep: float = 0.6) -> nn.Module:
     network = copy.deepcopy(model)
     optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9)
-    online = OnlineFilterClustering(network, digits.example, optimizer, keep=keep, remedy=remedy, loader=batches)
+    online = OnlineFilterClustering(
+        network, digits.example, optimizer, keep=keep, cutting=CutOptions(remedy=remedy, loader=batches)
+    )
     online.cluster_and_prune()
     return network
 
@@ -88,7 +90,7 @@ def test_repaired_kernels_bring_the_outputs_back(digits, trained) -> None:
 )
 def test_remedies_that_can_not_be(digits, options, message) -> None:
     with pytest.raises(ConfigError, match=message):
-        OnlineFilterClustering(small(), digits.example, keep=0.5, **options)
+        CutOptions(**options)
     with pytest.raises(ConfigError, match="distill=-1"):
         OnlineCallback(keep=0.5, distill=-1)
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from filterfold import data, zoo
 from filterfold.errors import ConfigError
-from filterfold.online import OnlineCallback, OnlineFilterClustering, Schedule
+from filterfold.online import CutOptions, OnlineCallback, OnlineFilterClustering, Pull, Schedule
 from filterfold.training import Recipe, train
 
 X = torch.zeros(1, 1, 6, 6, dtype=torch.float64)
@@ -64,7 +64,7 @@ def steps(model: nn.Module, online: OnlineFilterClustering, optimizer: torch.opt
 
 def test_gradients_follow_the_formula() -> None:
     model = plain()
-    online = OnlineFilterClustering(model, X, None, keep=0.5, pull="centripetal", strength=0.3)
+    online = OnlineFilterClustering(model, X, None, keep=0.5, pull=Pull("centripetal", 0.3))
     online.update_clusters()
     x, y = next(batches(1))
     functional.cross_entropy(model(x), y).backward()
@@ -91,7 +91,7 @@ def test_differences_shrink_by_one_factor_a_step_and_the_fold_is_lossless(make) 
     model.double().train()
     optimizer = torch.optim.SGD(model.parameters(), rate)
     online = OnlineFilterClustering(
-        model, X, optimizer, keep=0.5, pull="centripetal", strength=strength, features="filters"
+        model, X, optimizer, keep=0.5, pull=Pull("centripetal", strength), cutting=CutOptions(features="filters")
     )
     online.update_clusters()
 
@@ -124,7 +124,7 @@ def test_differences_shrink_by_one_factor_a_step_and_the_fold_is_lossless(make) 
 def test_without_it_the_same_fold_loses(make) -> None:
     model = make().double().train()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    online = OnlineFilterClustering(model, X, optimizer, keep=0.5, strength=0)
+    online = OnlineFilterClustering(model, X, optimizer, keep=0.5, pull=Pull(strength=0))
     online.update_clusters()
     steps(model, online, optimizer, 100)
     assert online.cluster_and_prune().change > 1e-3
@@ -133,7 +133,7 @@ def test_without_it_the_same_fold_loses(make) -> None:
 def test_identical_up_to_sign_behind_negative_scales() -> None:
     model = plain().train()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.5)
-    online = OnlineFilterClustering(model, X, optimizer, clusters={"0": 2}, pull="centripetal", strength=4.0)
+    online = OnlineFilterClustering(model, X, optimizer, clusters={"0": 2}, pull=Pull("centripetal", 4.0))
     online.update_clusters()
     assert len(set(online.labels["0"][[1, 4]].tolist()) & set(online.labels["0"][[0, 2, 3, 5, 6, 7]].tolist())) > 0
     steps(model, online, optimizer, 900)
@@ -149,7 +149,7 @@ def test_missing_and_frozen_gradients_are_left_alone() -> None:
     model = plain()
     model[0].weight.requires_grad_(False)
     online = OnlineFilterClustering(model, X, None, keep=0.5, pull="centripetal")
-    assert (online.strength, online.loss().item(), online.pulls) == (0.05, 0, False)
+    assert (online.pull.strength, online.loss().item(), online.pulls) == (0.05, 0, False)
     online.update_clusters()
     x, y = next(batches(1))
     functional.cross_entropy(model(x), y).backward()

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from filterfold.errors import PlanError
 from filterfold.graph.trace import trace
 from filterfold.online.clustering import cluster
-from filterfold.online.folding import features, fold, importance, parts, share_out
+from filterfold.online.folding import features, fold, importance
 from filterfold.online.folding.fold import regression
 from filterfold.plan import ChannelGroup, Plan, Slice
+from filterfold.pruning.budgets.ranking import parts, unranked
 from filterfold.surgery.apply import apply
 
 EPS = 1e-5
@@ -306,8 +307,9 @@ def by_hand(classes: list[int], blocks: list[int]) -> ChannelGroup:
         ([0] * 8, [0] * 8, 20, (8,)),
     ],
 )
-def test_share_out(classes, blocks, total: int, expected) -> None:
-    assert share_out(by_hand(classes, blocks), total) == expected
+def test_widths_are_shared_out_among_classes_and_blocks(classes, blocks, total: int, expected) -> None:
+    ranked = unranked(by_hand(classes, blocks))
+    assert ranked.shared_out(ranked.nearest(total)) == expected
 
 
 def test_refusals() -> None:

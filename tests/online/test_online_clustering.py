@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from filterfold.errors import CheckpointError, ConfigError, SelectionError
-from filterfold.online import OnlineFilterClustering, Schedule, averager, pull
+from filterfold.online import OnlineFilterClustering, Pull, Schedule, averager, pull
 from filterfold.pruning.criteria import score
 from filterfold.surgery.layer_attributes import restore, snapshot
 from filterfold.utils.io import load_tree, save_tree
@@ -255,7 +255,7 @@ def test_the_pull_equals_autograd_on_the_formula() -> None:
 
 def test_the_pull_gathers_the_filters_of_coupled_layers() -> None:
     model = Residual()
-    online = OnlineFilterClustering(model, EXAMPLE, None, keep=0.5, strength=1.0)
+    online = OnlineFilterClustering(model, EXAMPLE, None, keep=0.5, pull=Pull(strength=1.0))
     assert online.loss().item() == 0
     layers = {"stem.0": 2, "branch.0": 1}  # a row of a coupled group is its layers' directions, at length 1 together
     first = sum(row["inertia"] * layers[row["group"]] for row in online.update_clusters())
@@ -277,7 +277,7 @@ def test_no_pull_on_frozen_parameters_or_at_strength_zero() -> None:
     online.loss().backward()
     assert model[0].weight.grad is None
     assert model[4].weight.grad is not None
-    online = OnlineFilterClustering(vgg(), EXAMPLE, None, keep=0.5, strength=0)
+    online = OnlineFilterClustering(vgg(), EXAMPLE, None, keep=0.5, pull=Pull(strength=0))
     online.update_clusters()
     assert online.loss().item() == 0
     assert not online.pulls
@@ -299,7 +299,7 @@ def test_resume_ends_with_the_same_weights(tmp_path, kind, stop: int) -> None:
             online.step(epoch)
 
     model, optimizer = fresh()
-    online = OnlineFilterClustering(model, EXAMPLE, optimizer, keep=0.5, schedule=schedule, strength=0.1)
+    online = OnlineFilterClustering(model, EXAMPLE, optimizer, keep=0.5, schedule=schedule, pull=Pull(strength=0.1))
     run(model, optimizer, online, range(1, stop + 1))
     tree = {"model": dict(model.state_dict()), "optimizer": optimizer.state_dict(), "online": online.state_dict()}
     save_tree(tmp_path / "state", {**tree, "structure": snapshot(model)})
@@ -310,7 +310,7 @@ def test_resume_ends_with_the_same_weights(tmp_path, kind, stop: int) -> None:
     restore(again, kept["structure"])
     again.load_state_dict(kept["model"])
     other.load_state_dict(kept["optimizer"])
-    resumed = OnlineFilterClustering(again, EXAMPLE, other, keep=0.5, schedule=schedule, strength=0.1)
+    resumed = OnlineFilterClustering(again, EXAMPLE, other, keep=0.5, schedule=schedule, pull=Pull(strength=0.1))
     resumed.load_state_dict(kept["online"])
     run(again, other, resumed, range(stop + 1, 7))
     assert same(dict(model.state_dict()), dict(again.state_dict()))
@@ -340,16 +340,16 @@ def test_wrapped_models_are_looked_into() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({}, ConfigError, "exactly one of clusters, keep, threshold and macs, not none"),
-        ({"keep": 0.5, "clusters": 3}, ConfigError, "not clusters and keep"),
-        ({"keep": 1.5}, ConfigError, r"keep=1.5: the share that is kept lies in \(0, 1\]"),
-        ({"clusters": 0}, ConfigError, "clusters=0: at least one unit must stay"),
+        ({}, SelectionError, "no budget: say how much may remain with clusters=, keep=, threshold= or macs="),
+        ({"keep": 0.5, "clusters": 3}, SelectionError, "clusters= can't be combined with keep="),
+        ({"keep": 1.5}, SelectionError, r"keep=1.5 is no share: it must lie above 0 and be at most 1"),
+        ({"clusters": 0}, SelectionError, "clusters=0: must be a whole number of at least 1"),
         ({"keep": 0.5, "method": "magic"}, ConfigError, "unknown method 'magic'"),
-        ({"keep": 0.5, "strength": -1}, ConfigError, "a pull can't be negative"),
-        ({"keep": 0.5, "round_to": 0}, ConfigError, "round_to=0"),
+        ({"keep": 0.5, "pull": "magic"}, ConfigError, "unknown pull 'magic'"),
+        ({"keep": 0.5, "round_to": 0}, SelectionError, "round_to=0"),
         ({"threshold": 2.0}, ConfigError, "threshold=2.0"),
         ({"threshold": 0.5, "method": "l1"}, ConfigError, "says nothing about how many units 'l1' keeps"),
-        ({"clusters": {"no*": 3}}, SelectionError, r"'no\*' fits no channel group"),
+        ({"clusters": {"no*": 3}}, SelectionError, r"clusters: 'no\*' matches no layer"),
         ({"keep": 0.5, "ignore": ["*"]}, SelectionError, "no channel group can be cut"),
     ],
 )

@@ -12,6 +12,9 @@ from torch import nn
 from filterfold.errors import ConfigError
 from filterfold.online import OnlineFilterClustering, Schedule, Target
 from filterfold.online.schedule import Plateau
+from filterfold.online.widths import TargetWidths
+from filterfold.plan import ChannelGroup, Slice
+from filterfold.profiling.macs import Cost
 from filterfold.surgery.layer_attributes import restore, snapshot
 
 
@@ -38,11 +41,10 @@ def test_updates() -> None:
     assert Schedule.every(2, 1, 9, milestones=(10,)).updates == (1, 3, 5, 7, 9)
 
 
-def test_due() -> None:
+def test_milestones_that_are_behind() -> None:
     schedule = Schedule((), ((2, 0.5), (4, 1.0)))
-    assert [schedule.due(epoch, 0) for epoch in (1, 2, 3, 4)] == [None, 0.5, 0.5, 1.0]
-    assert [schedule.due(epoch, 1) for epoch in (2, 3, 4, 9)] == [None, None, 1.0, 1.0]
-    assert schedule.due(9, 2) is None
+    assert [schedule.passed(epoch, 0) for epoch in (1, 2, 3, 4)] == [0, 1, 1, 2]
+    assert [schedule.passed(epoch, 1) for epoch in (1, 2, 3, 4, 9)] == [1, 1, 1, 2, 2]
     assert [schedule.next_share(passed) for passed in (0, 1, 2)] == [0.5, 1.0, 1.0]
 
 
@@ -79,7 +81,12 @@ def test_no_epochs(make) -> None:
         (Target(clusters=10), 64, 0.5, 37),
         (Target(clusters=10), 8, 1.0, 8),
         (Target(clusters=10, round_to=16), 64, 1.0, 16),
-        (Target(clusters=40, round_to=16), 64, 1.0, 48),
+        (Target(clusters=40, round_to=16), 64, 1.0, 32),  # the smaller of two equally near
+        (Target(clusters=41, round_to=16), 64, 1.0, 48),
+        (Target(keep=0.9, round_to=8), 20, 1.0, 16),
+        (Target(keep=0.95, round_to=8), 20, 1.0, 20),  # the whole width is nearest
+        (Target(keep=0.1, min_keep=4), 10, 1.0, 4),
+        (Target(keep={"*": 0.5, "conv1": 0.25}), 8, 1.0, 2),
         (Target(clusters=60, round_to=16), 64, 1.0, 64),
         (Target(keep=0.5, round_to=16), 12, 1.0, 12),
         (Target(keep=0.3), 512, 1.0, 160),
@@ -90,12 +97,19 @@ def test_no_epochs(make) -> None:
         (Target(keep=0.3, round_to=1), 512, 1.0, 153),
         (Target(clusters=10), 512, 1.0, 10),
         (Target(clusters=10), 512, 0.5, 261),
-        (Target(clusters={"conv*": 3, "*": 5}), 9, 1.0, 3),
+        (Target(clusters={"*": 5, "conv*": 3}), 9, 1.0, 3),
+        (Target(clusters={"conv*": 3, "*": 5}), 9, 1.0, 5),  # the last pattern counts
         (Target(clusters={"other": 3}), 9, 1.0, 9),
     ],
 )
 def test_widths(target: Target, full: int, share: float, width: int) -> None:
-    assert target.width("conv1", full, share) == width
+    groups = [hand_made("conv1", full), hand_made("other", full)]
+    assert TargetWidths(target, groups, Cost(1, 1, 1, ())).width(groups[0], share) == width
+
+
+def hand_made(name: str, size: int) -> ChannelGroup:
+    makes = Slice(f"{name}.weight", 0, tuple(range(size)), "filter")
+    return ChannelGroup(name, size, (makes,), (), True, None, (0,) * size, (0,) * size)
 
 
 def test_a_plateau_is_so_many_epochs_without_a_lower_loss() -> None:
@@ -169,3 +183,56 @@ def test_plateau_schedules_are_written_down() -> None:
     schedule = Schedule.plateau(10, patience=4, change=0.1)
     assert Schedule.from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
     assert Schedule.of("plateau", 10) == Schedule.plateau(10)
+
+
+def test_schedules_by_steps_lie_at_the_same_fractions() -> None:
+    schedule = Schedule.gradual(steps=1000)
+    assert schedule.milestones == ((200, 0.4), (350, 0.8), (500, 1.0))
+    assert schedule.updates == tuple(range(10, 501, 10))
+    assert schedule.unit == "step"
+    assert Schedule.from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
+    assert Schedule.at_fractions([(0.5, 1.0)], epochs=10) == Schedule((1, 2, 3, 4, 5), ((5, 1.0),))
+
+
+@pytest.mark.parametrize("power", [1.0, 3.0])
+def test_small_cuts_follow_the_cubic_and_leave_time_to_recover(power: float) -> None:
+    schedule = Schedule.small_cuts(steps=1000, every=50, start=0.1, end=0.6, power=power)
+    places, shares = zip(*schedule.milestones, strict=True)
+    assert places == tuple(range(150, 601, 50))
+    assert shares == pytest.approx([1 - (1 - (place - 100) / 500) ** power for place in places])
+    assert shares[-1] == 1
+    assert schedule.updates == (100, *places)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Schedule.gradual(), "how long training is"),
+        (lambda: Schedule.gradual(10, steps=10), "how long training is"),
+        (lambda: Schedule.gradual(steps=True), "True steps"),
+        (lambda: Schedule.gradual(steps=100, every=0), "every=0"),
+        (lambda: Schedule.at_fractions([(1.5, 1.0)], steps=10), "fractions of training"),
+        (lambda: Schedule.small_cuts(steps=100, every=60), "no cut every 60 steps"),
+        (lambda: Schedule.small_cuts(steps=100, start=0.6), "no cut every 1 steps"),
+        (lambda: Schedule(milestones=((1, math.nan),)), "shares"),
+        (lambda: Schedule(unit="batch"), "unit='batch'"),
+    ],
+)
+def test_bad_lengths(make, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def test_without_a_schedule_there_is_no_step() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 12, 3), nn.ReLU(), nn.Conv2d(12, 2, 1))
+    online = OnlineFilterClustering(net, torch.zeros(1, 1, 4, 4), keep=0.5)
+    with pytest.raises(ConfigError, match="needs a schedule"):
+        online.step(1)
+    assert not online.finished
+
+
+@pytest.mark.parametrize("restart", [None, 3, 4, 17, 20])
+def test_small_cuts_by_optimizer_step_with_a_restart(restart: int | None) -> None:
+    schedule = Schedule.small_cuts(steps=40, every=4, end=0.5, power=1)
+    found = levelling(schedule, [0.0] * 40, restart)
+    assert found == [(4, 10), (8, 9), (12, 8), (16, 7), (20, 6)]

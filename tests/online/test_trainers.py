@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from filterfold.errors import CheckpointError, ConfigError
-from filterfold.online import OnlineFilterClustering, Schedule
+from filterfold.online import OnlineFilterClustering, Pull, Schedule
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),  # Lightning's own code
@@ -222,7 +222,7 @@ def test_gradients_added_by_hand_are_those_of_the_loss(layout: torch.memory_form
         model[0].weight[3] = 0  # has no direction
     model = model.to(precision, memory_format=layout)
     images = torch.ones(2, 1, 4, 4, dtype=precision)
-    online = OnlineFilterClustering(model, images[:1], keep=0.5, strength=0.7)
+    online = OnlineFilterClustering(model, images[:1], keep=0.5, pull=Pull(strength=0.7))
     online.add_gradients()  # nothing yet
     assert model[0].weight.grad is None
     online.update_clusters()

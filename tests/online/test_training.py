@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from filterfold import data, zoo
 from filterfold.errors import CheckpointError, ConfigError
-from filterfold.online import OnlineCallback, OnlineFilterClustering, Schedule
+from filterfold.online import CutOptions, OnlineCallback, OnlineFilterClustering, Schedule
 from filterfold.profiling.macs import measure
 from filterfold.training import Recipe, train
 
@@ -107,7 +107,8 @@ class OwnSizes(nn.Module):
 def test_sizes_in_user_code_follow(verify: bool) -> None:
     model = OwnSizes()
     averaged = torch.optim.swa_utils.AveragedModel(model)
-    online = OnlineFilterClustering(model, torch.zeros(1, 1, 4, 4), None, keep=0.5, averaged=averaged, verify=verify)
+    options = {"averaged": averaged, "cutting": CutOptions(verify=verify)}
+    online = OnlineFilterClustering(model, torch.zeros(1, 1, 4, 4), None, keep=0.5, **options)
     result = online.cluster_and_prune()
     assert (model.width, averaged.module.width) == (4, 4)
     assert [change.attribute for change in result.plan.attributes] == ["width"]

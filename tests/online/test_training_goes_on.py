@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from filterfold.online import OnlineFilterClustering, Schedule
+from filterfold.online import CutOptions, OnlineFilterClustering, Pull, Schedule
 
 X = torch.zeros(1, 1, 6, 6)
 
@@ -58,7 +58,7 @@ def adamw(parameters) -> torch.optim.Optimizer:
 
 @pytest.mark.parametrize("method", ["l1", "random", "fpgm"])
 @pytest.mark.parametrize("kind", [sgd, adamw])
-@pytest.mark.parametrize("budget", [{"keep": 0.5}, {"macs": 0.4, "features": "filters"}])
+@pytest.mark.parametrize("budget", [{"keep": 0.5}, {"macs": 0.4, "cutting": CutOptions(features="filters")}])
 def test_the_next_steps_are_those_of_the_masked_network(kind, method: str, budget) -> None:
     model = net().double()
     optimizer = kind(model.parameters())
@@ -159,7 +159,7 @@ def test_loss_scaler_average_and_learning_rate_follow() -> None:
     rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=8)
     schedule = Schedule((1, 2, 3), ((3, 0.5), (5, 1.0)))
     online = OnlineFilterClustering(
-        model, X, optimizer, keep=0.5, schedule=schedule, averaged=average, pull="centripetal", strength=1.0
+        model, X, optimizer, keep=0.5, schedule=schedule, averaged=average, pull=Pull("centripetal", 1.0)
     )
     used = []
     for epoch in range(1, 9):

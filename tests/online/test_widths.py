@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 from filterfold import data, zoo
-from filterfold.errors import ConfigError, SelectionError
+from filterfold.errors import SelectionError
 from filterfold.graph import trace
-from filterfold.online import OnlineCallback, OnlineFilterClustering, Schedule, online_clustering
-from filterfold.online.folding import parts
-from filterfold.online.targets import Target, active
-from filterfold.online.widths import _Ledger, widths_for
+from filterfold.online import OnlineCallback, OnlineFilterClustering, Schedule, Target
+from filterfold.online.widths import TargetWidths
 from filterfold.plan import Cut, Plan, keep_units
 from filterfold.profiling.macs import measure
 from filterfold.profiling.predict import predict
+from filterfold.pruning.budgets.prices import SizePrices
+from filterfold.pruning.budgets.ranking import parts, unranked
 from filterfold.surgery.apply import apply
 from filterfold.training import Recipe, train
 
@@ -77,12 +77,12 @@ def test_wide_groups_get_even_widths_unless_told_otherwise(method: str):
 
 
 def test_refusals():
-    with pytest.raises(ConfigError, match="not keep and macs"):
+    with pytest.raises(SelectionError, match="keep= can't be combined with macs="):
         OnlineFilterClustering(net(), X, macs=0.5, keep=0.5)
-    with pytest.raises(ConfigError, match="lies in"):
+    with pytest.raises(SelectionError, match=r"macs=1\.5 is no share"):
         OnlineFilterClustering(net(), X, macs=1.5)
-    with pytest.raises(SelectionError, match="narrowest"):
-        OnlineFilterClustering(net(), X, macs=1e-6).cluster_and_prune()
+    with pytest.raises(SelectionError, match=r"macs=1e-06 can't be met: the smallest share within reach is macs 0\."):
+        OnlineFilterClustering(net(), X, macs=1e-6)
 
 
 def vgg() -> nn.Module:
@@ -152,20 +152,18 @@ def same_weights(one: nn.Module, two: nn.Module) -> bool:
 
 
 def test_widths_are_chosen_at_milestones_only(monkeypatch):
-    calls = []
+    calls, choose = [], TargetWidths.choose
 
-    def counting(*args, **options):
-        calls.append(args[3])
-        return widths_for(*args, **options)
+    def counting(self, groups, share, *others):
+        calls.append(share)
+        choose(self, groups, share, *others)
 
-    monkeypatch.setattr(online_clustering, "widths_for", counting)
+    monkeypatch.setattr(TargetWidths, "choose", counting)
     schedule = Schedule(updates=(1, 2, 3, 4, 5), milestones=((3, 0.5), (6, 1.0)))
-    model = net()
-    full = measure(model, X).macs
-    online = OnlineFilterClustering(model, X, macs=0.5, schedule=schedule)
+    online = OnlineFilterClustering(net(), X, macs=0.5, schedule=schedule)
     for epoch in range(1, 7):
         online.step(epoch)
-    assert calls == [0.75 * full] * 2 + [0.5 * full] * 2  # before and at each milestone
+    assert calls == [0.5] * 2 + [1.0] * 2  # before and at each milestone
     assert [row["k"] for row in online.history if row["group"] == "0" and row["epoch"] < 3] == [
         row["k"] for row in online.history if row["group"] == "0" and row["epoch"] == 1
     ] * 2
@@ -173,30 +171,30 @@ def test_widths_are_chosen_at_milestones_only(monkeypatch):
 
 @pytest.mark.parametrize("name", ["densenet", "resnet20", "vgg16"])
 @pytest.mark.parametrize("round_to", [1, 4])
-def test_the_ledger_agrees_with_the_forecast_and_the_surgery(name: str, round_to: int):
+def test_prices_agree_with_the_prediction_and_the_surgery(name: str, round_to: int):
     torch.manual_seed(0)
     model = Dense() if name == "densenet" else zoo.build(name, width=0.5)
     x = torch.zeros(1, 3, 32, 32)
-    cost, groups = measure(model, x), active(trace(model, x), Target(macs=0.5), ())
-    tensors = dict(model.named_parameters())
-    ledger, cuts = _Ledger(groups, cost), []
-    for group in groups:
+    cost, traced = measure(model, x), trace(model, x)
+    widths = TargetWidths(Target(macs=0.4, round_to=round_to), traced, cost)
+    groups = widths.active(traced)
+    prices, cuts = SizePrices([unranked(group) for group in groups], cost), []
+    counts = prices.full
+    for index, group in enumerate(groups):
         assert len(parts(group)) == 1
-        gone = group.size // 3
-        saved = ledger.saved(group.name, [gone])
-        before = ledger.macs
-        ledger.remove(group.name, [gone])
-        assert ledger.macs == before - saved
-        kept = keep_units(group.size, range(group.size - gone))
-        cuts.append(Cut(group.name, kept, group.producers, group.consumers))
+        fewer = group.size - group.size // 3
+        before, saved = prices.amounts(counts)["macs"], prices.saved(counts, index, fewer)
+        counts = (*counts[:index], fewer, *counts[index + 1 :])
+        assert prices.amounts(counts)["macs"] == before - saved
+        cuts.append(Cut(group.name, keep_units(group.size, range(fewer)), group.producers, group.consumers))
     plan = Plan(tuple(cuts))
-    assert ledger.macs == predict(plan, cost).macs
-    widths = widths_for(groups, tensors, cost, 0.4 * cost.macs, kind="filters", round_to=round_to)
-    assert all(
-        width == group.size or width % round_to == 0 for group, width in zip(groups, widths.values(), strict=True)
-    )
+    after = predict(plan, cost)
+    assert prices.amounts(counts) == {"units": sum(counts), "macs": after.macs, "parameters": after.parameters}
+    widths.choose(groups, 1.0, dict(model.named_parameters()), cost, "filters")
+    chosen = widths.chosen.values()
+    assert all(width in (group.size, width // round_to * round_to) for group, width in zip(groups, chosen, strict=True))
     apply(plan, model)
-    assert ledger.macs == measure(model, x).macs
+    assert prices.amounts(counts)["macs"] == measure(model, x).macs
 
 
 class Dense(nn.Module):

@@ -15,9 +15,10 @@ from filterfold.graph import trace
 from filterfold.plan import Plan
 from filterfold.profiling import LayerTimes, layer_calls
 from filterfold.profiling.macs import measure
-from filterfold.pruning.budgets import LatencyBudget, select_for_latency
-from filterfold.pruning.budgets.descent import LayerTimeModel, descend, friendly
-from filterfold.pruning.budgets.ranking import rank
+from filterfold.pruning.budgets import LatencyBudget, Selection, select_for_latency
+from filterfold.pruning.budgets.layer_times import LayerTimeModel, score_curve
+from filterfold.pruning.budgets.ranking import hardware_friendly, rank
+from filterfold.pruning.budgets.solver import descend
 from filterfold.pruning.prune import prune
 
 from .machines import Machine
@@ -137,7 +138,7 @@ def test_what_cannot_be_met_is_refused_with_what_can():
     model, machine = net(), Machine(elementwise=1e-6)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(SelectionError) as caught:
-        prune(model, X, latency=budget(0.01, machine), min_keep=32)
+        prune(model, X, latency=budget(0.01, machine), selection=Selection(min_keep=32))
     text = str(caught.value)
     assert text.startswith("latency=0.01 can't be met: the smallest measured share within reach is 0.")
     smallest = net((32, 32, 32))
@@ -188,13 +189,13 @@ def test_groups_whose_trial_cut_fails_are_left_whole():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"latency": 0.5, "keep": 0.5}, "latency= can't be combined with keep=, macs= or parameters="),
-        ({"latency": 0.5, "macs": 0.5}, "latency= can't be combined with"),
+        ({"latency": 0.5, "keep": 0.5}, "keep= can't be combined with latency=: give one or the other"),
+        ({"latency": 0.5, "macs": 0.5}, "macs= can't be combined with latency="),
         ({"latency": 0}, "latency=0 is no share: it must lie above 0 and be at most 1"),
         ({"latency": 1.5}, "latency=1.5 is no share"),
         ({"latency": True}, "latency=True is no share"),
         ({"latency": 0.5, "round_to": 0}, "round_to=0"),
-        ({"latency": 0.5, "min_keep": -1}, "min_keep=-1"),
+        ({"latency": 0.5, "selection": Selection("global")}, "scope= has no effect with latency="),
         ({"latency": 0.5, "ignore": ["nothing"]}, "ignore: 'nothing' matches no layer"),
     ],
 )
@@ -218,7 +219,7 @@ def test_a_network_where_nothing_can_be_cut_is_refused():
 
 def rooms_of(model, scores):
     groups = [group for group in trace(model, X) if group.frozen is None]
-    return groups, [friendly(rank(group, scores, 1, 1), 16) for group in groups]
+    return groups, [hardware_friendly(rank(group, scores, 1, 1), 16) for group in groups]
 
 
 def test_the_way_down_never_widens_and_ends_at_the_smallest():
@@ -228,7 +229,7 @@ def test_the_way_down_never_widens_and_ends_at_the_smallest():
     _, rooms = rooms_of(model, scores)
     times = LayerTimes(torch.device("cpu"), torch.float32, 1, timer=machine, folder=False)
     forecast = LayerTimeModel(rooms, layer_calls(model, X), times, machine.of(model, X))
-    stations = descend(rooms, forecast)
+    stations = list(descend([score_curve(room) for room in rooms], forecast))
     assert stations[0] == (64, 64, 128)
     assert stations[-1] == tuple(room.allowed[0] for room in rooms)
     for before, after in itertools.pairwise(stations):

@@ -17,7 +17,7 @@ from filterfold.online.folding.fold import from_clusters
 from filterfold.plan import ChannelGroup, Cut, Plan, Slice
 from filterfold.profiling.macs import measure
 from filterfold.pruning.budgets import predict, select, select_greedily
-from filterfold.pruning.budgets.solver import count
+from filterfold.pruning.budgets.ranking import count
 from filterfold.pruning.criteria import score
 
 
@@ -315,12 +315,12 @@ COST = measure(nn.Conv2d(3, 4, 1), torch.zeros(1, 3, 2, 2))
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "no budget: say how much may remain with keep=, macs= or parameters="),
+        ({}, "no budget: say how much may remain with keep=, macs=, parameters= or latency="),
         ({"keep": 1.5}, "keep=1.5 is no share: it must lie above 0 and be at most 1"),
         ({"keep": 0}, "keep=0 is no share: it must lie above 0 and be at most 1"),
         ({"keep": True}, "keep=True is no share: it must lie above 0 and be at most 1"),
         ({"keep": {"a": -1}}, "keep['a']=-1 is no share: it must lie above 0 and be at most 1"),
-        ({"keep": 0.5, "macs": 0.5}, "keep= can't be combined with macs= or parameters=: give one or the other"),
+        ({"keep": 0.5, "macs": 0.5}, "keep= can't be combined with macs=: give one or the other"),
         ({"macs": 0.5}, "macs= and parameters= need cost=filterfold.profiling.macs.measure(model, example_inputs)"),
         ({"keep": {"a": 0.5}, "scope": "global"}, 'keep= for single layers needs scope="layer"'),
         ({"keep": 0.5, "ignore": "head"}, "ignore='head': must be a list of names; write ['head']"),

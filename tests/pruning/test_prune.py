@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from filterfold.errors import ConfigError, FilterfoldError, SelectionError, VerificationError
 from filterfold.plan import Cut, Plan, Slice, keep_units
-from filterfold.pruning.prune import culprits, prune
+from filterfold.pruning.budgets import Selection
+from filterfold.pruning.culprits import culprits
+from filterfold.pruning.prune import prune
 from filterfold.surgery.apply import apply
 from filterfold.surgery.layer_attributes import snapshot
 from filterfold.surgery.verdict import Verification
@@ -68,14 +70,14 @@ def test_training_goes_on_with_optimizer_and_average():
 
 def test_the_plan_replays_on_a_copy():
     model, copied = net(), net()
-    result = prune(model, X, criterion="l2", parameters=0.6, scope="global")
+    result = prune(model, X, criterion="l2", parameters=0.6, selection=Selection(scope="global"))
     apply(Plan.from_json(result.plan.to_json()), copied)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), copied.parameters(), strict=True))
 
 
 def test_budgets_and_patterns_are_passed_on():
     model = net()
-    result = prune(model, X, keep={"0": 0.5}, round_to=4, min_keep=2, ignore=["3"])
+    result = prune(model, X, keep={"0": 0.5}, round_to=4, selection=Selection(min_keep=2, ignore=["3"]))
     assert result.plan.widths == {"0": (8, 4)}
     with pytest.raises(SelectionError):
         prune(model, X, macs=0.0001)

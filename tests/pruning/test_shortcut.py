@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from filterfold.errors import ConfigError
 from filterfold.graph import trace
 from filterfold.pruning.criteria import score
-from filterfold.pruning.prune import prune
+from filterfold.pruning.prune import Scoring, prune
 
 
 class Block(nn.Module):
@@ -43,7 +43,7 @@ def test_the_projection_decides(kernel: int, name: str) -> None:
     torch.testing.assert_close(score(groups, model, follow="shortcut")[coupled.name].float(), size[name])
     kept = size[name].topk(4).indices.sort().values
     before = model.get_submodule("last").weight.detach().clone()  # type: ignore[operator,union-attr]
-    prune(model, example, keep={coupled.name: 0.5}, follow="shortcut")
+    prune(model, example, keep={coupled.name: 0.5}, scoring=Scoring(follow="shortcut"))
     assert torch.equal(model.get_submodule("last").weight.detach(), before[kept])  # type: ignore[operator,union-attr]
 
 
@@ -59,5 +59,5 @@ def test_unknown_guides_are_refused() -> None:
     groups = trace(model, torch.zeros(1, 3, 8, 8))
     with pytest.raises(ConfigError, match="follow='main': must be 'shortcut' or None"):
         score(groups, model, follow="main")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="scoring='hasty'"):
-        prune(model, torch.zeros(1, 3, 8, 8), keep=0.5, scoring="hasty")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="order='hasty'"):
+        Scoring(order="hasty")  # type: ignore[arg-type]

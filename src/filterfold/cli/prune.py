@@ -83,7 +83,7 @@ class CutOptions:
 
     def keywords(self) -> dict[str, Any]:
         """Keyword arguments of `filterfold.prune`."""
-        from ..pruning.budgets import LatencyBudget
+        from ..pruning.budgets import LatencyBudget, Selection
 
         if sum(bool(budget) for budget in (self.keep, self.macs, self.parameters, self.latency)) != 1:
             raise ConfigError(
@@ -95,10 +95,7 @@ class CutOptions:
             "parameters": self.parameters,
             "latency": LatencyBudget(self.latency, batch_size=self.latency_batch) if self.latency else None,
             "criterion": self.criterion,
-            "scope": self.scope,
-            "round_to": self.round_to,
-            "min_keep": self.min_keep,
-            "ignore": tuple(self.ignore or ()),
+            "selection": Selection(cast(Any, self.scope), self.round_to, self.min_keep, tuple(self.ignore or ())),
         }
 
 
@@ -131,6 +128,7 @@ def prune(
     from ..bench.trials.context import resolve
     from ..data import batches
     from ..profiling import measure_latency
+    from ..pruning.prune import Scoring
     from ..training import Recipe
     from ..utils.environment import command, describe
     from ..utils.export import to_onnx
@@ -148,7 +146,9 @@ def prune(
         loader = list(islice(batches(data.train, BATCH, shuffle=True, seed=seed, device=device), BATCHES))
         kept = out.with_name(f".{out.name}.widths")
         budget_or_widths = _as_before(kept, budget)
-        result = prune_model(model, example, loader=loader, seed=seed, on_failure="freeze", **budget_or_widths)
+        result = prune_model(
+            model, example, loader=loader, scoring=Scoring(seed=seed), on_failure="freeze", **budget_or_widths
+        )
         if budget["latency"] and retrain_epochs:
             result = _keep_widths(kept, result)
         stages = {"before": top1(before), "after the cut": top1(model)}

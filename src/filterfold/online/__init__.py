@@ -7,14 +7,16 @@ from .callbacks import OnlineCallback
 from .cosine_pull import averager, pull
 from .cut import CutResult
 from .online_clustering import OnlineFilterClustering
+from .options import CutOptions, Pull, Target
 from .schedule import Schedule
-from .targets import Target
 
 __all__ = [
     "ClusterRow",
+    "CutOptions",
     "CutResult",
     "OnlineCallback",
     "OnlineFilterClustering",
+    "Pull",
     "Schedule",
     "Target",
     "averager",

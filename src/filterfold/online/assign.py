@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from ..plan import ChannelGroup, Slice
+from ..pruning.budgets.ranking import parts
 from .clustering import Clustering, cluster, moved
-from .folding import Features, features, importance, parts
-
-ROWS = ("filter", "depthwise")
+from .folding import Features, features, importance
 
 
 class ClusterRow(TypedDict):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,9 +10,8 @@ from torch import Tensor
 from ..errors import CheckpointError, ConfigError
 from .distillation import Teacher
 from .online_clustering import OnlineFilterClustering
+from .options import as_objects
 from .schedule import Schedule
-
-_OPTIONS = set(inspect.signature(OnlineFilterClustering).parameters) - {"model", "example_inputs", "optimizer"}
 
 
 class OnlineCallback:
@@ -28,7 +26,8 @@ class OnlineCallback:
       training), a `Schedule`, or its `to_dict()`.
     - `distill`: weight of a second loss from the first cut on, in which the network as it was before teaches the
       smaller one (see `Teacher`); 0: none. `temperature`: of both their logits.
-    - `options`: everything else that `OnlineFilterClustering` takes besides model, inputs and optimizer.
+    - `options`: everything else that `OnlineFilterClustering` takes besides model, inputs and optimizer; also the
+      fields of its `Pull`, `CutOptions` and `Target` by their names.
 
     ```python
     >>> callback = OnlineCallback(clusters=10, schedule="document", strength=0.001)
@@ -49,10 +48,7 @@ class OnlineCallback:
         Schedule.of(schedule, 1)  # refuses unknown names now
         if distill < 0 or temperature <= 0:
             raise ConfigError(f"distill={distill} must be at least 0, and temperature={temperature} above it")
-        unknown = sorted(set(options) - _OPTIONS)
-        if unknown:
-            raise ConfigError(f"online clustering has no option {unknown[0]!r}")
-        self.schedule, self.options = schedule, options
+        self.schedule, self.options = schedule, as_objects(options)
         self.distill, self.temperature = distill, temperature
         self.online: OnlineFilterClustering | None = None
         self.teacher: Teacher | None = None

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from ..plan import ChannelGroup, Slice
-from .assign import ROWS, along
+from .assign import along
 from .cosine_pull import averager, means
-from .folding import signs
+from .folding import FILTER_ROLES, signs
 
 _GENTLE = 0.1
 """What norms' entries get of ε: the authors' code does so."""
@@ -158,7 +158,7 @@ def _of(group: ChannelGroup, labels: Tensor, tensors: Mapping[str, Tensor], stre
                 None if positions is None else positions.to(device),
                 own.to(device),
                 sign[units][:, None].to(device) if sign is not None and _is_signed(piece) else None,
-                strength if piece.role in (*ROWS, "bias") else _GENTLE * strength,
+                strength if piece.role in (*FILTER_ROLES, "bias") else _GENTLE * strength,
             )
         )
     return found
@@ -166,7 +166,7 @@ def _of(group: ChannelGroup, labels: Tensor, tensors: Mapping[str, Tensor], stre
 
 def _is_signed(piece: Slice) -> bool:
     """Whether an entry counts as its negative behind a negative batch-norm scale: all but the norm's shift."""
-    return piece.role in (*ROWS, "bias") or piece.tensor.endswith("weight")
+    return piece.role in (*FILTER_ROLES, "bias") or piece.tensor.endswith("weight")
 
 
 def _members(labels: Tensor) -> Tensor:

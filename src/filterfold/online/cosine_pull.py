@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..plan import ChannelGroup
-from .assign import ROWS, along
-from .folding import signs
+from .assign import along
+from .folding import FILTER_ROLES, signs
 
 
-class Pull(torch.autograd.Function):
-    """Σ_j ‖u_j - ū‖² / 2 over the rows of one weight along its first axis; see the module."""
+class _PullFunction(torch.autograd.Function):
+    """Σ_j ‖u_j - ū‖² / 2 over the rows of one weight along its first axis"""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, labels: Tensor, mean: Tensor, sign: Tensor | None) -> Tensor:
@@ -105,7 +105,7 @@ def pull(weight: Tensor, labels: Tensor, mean: Tensor, sign: Tensor | None = Non
 
     ```
     """
-    value: Tensor = Pull.apply(weight, labels, mean, sign)  # type: ignore[no-untyped-call]  # so in torch's stubs
+    value: Tensor = _PullFunction.apply(weight, labels, mean, sign)  # type: ignore[no-untyped-call]  # so in torch's stubs
     return value
 
 
@@ -119,9 +119,39 @@ def averager(labels: Tensor) -> Tensor:
     return member / member.sum(dim=1, keepdim=True).clamp(min=1)
 
 
+class CosinePull:
+    """The pull on all filters of the clustered groups; laid out once for all batches until clusters change.
+
+    **Arguments:**
+
+    - `groups`; `labels`: group name → cluster of each unit, `(size,)`; `tensors`: the model's, by name.
+    - `strength`: λ.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[ChannelGroup],
+        labels: Mapping[str, Tensor],
+        tensors: Mapping[str, Tensor],
+        strength: float,
+    ) -> None:
+        self.strength = strength
+        self.rows = clustered_rows(groups, labels, tensors)
+
+    def loss(self) -> Tensor | None:
+        """The term, differentiable once; None without filters."""
+        values = [entry.value() for entry in self.rows]
+        return self.strength * sum(values[1:], values[0]) if values else None
+
+    def add_gradients(self) -> None:
+        """Add to the gradients what the term would."""
+        for entry in self.rows:
+            entry.add_gradient(self.strength)
+
+
 @dataclass(frozen=True, slots=True)
-class Pulled:
-    """One parameter whose filters are pulled together; `positions` along `axis` of it, all where None.
+class ClusteredRows:
+    """The filters of one parameter, with their clusters; `positions` along `axis` of it, all where None.
 
     `room` is memory to work in, which all of them share.
     """
@@ -168,10 +198,16 @@ class Pulled:
         return rows if self.positions is None else rows[self.positions]
 
 
-def pulled(groups: Sequence[ChannelGroup], labels: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[Pulled]:
+def clustered_rows(
+    groups: Sequence[ChannelGroup], labels: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+) -> list[ClusteredRows]:
     """Every trainable filter tensor of the groups that have labels."""
-    pieces = [(group, piece) for group in groups if group.name in labels for piece in group.producers]
-    pieces = [(group, piece) for group, piece in pieces if piece.role in ROWS and tensors[piece.tensor].requires_grad]
+    pieces = [
+        (group, piece)
+        for group in groups
+        for piece in group.producers
+        if group.name in labels and piece.role in FILTER_ROLES and tensors[piece.tensor].requires_grad
+    ]
     rooms: dict[tuple[torch.device, torch.dtype], Tensor] = {}
     for parameter in sorted((tensors[piece.tensor] for _, piece in pieces), key=torch.numel, reverse=True):
         key = parameter.device, parameter.dtype
@@ -188,5 +224,5 @@ def pulled(groups: Sequence[ChannelGroup], labels: Mapping[str, Tensor], tensors
         mean = averager(own).to(device, torch.promote_types(dtype, torch.float32))
         mean = mean.amax(dim=1, keepdim=True) if device.type == "cpu" else mean  # all that `means` asks for there
         room = rooms[device, dtype]
-        found.append(Pulled(parameter, piece.axis, place, own.to(device), mean, own_sign, room))
+        found.append(ClusteredRows(parameter, piece.axis, place, own.to(device), mean, own_sign, room))
     return found

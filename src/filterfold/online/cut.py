@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, VerificationError
+from ..errors import VerificationError
 from ..graph import Traced, rewrite_stale_sizes
-from ..plan import AttributeChange, ChannelGroup, Cut, Plan, keep_units
+from ..plan import ChannelGroup, Plan
 from ..pruning.reconstruction import reestimate, repair
-from ..surgery.apply import apply, apply_with_sizes
+from ..surgery.apply import Rewrite
 from ..surgery.verdict import Verification
 from ..surgery.verify import rehearse
 from ..utils.distributed import decided
 from ..utils.inputs import informative_inputs, outputs
 from ..utils.model_state import preserved
 from ..utils.modules import named_tensors, unwrap
-from .assign import ROWS, along
-from .folding import FoldBound, parts
-
-FOLD, CENTROID = "fold", "centroid"
-
+from .assign import along
+from .folding import FILTER_ROLES, FoldBound
+from .options import CENTROID, CutOptions
 
 EXACT = {torch.float64: 1e-10, torch.float32: 1e-5}
 """Relative change of the output below which a cut changed nothing but rounding; 1e-2 for shorter types."""
@@ -82,58 +81,13 @@ def relative_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     return float((change / size) ** 0.5) if size else float(change**0.5)
 
 
-Remedy = Literal["norms", "kernels"]
-
-
-REMEDIES: tuple[Remedy, ...] = ("norms", "kernels")
-
-
-def check(remedy: Remedy | None, loader: Iterable[Any] | None) -> None:
-    """**Raises:** `ConfigError` for an unknown remedy, or one without the batches that it needs."""
-    if remedy is None:
-        return
-    if remedy not in REMEDIES:
-        raise ConfigError(f"unknown remedy {remedy!r}: {' or '.join(REMEDIES)}")
-    if loader is None:
-        raise ConfigError(f"remedy={remedy!r} needs a loader with a few batches of training images")
-
-
-def remembered(model: nn.Module, remedy: Remedy | None) -> nn.Module | None:
-    """The uncut network, where the remedy will ask for it."""
-    return copy.deepcopy(model) if remedy == "kernels" else None
-
-
-def mend(
-    remedy: Remedy | None, model: nn.Module, before: nn.Module | None, plan: Plan, loader: Iterable[Any] | None
-) -> None:
-    """Measure batch norms anew (`norms`), or solve the next layers' kernels again as well (`kernels`), in place."""
-    if remedy is None or loader is None:
-        return
+def mend(options: CutOptions, model: nn.Module, before: nn.Module | None, plan: Plan) -> None:
+    """Measure batch norms anew, or, with the network before the cut, solve the next layers' kernels as well."""
+    assert options.loader is not None
     if before is None:
-        reestimate(model, loader)
+        reestimate(model, options.loader)
     else:
-        repair(model, before, plan, loader)
-
-
-def drop(groups: Sequence[ChannelGroup], scores: Mapping[str, Tensor], counts: Mapping[str, Sequence[int]]) -> Plan:
-    """Keep the best units of every part of each group.
-
-    **Arguments:**
-
-    - `scores`: group name → `(size,)`, higher = keep; of equal ones the first stay.
-    - `counts`: group name → units to keep in each of `parts(group)`.
-    """
-    cuts = []
-    for group in groups:
-        if group.name not in counts:
-            continue
-        kept: list[int] = []
-        for part, count in zip(parts(group), counts[group.name], strict=True):
-            units = torch.tensor(part.units)
-            order = scores[group.name][units].argsort(descending=True, stable=True)
-            kept += units[order[:count]].tolist()
-        cuts.append(Cut(group.name, keep_units(group.size, kept), group.producers, group.consumers))
-    return Plan(tuple(cuts))
+        repair(model, before, plan, options.loader)
 
 
 def write_back(groups: Sequence[ChannelGroup], labels: Mapping[str, Tensor], model: nn.Module) -> None:
@@ -146,7 +100,7 @@ def write_back(groups: Sequence[ChannelGroup], labels: Mapping[str, Tensor], mod
         if group.name not in labels:
             continue
         label = labels[group.name].cpu()
-        for piece in (piece for piece in group.producers if piece.role in ROWS):
+        for piece in (piece for piece in group.producers if piece.role in FILTER_ROLES):
             rows = tensors[piece.tensor].detach().movedim(piece.axis, 0)
             positions, slot = along(piece, label)
             place = (torch.arange(len(slot)) if positions is None else positions).to(rows.device)
@@ -156,34 +110,69 @@ def write_back(groups: Sequence[ChannelGroup], labels: Mapping[str, Tensor], mod
             rows.index_copy_(0, place, mean[slot])
 
 
-def cut_through(
-    plan: Plan,
-    model: nn.Module,
-    groups: Traced,
-    example_inputs: Any,
-    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None,
-    averaged: nn.Module | Sequence[nn.Module],
-    *,
-    verify: bool,
-) -> tuple[Plan, Verification | None]:
-    """Apply a plan to everything together, or to nothing.
+def sizes_rewriter(groups: Traced) -> Rewrite:
+    """What finds the sizes in the model's own code that a cut makes wrong; `groups`: of the uncut network."""
+    return lambda pruned, plan, inputs: rewrite_stale_sizes(pruned, plan, groups, inputs)
 
-    **Returns:** the plan with the sizes in user code that had to change, and what the rehearsal found.
+
+def rehearsed(plan: Plan, model: nn.Module, groups: Traced, example_inputs: Any) -> Verification:
+    """Hold a cut against the masked network; where several processes train, rank 0 does.
 
     **Raises:** `VerificationError` if the cut network would not equal the masked one.
     """
-    bare = unwrap(model)
-
-    def rewrite(cut: nn.Module, part: Plan, inputs: Any) -> tuple[AttributeChange, ...]:
-        return rewrite_stale_sizes(cut, part, groups, inputs)
-
-    if not verify:
-        plan, _ = apply_with_sizes(plan, model, example_inputs, rewrite, optimizer=optimizer, averaged=averaged)
-        return plan, None
-    # by rank 0, where several processes train
-    verified = decided(lambda: rehearse(bare, plan, example_inputs, groups=groups, rewrite=rewrite))
+    verified = decided(lambda: rehearse(model, plan, example_inputs, groups=groups, rewrite=sizes_rewriter(groups)))
     if not verified.ok:
         raise VerificationError(f"the cut was not made: {verified.message}")
-    plan = replace(plan, attributes=verified.attributes)
-    apply(plan, model, optimizer=optimizer, averaged=averaged)
-    return plan, verified
+    return verified
+
+
+Undo = Callable[[Callable[[], None]], None]
+"""Registers what takes a step back."""
+
+
+@contextmanager
+def all_or_nothing(*owners: object) -> Iterator[Undo]:
+    """Take everything back if an error leaves the `with` block: what was registered, the last first, then attributes.
+
+    Lists and dictionaries among the owners' attributes get their old content back.
+
+    >>> class Counter:
+    ...     seen = 0
+    >>> counter, log = Counter(), []
+    >>> try:
+    ...     with all_or_nothing(counter) as undo:
+    ...         counter.seen = 1
+    ...         undo(lambda: log.append("taken back"))
+    ...         raise ValueError
+    ... except ValueError:
+    ...     print(counter.seen, log)
+    0 ['taken back']
+    """
+    attributes = [(vars(owner), dict(vars(owner))) for owner in owners]
+    values = [value for _, before in attributes for value in before.values()]
+    contents = [(value, copy.copy(value)) for value in values if isinstance(value, list | dict)]
+    steps: list[Callable[[], None]] = []
+    try:
+        yield steps.append
+    except BaseException:
+        for step in reversed(steps):
+            step()
+        for present, before in attributes:
+            present.clear()
+            present.update(before)
+        for value, content in contents:
+            value.clear()
+            value.extend(content) if isinstance(value, list) else value.update(content)
+        raise
+
+
+def kept_values(model: nn.Module) -> Callable[[], None]:
+    """What puts the present values back into all parameters and buffers."""
+    before = [(tensor, tensor.detach().clone()) for _, tensor in named_tensors(model)]
+
+    def restore() -> None:
+        with torch.no_grad():
+            for tensor, value in before:
+                tensor.copy_(value)
+
+    return restore

@@ -16,6 +16,7 @@ from ..errors import CheckpointError, ConfigError
 from ..surgery.layer_attributes import restore, snapshot
 from ..utils.io import load_tree, save_tree
 from .online_clustering import OnlineFilterClustering
+from .options import as_objects
 from .schedule import Schedule
 
 _LOG = logging.getLogger("filterfold.online")
@@ -38,7 +39,8 @@ class HuggingFaceCallback(TrainerCallback):
     - `schedule`: "gradual", "document" or "plateau" over the arguments' `num_train_epochs`, a `Schedule`, or its
       `to_dict()`.
     - `monitor`: key of the trainer's log, a loss, that a schedule with patience watches: "loss" or "eval_loss".
-    - `options`: everything else that `OnlineFilterClustering` takes besides model, inputs and optimizer.
+    - `options`: everything else that `OnlineFilterClustering` takes besides model, inputs and optimizer; also the
+      fields of its `Pull`, `CutOptions` and `Target` by their names.
 
     ```python
     trainer = Trainer(model, arguments, train_dataset=data, callbacks=[HuggingFaceCallback(example, macs=0.3)])
@@ -54,7 +56,8 @@ class HuggingFaceCallback(TrainerCallback):
         **options: Any,
     ) -> None:
         Schedule.of(schedule, 1)  # refuses unknown names now
-        self.example_inputs, self.schedule, self.monitor, self.options = example_inputs, schedule, monitor, options
+        self.example_inputs, self.schedule, self.monitor = example_inputs, schedule, monitor
+        self.options = as_objects(options)
         self.online: OnlineFilterClustering | None = None
         self._state: Mapping[str, Any] | None = None
 

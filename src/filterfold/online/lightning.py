@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 from ..errors import CheckpointError, ConfigError
 from ..surgery.layer_attributes import restore, snapshot
 from .online_clustering import OnlineFilterClustering
+from .options import as_objects
 from .schedule import Schedule
 
 try:
@@ -35,7 +36,8 @@ class LightningCallback(Callback):
     - `example_inputs`: what the network is called with, for tracing; None: the module's `example_input_array`.
     - `schedule`: "gradual", "document" or "plateau" over the trainer's `max_epochs`, a `Schedule`, or its `to_dict()`.
     - `monitor`: name of the logged metric, a loss, that a schedule with patience watches.
-    - `options`: everything else that `OnlineFilterClustering` takes besides model, inputs and optimizer.
+    - `options`: everything else that `OnlineFilterClustering` takes besides model, inputs and optimizer; also the
+      fields of its `Pull`, `CutOptions` and `Target` by their names.
 
     ```python
     trainer = Trainer(max_epochs=100, callbacks=[LightningCallback(network="net", macs=0.3)])
@@ -53,7 +55,7 @@ class LightningCallback(Callback):
     ) -> None:
         Schedule.of(schedule, 1)  # refuses unknown names now
         self.network, self.example_inputs, self.schedule, self.monitor = network, example_inputs, schedule, monitor
-        self.options = options
+        self.options = as_objects(options)
         self.online: OnlineFilterClustering | None = None
         self._state: Mapping[str, Any] | None = None
         self._structure: Mapping[str, Any] | None = None

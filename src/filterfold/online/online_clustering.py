@@ -2,46 +2,46 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError, SelectionError
-from ..graph import Traced, trace
+from ..graph import Traced, trace_and_measure
 from ..plan import ChannelGroup, Plan
-from ..profiling.macs import measure
-from ..pruning.criteria import CRITERIA, score
+from ..profiling.macs import Cost
+from ..pruning.budgets.patterns import merged
+from ..pruning.budgets.ranking import rank
+from ..pruning.criteria import score
+from ..pruning.prune import Optimizers, check_optimizers
+from ..surgery.apply import apply_with_sizes
 from ..utils.distributed import agreed, check_wrappers, renew
-from ..utils.inputs import informative_inputs
 from ..utils.modules import named_tensors, unwrap
 from .assign import ClusterRow, read_row, regroup, summary
 from .centripetal_pull import Centripetal
-from .cosine_pull import Pulled, pulled
+from .cosine_pull import CosinePull
 from .cut import (
-    CENTROID,
     EXACT,
-    FOLD,
     CutResult,
-    Remedy,
-    check,
-    cut_through,
-    drop,
+    Undo,
+    all_or_nothing,
+    kept_values,
     mend,
     observed,
+    rehearsed,
     relative_change,
-    remembered,
+    sizes_rewriter,
     write_back,
 )
-from .folding import Features, bounds, fold, share_out
+from .folding import BoundMeasurement, fold
+from .options import CENTROID, FOLD, CutOptions, Pull, Target, check_method
 from .schedule import Plateau, Schedule
-from .targets import Target, active, check_sizes
-from .widths import widths_for
-
-_STRENGTH = {"cosine": 1e-3, "centripetal": 0.05}
-
+from .widths import TargetWidths, check_sizes
 
 _LOG = logging.getLogger("filterfold.online")
 
@@ -58,30 +58,22 @@ class OnlineFilterClustering:
       process makes one of these and calls it alike: rank 0 decides, all cut alike, and the wrapper goes on.
     - `example_inputs`: a tensor, tuple or dictionary on the model's device.
     - `optimizer`: one or several; their state is cut alike. `averaged`: EMA copies, likewise.
-    - `clusters` | `keep` | `threshold` | `macs`: filters that stay in every group (a number, or glob pattern → number),
-      their share, the cosine similarity above which filters fold, or the share of the multiply-accumulates that may
-      remain (groups that cluster well then give more units; milestones take steps of the budget, and choose the
-      widths anew). Exactly one.
-    - `schedule`: what `step` does when.
-    - `pull`: what brings the filters of a cluster together: "cosine", a term in the loss that turns them (see `pull`),
-      or "centripetal", the stronger one: call `merge_gradients()` between backward and the optimizer's step, and they
-      become identical, so that the fold is lossless (see `centripetal.py`).
-    - `strength`: λ of the term (default .001), or ε of the centripetal rule (default .05, the authors' for ImageNet):
-      learning rate × ε × steps, over 1 - momentum, should come to 10 or more.
-    - `round_to`: widths are multiples of this. None: with `keep` and `macs`, of 16 in groups that began with 128
-      units or more, and exact in narrower ones; numbers given by `clusters` are exact. 1: all are.
-    - `ignore`: glob patterns of groups left alone.
+    - `clusters` | `keep` | `threshold` | `macs`: filters that stay in every group, their share, the cosine similarity
+      above which filters fold, or the share of the multiply-accumulates that may remain (milestones take steps of the
+      budget, and choose the widths anew). Exactly one. These, `round_to`, `ignore`, and for the rest `target`: see
+      `Target`.
+    - `schedule`: what `step` does when. Without one there is no `step`: call the two verbs yourself.
+    - `pull`: what brings the filters of a cluster together: "cosine", "centripetal" or "none", or a `Pull` with its
+      strength.
     - `method`: "fold"; as controls a criterion's name (drops the lowest scores at the same milestones to the same
       widths; no pull), or "centroid" (filters are replaced by their cluster's mean, nothing is removed).
-    - `features`: compare "units", filters by direction with their batch norm's scale and shift where these are
-      clearly theirs (folds far better once trained), or "filters" alone, as the document has it.
-    - `remedy`: after each cut, measure batch norms anew ("norms"), or repair the next layers' kernels as well
-      ("kernels", see `reconstruction.repair`); averaged copies aren't touched. None: leave it to training.
-    - `loader`: for criteria that need data, and remedies. `seed`: of k-means and random scores.
-    - `verify`: hold every cut against the masked network before it is made.
+    - `cutting`: how a milestone cuts: features, remedies, seed, verification; see `CutOptions`.
 
     **Attributes:** `groups` (traced, of the present network), `labels` (group → cluster of each unit), `history`
     (`ClusterRow`s), `cuts` (`CutResult`s of this process), `plans` (all plans so far), `finished`.
+
+    **Raises:** `SelectionError` for a budget that can't be met or patterns that match no layer, `ConfigError` for
+    options that make no sense or have no effect together.
 
     ```python
     >>> model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
@@ -102,65 +94,55 @@ class OnlineFilterClustering:
         self,
         model: nn.Module,
         example_inputs: Any,
-        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+        optimizer: Optimizers = None,
         *,
         clusters: int | Mapping[str, int] | None = None,
-        keep: float | None = None,
+        keep: float | Mapping[str, float] | None = None,
         threshold: float | None = None,
         macs: float | None = None,
-        schedule: Schedule | None = None,
-        strength: float | None = None,
-        averaged: nn.Module | Sequence[nn.Module] = (),
         round_to: int | None = None,
         ignore: Sequence[str] = (),
+        target: Target | None = None,
+        schedule: Schedule | None = None,
+        pull: str | Pull = "cosine",
         method: str = FOLD,
-        features: Features = "units",
-        loader: Iterable[Any] | None = None,
-        seed: int = 0,
-        verify: bool = True,
-        pull: Literal["cosine", "centripetal"] = "cosine",
-        remedy: Remedy | None = None,
+        averaged: nn.Module | Sequence[nn.Module] = (),
+        cutting: CutOptions | None = None,
     ) -> None:
-        check(remedy, loader)
-        if method not in (FOLD, CENTROID) and method not in CRITERIA:
-            raise ConfigError(f"unknown method {method!r}: fold, centroid or one of {', '.join(sorted(CRITERIA))}")
-        if method not in (FOLD, CENTROID) and threshold is not None:
-            raise ConfigError(f"a similarity threshold says nothing about how many units {method!r} keeps: give keep")
-        if pull not in _STRENGTH:
-            raise ConfigError(f"unknown pull {pull!r}: {' or '.join(_STRENGTH)}")
-        if strength is not None and strength < 0:
-            raise ConfigError(f"strength={strength}: a pull can't be negative")
+        asked: dict[str, Any] = {"clusters": clusters, "keep": keep, "threshold": threshold, "macs": macs}
+        asked |= {"round_to": round_to, "ignore": ignore}
+        self.target = Target(**asked) if target is None else merged(target, **asked)
+        self.pull = pull if isinstance(pull, Pull) else Pull(pull)  # type: ignore[arg-type]  # which checks it
+        self.method, self.cutting, self.schedule = method, cutting or CutOptions(), schedule
+        check_method(method, self.target, self.pull)
         self.model, self.example_inputs, self.optimizer, self.averaged = model, example_inputs, optimizer, averaged
         check_wrappers(model)
-        self.target = Target(clusters, keep, threshold, round_to, macs)
-        self.schedule = schedule or Schedule()
-        self.pull, self.strength = pull, float(_STRENGTH[pull] if strength is None else strength)
-        self.ignore, self.method, self.features = tuple(ignore), method, features
-        self.loader, self.seed, self.verify, self.remedy = loader, seed, verify, remedy
+        check_optimizers(optimizer, self._bare)
         self.labels: dict[str, Tensor] = {}
         self.history: list[ClusterRow] = []
         self.cuts: list[CutResult] = []
         self.plans: list[Plan] = []
         self.epoch = 0
         self._passed = 0
-        self._widths: dict[str, int] = {}
-        patience = self.schedule.patience
-        self._plateau = None if patience is None else Plateau(patience, self.schedule.change)
-        self._look()
-        self._full = {group.name: group.size for group in self._active}
-        self._full_macs = measure(self._bare, example_inputs).macs if macs is not None else 0
-        if not self._full:
+        self._plateau: Plateau | None = None
+        if schedule is not None and schedule.patience is not None:
+            self._plateau = Plateau(schedule.patience, schedule.change)
+        self.groups, self._cost = self._traced()
+        self.widths = TargetWidths(self.target, self.groups, self._cost)
+        if not self.widths.full:
             raise SelectionError("no channel group can be cut: all are frozen or ignored; see filterfold inspect")
+        self._pull: CosinePull | Centripetal | None = None
 
     @property
     def finished(self) -> bool:
         """Whether the last milestone is behind."""
-        return bool(self.schedule.milestones) and self._passed == len(self.schedule.milestones)
+        milestones = self.schedule.milestones if self.schedule is not None else ()
+        return bool(milestones) and self._passed == len(milestones)
 
     @property
     def pulls(self) -> bool:
         """Whether `loss()` is more than zero at present."""
-        return bool(self._pulls) and self.strength > 0
+        return isinstance(self._pull, CosinePull) and bool(self._pull.rows)
 
     def update_clusters(self) -> list[ClusterRow]:
         """Regroup the filters of every group; weights, optimizer and random state stay as they are, bit for bit.
@@ -170,8 +152,9 @@ class OnlineFilterClustering:
 
         **Returns:** one row for each group that is to shrink, also added to `history`.
         """
-        rows = self._cluster(self.schedule.next_share(self._passed))
-        self._prepare_pull()
+        with all_or_nothing(self, self.widths):
+            rows = self._cluster(1.0 if self.schedule is None else self.schedule.next_share(self._passed))
+            self._prepare_pull()
         return rows
 
     def loss(self) -> Tensor:
@@ -180,18 +163,13 @@ class OnlineFilterClustering:
         A scalar to add to the task's loss; zero before the first `update_clusters()` and after the last milestone.
         Of coupled layers each counts by itself. See `pull`.
         """
-        total = None
-        for entry in self._pulls if self.strength else ():
-            value = entry.value()
-            total = value if total is None else total + value
-        if total is None:
-            return torch.zeros((), device=self._device)
-        return self.strength * total
+        term = self._pull.loss() if isinstance(self._pull, CosinePull) else None
+        return torch.zeros((), device=self._device) if term is None else term
 
     def add_gradients(self) -> None:
         """Add to the gradients, unscaled, what `loss()` would: cheaper, and for loops whose loss is out of reach."""
-        for entry in self._pulls if self.strength else ():
-            entry.add_gradient(self.strength)
+        if isinstance(self._pull, CosinePull):
+            self._pull.add_gradients()
 
     def merge_gradients(self) -> None:
         """With `pull="centripetal"`: let the filters of a cluster follow one common gradient, and drift together.
@@ -199,65 +177,79 @@ class OnlineFilterClustering:
         Call it with gradients in place, unscaled, before the optimizer's step. Nothing happens before the first
         `update_clusters()`, after the last milestone, or with another pull.
         """
-        if self._centripetal is not None:
-            self._centripetal.merge()
+        if isinstance(self._pull, Centripetal):
+            self._pull.merge()
 
     def cluster_and_prune(self, share: float = 1.0) -> CutResult:
         """Fold every cluster into one unit, physically; model, optimizer state and averaged copies alike.
+
+        One transaction: whatever fails, here or in what follows the cut, everything is afterwards as before.
 
         **Arguments:**
 
         - `share`: how far to go from the full to the target widths.
 
-        **Raises:** `VerificationError` if the cut network would not equal the masked one; nothing has changed then.
+        **Raises:** `VerificationError` if the cut network would not equal the masked one.
         """
-        plan = agreed(self._plan(share))
-        before, macs = observed(self._bare, self.example_inputs), measure(self._bare, self.example_inputs).macs
-        verified, bounded = None, {}
-        if self.method == CENTROID:
-            write_back(self._active, self.labels, self.model)
-        elif plan.changes:
-            uncut, bounded = (
-                remembered(self._bare, self.remedy),
-                bounds(self._bare, plan, informative_inputs(self.example_inputs)),
-            )
-            plan, verified = cut_through(
-                plan, self._bare, self.groups, self.example_inputs, self.optimizer, self.averaged, verify=self.verify
-            )
-            self.plans.append(plan)
-            self._look()
-            mend(self.remedy, self._bare, uncut, plan, self.loader)
-        self._forget()
-        change = relative_change(before, observed(self._bare, self.example_inputs))
-        exact = change <= EXACT.get(before[0].dtype, 1e-2) if before else True
-        renew(self.model)
-        after = measure(self._bare, self.example_inputs).macs
-        result = CutResult(self.method, plan, (macs, after), change, exact, verified, bounded)
-        self.cuts.append(result)
+        with all_or_nothing(self, self.widths) as undo:
+            plan = agreed(self._plan(share))
+            bound, macs = BoundMeasurement(self._bare, plan), self._cost.macs
+            with bound.watching():
+                before = observed(self._bare, self.example_inputs)
+            bounds, verified = bound.result(), None
+            if self.method == CENTROID:
+                undo(kept_values(self._bare))
+                write_back(self._active, self.labels, self.model)
+            elif plan.changes:
+                if self.cutting.verify:
+                    verified = rehearsed(plan, self._bare, self.groups, self.example_inputs)
+                    plan = replace(plan, attributes=verified.attributes)
+                plan = self._cut(plan, undo)
+            self.labels, self.widths.chosen = {}, {}
+            self._prepare_pull()
+            change = relative_change(before, observed(self._bare, self.example_inputs))
+            exact = change <= EXACT.get(before[0].dtype, 1e-2) if before else True
+            renew(self.model)
+            result = CutResult(self.method, plan, (macs, self._cost.macs), change, exact, verified, bounds)
+            self.cuts.append(result)
         _LOG.info("%s", result)
         return result
 
-    def step(self, epoch: int, metric: float | None = None) -> list[str]:
-        """Do what the schedule says after `epoch` (counted from 1) epochs.
+    def step(self, done: int, metric: float | None = None) -> list[str]:
+        """Do what the schedule says after so many epochs, or optimizer steps if it counts these.
 
         **Arguments:**
 
+        - `done`: how many are done, counted from 1. Call it after each.
         - `metric`: a loss of this epoch, in training or validation; lower is better. Only a schedule with patience
           needs it.
 
         **Returns:** what was done, in words, for a record's history; empty if nothing.
 
-        **Raises:** `ConfigError` if the schedule needs a metric and there is none.
+        **Raises:** `ConfigError` if there is no schedule, or it needs a metric and there is none; what
+        `cluster_and_prune` raises, and then the milestone is not passed.
         """
-        self.epoch = epoch
+        if self.schedule is None:
+            raise ConfigError("step() needs a schedule: give schedule=Schedule.gradual(epochs), or another")
         events = []
-        share = self._due(epoch, metric)
-        if share is not None:
-            events.append(str(self.cluster_and_prune(share)))
-        if epoch in self.schedule.updates and not self.finished and self._clusters:
+        before = self.epoch, None if self._plateau is None else self._plateau.state_dict()
+        self.epoch = done
+        passed = self._due(self.schedule, done, metric)
+        if passed > self._passed:
+            try:
+                events.append(str(self.cluster_and_prune(self.schedule.milestones[passed - 1][1])))
+            except BaseException:
+                self.epoch, plateau = before
+                if self._plateau is not None and plateau is not None:
+                    self._plateau.load_state_dict(plateau)
+                raise
+            self._passed = passed
+            if self._plateau is not None:
+                self._plateau.reset()
+        if done in self.schedule.updates and not self.finished and self._clusters:
             rows = self.update_clusters()
             if rows:
-                events.append(summary(rows, self._sizes))
+                events.append(summary(rows, {group.name: group.size for group in self._active}))
         return events
 
     def state_dict(self) -> dict[str, Any]:
@@ -268,10 +260,8 @@ class OnlineFilterClustering:
         return {
             "format": 1,
             "method": self.method,
-            "full": dict(self._full),
-            "sizes": dict(self._sizes),
-            "macs": self._full_macs,
-            "widths": dict(self._widths),
+            "sizes": {group.name: group.size for group in self._active},
+            **self.widths.state_dict(),
             "plateau": None if self._plateau is None else self._plateau.state_dict(),
             "labels": {name: labels.clone() for name, labels in self.labels.items()},
             "history": [dict(row) for row in self.history],
@@ -286,35 +276,27 @@ class OnlineFilterClustering:
             raise CheckpointError(
                 f"online clustering: the state is of method {state.get('method')!r}, this is {self.method!r}"
             )
-        self._look()
-        check_sizes(state["sizes"], self._sizes)
-        self._full = {name: int(size) for name, size in state["full"].items()}
+        self.groups, self._cost = self._traced()
+        check_sizes(state["sizes"], {group.name: group.size for group in self._active})
+        self.widths.load_state_dict(state)
         self.labels = {name: labels.clone() for name, labels in state["labels"].items()}
         self.history = [read_row(row) for row in state["history"]]
         self.plans = [Plan.from_json(text) for text in state["plans"]]
-        self._full_macs = int(state.get("macs", 0))
-        self._widths = {name: int(width) for name, width in state.get("widths", {}).items()}
         self.epoch, self._passed = int(state["epoch"]), int(state["passed"])
         if self._plateau is not None and state.get("plateau") is not None:
             self._plateau.load_state_dict(state["plateau"])
         self._prepare_pull()
 
-    def _due(self, epoch: int, metric: float | None) -> float | None:
-        """The share of the milestone that is to be taken now, which then is behind, or None."""
-        levelled = False
+    def _due(self, schedule: Schedule, done: int, metric: float | None) -> int:
+        """How many milestones are to be behind after this step."""
+        passed = schedule.passed(done, self._passed)
         if self._plateau is not None and not self.finished:
             if metric is None:
                 raise ConfigError("the schedule waits until training levels off: call step(epoch, metric=loss)")
             levelled = self._plateau.reached(agreed(float(metric)))  # every rank has a loss of its own
-        share = self.schedule.due(epoch, self._passed)
-        if share is None and levelled and self.schedule.milestones:
-            share = self.schedule.next_share(self._passed)
-            self._passed += 1
-        while self.schedule.due(epoch, self._passed) is not None:
-            self._passed += 1
-        if share is not None and self._plateau is not None:
-            self._plateau.reset()
-        return share
+            if levelled and passed == self._passed < len(schedule.milestones):
+                passed += 1
+        return passed
 
     @property
     def _bare(self) -> nn.Module:
@@ -329,81 +311,82 @@ class OnlineFilterClustering:
     def _device(self) -> torch.device:
         return next((parameter.device for parameter in self._bare.parameters()), torch.device("cpu"))
 
-    def _look(self) -> None:
-        """Trace the network as it is now."""
-        self.groups: Traced = trace(self._bare, self.example_inputs)
-        found = active(self.groups, self.target, self.ignore)
-        self._active = tuple(group for group in found if group.name in getattr(self, "_full", {group.name: 0}))
-        self._sizes = {group.name: group.size for group in self._active}
-        self._pulls: list[Pulled] = []
-        self._centripetal: Centripetal | None = None
+    @property
+    def _active(self) -> tuple[ChannelGroup, ...]:
+        return self.widths.active(self.groups)
 
-    def _forget(self) -> None:
-        self.labels, self._widths = {}, {}
-        self._prepare_pull()
+    def _traced(self) -> tuple[Traced, Cost]:
+        """The groups of the network as it is now, and what it costs."""
+        return trace_and_measure(self._bare, self.example_inputs)
 
-    def _counts(self, group: ChannelGroup, share: float) -> tuple[int, ...] | None:
-        """Units to keep in each part of a group, or None if nothing is to be removed."""
-        width = self._widths.get(group.name) or self.target.width(group.name, self._full[group.name], share)
-        if width >= group.size:
-            return None
-        counts = share_out(group, width)
-        return None if sum(counts) >= group.size else counts
-
-    def _choose_widths(self, share: float) -> None:
-        """Choose the widths for a share of the way to the budget, if there is one."""
-        if self.target.macs is None:
-            return
-        self._widths = widths_for(
-            self._active,
-            dict(named_tensors(self._bare)),
-            measure(self._bare, self.example_inputs),
-            self._full_macs * (1 - share * (1 - self.target.macs)),
-            kind=self.features,
-            round_to=self.target.round_to,
-            full=self._full,
+    def _cut(self, plan: Plan, undo: Undo) -> Plan:
+        """Make the cut, look at what came of it, and mend that."""
+        options = self.cutting
+        uncut = copy.deepcopy(self._bare) if options.remedy == "kernels" else None
+        plan, receipt = apply_with_sizes(
+            plan,
+            self.model,
+            self.example_inputs,
+            None if options.verify else sizes_rewriter(self.groups),
+            optimizer=self.optimizer,
+            averaged=self.averaged,
         )
+        undo(receipt.rollback)
+        self.plans.append(plan)
+        self.groups, self._cost = self._traced()
+        if options.remedy is not None:
+            undo(kept_values(self._bare))
+            mend(options, self._bare, uncut, plan)
+        return plan
+
+    def _plan(self, share: float) -> Plan:
+        """The cut of this milestone."""
+        if self._clusters:
+            self._cluster(share, fresh=True)
+            return fold(self._active, self.labels, self._bare, gain="regression") if self.method == FOLD else Plan(())
+        self._choose_widths(share)
+        seed = self.cutting.seed + 1000 * len(self.plans)
+        scores = score(self._active, self._bare, self.method, loader=self.cutting.loader, seed=seed)
+        cuts = []
+        for group in self._active:
+            width = self.widths.width(group, share)
+            if width < group.size:
+                cuts.append(rank(group, scores, self.widths.multiple(group), self.target.min_keep).cut(width))
+        return Plan(tuple(cuts))
 
     def _cluster(self, share: float, *, fresh: bool = False) -> list[ClusterRow]:
         """Put every group that is to shrink into clusters; returns and notes what they are like."""
         tensors = dict(named_tensors(self._bare))
-        if fresh or not self._widths:  # between milestones clusters move, their number stays
+        if fresh or not self.widths.chosen:  # between milestones clusters move, their number stays
             self._choose_widths(share)
-        rows = []
+        rows, labels, threshold = [], {}, self.target.threshold
         for group in self._active:
-            threshold = self.target.threshold
-            wanted = self._counts(group, share) if threshold is None else float(threshold)
-            before = self.labels.pop(group.name, None)
+            wanted = self.widths.shared_out(group, share) if threshold is None else float(threshold)
             if wanted is None:
                 continue
-            self.labels[group.name], row = regroup(
-                group, tensors, wanted, before, kind=self.features, seed=self.seed, fresh=fresh, epoch=self.epoch
+            before = self.labels.get(group.name)
+            labels[group.name], row = regroup(
+                group,
+                tensors,
+                wanted,
+                before,
+                kind=self.cutting.features,
+                seed=self.cutting.seed,
+                fresh=fresh,
+                epoch=self.epoch,
             )
             rows.append(row)
-        rows, self.labels, self._widths = agreed((rows, self.labels, self._widths))
+        rows, self.labels, self.widths.chosen = agreed((rows, labels, self.widths.chosen))
         self.history += rows
         return rows
 
+    def _choose_widths(self, share: float) -> None:
+        tensors = dict(named_tensors(self._bare))
+        self.widths.choose(self._active, share, tensors, self._cost, self.cutting.features)
+
     def _prepare_pull(self) -> None:
         """What `loss` or `merge_gradients` needs, laid out once for all batches until the next update."""
-        self._pulls, self._centripetal = [], None
-        if self.method != FOLD or not self.strength or not self.labels:
-            return
-        tensors = dict(named_tensors(self._bare))
-        if self.pull == "cosine":
-            self._pulls = pulled(self._active, self.labels, tensors)
-        else:
-            self._centripetal = Centripetal(self._active, self.labels, tensors, self.strength)
-
-    def _plan(self, share: float) -> Plan:
-        """The cut of this milestone."""
-        if not self._clusters:
-            self._choose_widths(share)
-            wanted = {group.name: self._counts(group, share) for group in self._active}
-            counts = {name: count for name, count in wanted.items() if count is not None}
-            scores = score(
-                self._active, self._bare, self.method, loader=self.loader, seed=self.seed + 1000 * len(self.plans)
-            )
-            return drop(self._active, scores, counts)
-        self._cluster(share, fresh=True)
-        return fold(self._active, self.labels, self._bare, gain="regression") if self.method == FOLD else Plan(())
+        self._pull = None
+        if self.method == FOLD and self.pull.strength and self.labels:
+            kind = CosinePull if self.pull.kind == "cosine" else Centripetal
+            self._pull = kind(self._active, self.labels, dict(named_tensors(self._bare)), self.pull.strength)

@@ -1,22 +1,24 @@
-"""Widths under one budget for the whole network: groups that cluster well give more of their units."""
+"""How many units every group is to have, at each milestone on the way from its full width to the target."""
 
 from __future__ import annotations
 
-import heapq
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from math import log, prod
+from itertools import pairwise
+from math import log
+from typing import Any
 
 from torch import Tensor
 
-from ..errors import SelectionError
+from ..errors import CheckpointError
 from ..plan import ChannelGroup
 from ..profiling.macs import Cost
-from ..profiling.predict import axes, per_unit
+from ..pruning.budgets.patterns import by_group, cuttable
+from ..pruning.budgets.prices import SizePrices
+from ..pruning.budgets.ranking import RankedGroup, count, multiple, parts, unranked
+from ..pruning.budgets.solver import LossCurve, descend, out_of_reach
 from .clustering import merging_inertias
-from .folding import Features, features, parts, share_out
-from .targets import multiple
+from .folding import FILTER_ROLES, Features, features
+from .options import Target
 
 _LEAST = 12
 """No group gets narrower than this part of its first width: where all else is dear, one layer would pay for all."""
@@ -26,133 +28,130 @@ _STEPS = 48
 """Widths tried for each group from its full one down to none, as far as multiples of `round_to` allow."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Curve:
-    """One group from full width to least: units kept in each of its parts, and what clustering loses."""
-
-    counts: tuple[tuple[int, ...], ...]
-    losses: tuple[float, ...]
-
-
-def widths_for(
-    groups: Sequence[ChannelGroup],
-    tensors: Mapping[str, Tensor],
-    cost: Cost,
-    macs: float,
-    *,
-    kind: Features = "units",
-    round_to: int | None = 1,
-    full: Mapping[str, int] | None = None,
-) -> dict[str, int]:
-    """Narrow, step by step, the group that pays least in clustering loss for each multiply-accumulate saved.
-
-    The loss of a group at a width is -log of the share of its units' directions that so many clusters explain,
-    1 - Σ ‖direction - cluster mean‖² / units: shares multiply along the network, so that none becomes a bottleneck.
-    They are estimated at all widths in one pass, by `merging_inertias`.
+class TargetWidths:
+    """The widths that the groups of one network are to have.
 
     **Arguments:**
 
-    - `groups`: those that may be folded; `tensors`: of the network as it is; `cost`: what `measure` says of it.
-    - `macs`: multiply-accumulates of one example that may remain.
-    - `kind`: what units are compared by, as in `features`. `round_to`: new widths are multiples of this; None: see
-      `multiple`. `full`: group name → units that it began with, where it has been narrowed already.
+    - `target`: what is to remain.
+    - `groups`: those of the network before its first cut.
+    - `cost`: of that network.
 
-    **Returns:** group name → units that stay.
+    **Attributes:** `full` (group → units before the first cut), `macs` (of the network before it), `chosen` (group →
+    units at the next milestone, where a budget of multiply-accumulates decides).
 
-    **Raises:** `SelectionError` if the narrowest network tried is still over the budget.
+    **Raises:** `SelectionError` if a pattern matches no layer, or the narrowest network is over the budget.
     """
-    sizes = {group.name: group.size for group in groups} | dict(full or {})
-    curves = {group.name: _curve(group, tensors, kind, round_to, sizes[group.name]) for group in groups}
-    ledger = _Ledger(groups, cost)
-    at = dict.fromkeys(curves, 0)
 
-    def price(name: str) -> float:
-        curve, index = curves[name], at[name]
-        saved = ledger.saved(name, _less(curve, index))
-        return max(curve.losses[index + 1] - curve.losses[index], 0.0) / max(saved, 1)
+    def __init__(self, target: Target, groups: Sequence[ChannelGroup], cost: Cost) -> None:
+        self.target, self.macs = target, cost.macs
+        self.full = {group.name: group.size for group in self._foldable(groups)}
+        self.chosen: dict[str, int] = {}
+        self._counts = by_group(groups, "clusters", target.clusters) if target.clusters is not None else {}
+        self._shares = by_group(groups, "keep", target.keep) if target.keep is not None else {}
+        if target.macs is not None:
+            ranked = [self.ranked(group) for group in self.active(groups)]
+            least = SizePrices(ranked, cost).amounts([self.tried(entry)[-1] for entry in ranked])["macs"]
+            if least > target.macs * cost.macs:
+                raise out_of_reach({"macs": target.macs}, {"macs": least / max(1, cost.macs)})
 
-    queue = [(price(name), name) for name, curve in curves.items() if len(curve.counts) > 1]
-    heapq.heapify(queue)
-    while ledger.macs > macs:
-        if not queue:
-            raise SelectionError(
-                f"macs: {ledger.macs:,} remain in the narrowest network, {macs:,.0f} are asked for: ask for more"
+    def active(self, groups: Sequence[ChannelGroup]) -> tuple[ChannelGroup, ...]:
+        """Those of these groups that may be folded: not frozen, not ignored, and with filters of their own."""
+        return tuple(group for group in groups if group.name in self.full and group.frozen is None and group.size > 1)
+
+    def _foldable(self, groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
+        free, _ = cuttable(groups, self.target.ignore)
+        return [g for g in free if g.size > 1 and any(piece.role in FILTER_ROLES for piece in g.producers)]
+
+    def ranked(self, group: ChannelGroup) -> RankedGroup:
+        """A group with the numbers of units that it may keep."""
+        return unranked(group, self.multiple(group), self.target.min_keep)
+
+    def multiple(self, group: ChannelGroup) -> int:
+        """What the width of a group must be a multiple of."""
+        exact = self.target.round_to is None and self.target.clusters is not None
+        return 1 if exact else multiple(self.target.round_to, self.full[group.name])
+
+    def tried(self, ranked: RankedGroup) -> list[int]:
+        """The widths of a group to look at for a budget, from its present one down."""
+        size, unit = ranked.group.size, self.multiple(ranked.group)
+        step = max(-(-size // _STEPS // unit), 1) * unit
+        least = max(self.full[ranked.group.name] // _LEAST // unit, 1) * unit
+        wanted = {ranked.nearest(width) for width in (*range((size - 1) // step * step, least - 1, -step), least)}
+        return [size, *sorted((width for width in wanted if width < size), reverse=True)]
+
+    def width(self, group: ChannelGroup, share: float) -> int:
+        """Units that a group is to have when it is `share` of the way from its full width to the target."""
+        if group.name in self.chosen:
+            return self.chosen[group.name]
+        full = self.full[group.name]
+        end = min(self._counts.get(group.name, full), full)
+        if group.name in self._shares:
+            end = max(count(full, self._shares[group.name]), 1)
+        return self.ranked(group).nearest(int(round(full + (end - full) * share, 9)))
+
+    def shared_out(self, group: ChannelGroup, share: float) -> tuple[int, ...] | None:
+        """The same for each of the group's parts, or None if nothing is to be removed."""
+        width = self.width(group, share)
+        return None if width >= group.size else self.ranked(group).shared_out(width)
+
+    def choose(
+        self, groups: Sequence[ChannelGroup], share: float, tensors: Mapping[str, Tensor], cost: Cost, kind: Features
+    ) -> None:
+        """Choose the widths for a share of the way to the budget of multiply-accumulates, if there is one.
+
+        Narrows, step by step, the group that pays least in clustering loss for each multiply-accumulate saved.
+
+        **Arguments:** `groups`, `tensors`, `cost`: of the network as it is. `kind`: what units are compared by.
+        """
+        if self.target.macs is None:
+            return
+        ranked = [self.ranked(group) for group in groups]
+        curves = [clustering_curve(entry, self.tried(entry), tensors, kind) for entry in ranked]
+        prices, limit = SizePrices(ranked, cost), self.macs * (1 - share * (1 - self.target.macs))
+        for counts in descend(curves, prices):
+            macs = prices.amounts(counts)["macs"]
+            if macs <= limit:
+                self.chosen = {group.name: width for group, width in zip(groups, counts, strict=True)}
+                return
+        raise out_of_reach({"macs": self.target.macs}, {"macs": macs / max(1, self.macs)})
+
+    def state_dict(self) -> dict[str, int | dict[str, int]]:
+        """What does not follow from the options and the network as it is."""
+        return {"full": dict(self.full), "macs": self.macs, "widths": dict(self.chosen)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self.full = {name: int(size) for name, size in state["full"].items()}
+        self.chosen = {name: int(width) for name, width in state.get("widths", {}).items()}
+        self.macs = int(state.get("macs", 0))
+
+
+def clustering_curve(
+    ranked: RankedGroup, widths: Sequence[int], tensors: Mapping[str, Tensor], kind: Features
+) -> LossCurve:
+    """What clustering a group to each of these widths, the first its present one, loses.
+
+    The loss is -log of the share of the units' directions that so many clusters explain, 1 - Σ ‖direction - cluster
+    mean‖² / units: shares multiply along the network, so that none becomes a bottleneck. It is estimated for all widths
+    in one pass, by `merging_inertias`.
+    """
+    group = ranked.group
+    inertias = [merging_inertias(features(group, part, tensors, kind)) for part in parts(group)]
+    losses = {group.size: 0.0}
+    for width in widths[1:]:
+        kept = ranked.shared_out(width)
+        lost = sum(float(curve[number - 1]) for curve, number in zip(inertias, kept, strict=True)) / group.size
+        losses[width] = -log(max(1 - lost, 1e-6))
+    following = {width: (fewer,) for width, fewer in pairwise(widths)}
+    return LossCurve(losses, lambda width: following.get(width, ()))
+
+
+def check_sizes(there: Mapping[str, int], here: Mapping[str, int]) -> None:
+    """**Raises:** `CheckpointError` naming the first group that a state and a network do not agree on."""
+    for name in {**there, **here}:
+        if there.get(name) != here.get(name):
+            raise CheckpointError(
+                f"online clustering: group {name!r} has {here.get(name)} units, the state says {there.get(name)}: "
+                "restore the model before it"
             )
-        _, name = heapq.heappop(queue)
-        fresh = (price(name), name)  # as others narrow, a step saves less: prices only rise
-        if queue and fresh > queue[0]:
-            heapq.heappush(queue, fresh)
-            continue
-        ledger.remove(name, _less(curves[name], at[name]))
-        at[name] += 1
-        if at[name] + 1 < len(curves[name].counts):
-            heapq.heappush(queue, (price(name), name))
-    return {name: sum(curve.counts[at[name]]) for name, curve in curves.items()}
-
-
-def _curve(
-    group: ChannelGroup, tensors: Mapping[str, Tensor], kind: Features, round_to: int | None, full: int
-) -> _Curve:
-    pieces = parts(group)
-    inertias = [merging_inertias(features(group, part, tensors, kind)) for part in pieces]
-    unit = multiple(round_to, full)
-    step = max(-(-group.size // _STEPS // unit), 1) * unit
-    least = max(full // _LEAST // unit, 1) * unit
-    counts, losses = [tuple(len(part.units) for part in pieces)], [0.0]
-    for width in range((group.size - 1) // step * step, least - 1, -step):
-        kept = share_out(group, width)
-        if sum(kept) >= sum(counts[-1]):
-            continue
-        lost = sum(float(curve[count - 1]) for curve, count in zip(inertias, kept, strict=True)) / group.size
-        counts.append(kept)
-        losses.append(-log(max(1 - lost, 1e-6)))
-    return _Curve(tuple(counts), tuple(losses))
-
-
-def _less(curve: _Curve, index: int) -> tuple[int, ...]:
-    """Units that go from each part with the next step."""
-    return tuple(now - then for now, then in zip(curve.counts[index], curve.counts[index + 1], strict=True))
-
-
-class _Ledger:
-    """The network's multiply-accumulates while its groups narrow: only layers that a step touches are counted anew.
-
-    `macs` is what `selection.forecast.predict` says of a plan that removes as much.
-    """
-
-    def __init__(self, groups: Sequence[ChannelGroup], cost: Cost) -> None:
-        self.macs = cost.macs
-        self.uses: Counter[str] = Counter()
-        self.shape: dict[str, list[int]] = {}
-        for layer in cost.layers:
-            if layer.shape == cost.shapes.get(layer.tensor, layer.shape):  # else used in parts: which are cut?
-                self.uses[layer.tensor] += layer.uses
-                self.shape[layer.tensor] = list(layer.shape)
-        self.positions = {group.name: list(self._positions(group)) for group in groups}
-
-    def _positions(self, group: ChannelGroup) -> Sequence[tuple[str, int, tuple[int, ...]]]:
-        """(tensor, axis, positions along it of a unit of each part) for the weights that the group's units lie on."""
-        found = []
-        for (tensor, axis), units in axes(group.producers, group.consumers).items():
-            if tensor in self.shape:
-                own = per_unit(units, group.size)
-                found.append((tensor, axis, tuple(own[part.units[0]] for part in parts(group))))
-        return found
-
-    def saved(self, name: str, less: Sequence[int]) -> int:
-        """Multiply-accumulates saved if so many units of each part of a group go."""
-        return self._shrink(name, less, keep=False)
-
-    def remove(self, name: str, less: Sequence[int]) -> None:
-        """Take them out."""
-        self.macs -= self._shrink(name, less, keep=True)
-
-    def _shrink(self, name: str, less: Sequence[int], *, keep: bool) -> int:
-        shapes: dict[str, list[int]] = {}
-        for tensor, axis, positions in self.positions[name]:
-            shape = shapes.setdefault(tensor, list(self.shape[tensor]))
-            shape[axis] -= sum(count * own for count, own in zip(less, positions, strict=True))
-        saved = sum(self.uses[tensor] * (prod(self.shape[tensor]) - prod(shape)) for tensor, shape in shapes.items())
-        if keep:
-            self.shape.update(shapes)
-        return saved

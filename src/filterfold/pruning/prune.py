@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -12,26 +10,43 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, FilterfoldError, PlanError, SelectionError, SurgeryError, VerificationError
+from ..errors import ConfigError, FilterfoldError, SelectionError
 from ..graph import Traced, rewrite_stale_sizes, trace_and_measure
-from ..plan import AttributeChange, ChannelGroup, Cut, Plan
+from ..plan import AttributeChange, ChannelGroup, Plan
 from ..profiling.macs import Cost, measure
-from ..surgery.apply import Rewrite, apply_with_sizes
+from ..surgery.apply import apply_with_sizes
 from ..surgery.cut_cache import CutCache
 from ..surgery.verdict import Verification
 from ..surgery.verify import rehearse
 from ..utils.modules import unwrap
-from .budgets import LatencyBudget, cuttable, select, select_for_latency, select_greedily
+from .budgets import Budget, LatencyBudget, Selection, choose, cuttable, select_for_latency, select_greedily
+from .budgets.patterns import merged
 from .criteria import Criterion, score
+from .culprits import FAILED, OnFailure, passing_plan
 
-_LOG = logging.getLogger("filterfold.prune")
-
-
-_ROUNDS = 4
-"""How often groups that failed may be frozen and the rest chosen anew."""
+Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
 
 
-Judge = Callable[[Plan], Verification]
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """How a criterion is applied.
+
+    **Arguments:**
+
+    - `order`: `"independent"`: all groups are scored as the network is; `"greedy"`: group by group, and the kernels of
+      channels dropped further up don't count for a filter (see `select_greedily`; weight criteria and `keep` only).
+    - `follow`: `"shortcut"`: projection shortcuts decide for the layers coupled with them, see `score`.
+    - `seed`: of random criteria.
+    """
+
+    order: Literal["independent", "greedy"] = "independent"
+    follow: Literal["shortcut"] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what does not exist."""
+        if self.order not in ("independent", "greedy"):
+            raise ConfigError(f"scoring: order={self.order!r} must be 'independent' or 'greedy'")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,18 +102,15 @@ def prune(
     macs: float | None = None,
     parameters: float | None = None,
     latency: float | LatencyBudget | None = None,
-    scope: Literal["layer", "global"] = "layer",
-    round_to: int = 1,
-    min_keep: int = 1,
+    round_to: int | None = 1,
     ignore: Sequence[str] = (),
-    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+    optimizer: Optimizers = None,
     averaged: nn.Module | Sequence[nn.Module] = (),
     loader: Iterable[Any] | None = None,
+    selection: Selection | None = None,
+    scoring: Scoring | None = None,
     verify: bool = True,
-    seed: int = 0,
-    follow: Literal["shortcut"] | None = None,
-    scoring: Literal["independent", "greedy"] = "independent",
-    on_failure: Literal["raise", "freeze"] = "raise",
+    on_failure: OnFailure = "raise",
 ) -> PruneResult:
     """Make a model smaller, in place, and prove it.
 
@@ -111,13 +123,12 @@ def prune(
 
     - `model`: any module. Modes, hooks, gradients, `requires_grad` and random state are kept.
     - `example_inputs`: a tensor, a tuple of arguments, or a dictionary of keyword arguments.
-    - `criterion`, `loader`, `seed`, `follow`: see `score`.
-    - `scoring`: `"independent"`, or `"greedy"`: the kernels of channels dropped further up don't count for a filter
-      (see `select_greedily`; weight criteria and `keep` only).
-    - `keep`, `macs`, `parameters`, `scope`, `round_to`, `min_keep`, `ignore`: see `select`.
+    - `criterion`, `loader`: see `score`. `scoring`: how the criterion is applied, with its seed.
+    - `keep` | `macs` and/or `parameters`: how much may remain, see `select`.
     - `latency`: instead of those, the share of the *measured* time that may remain, on the model's device: a number,
       or a `LatencyBudget` with batch size, mode and threads; see `select_for_latency`. What was predicted and
       measured is in `plan.notes["latency"]`.
+    - `round_to`, `ignore`, and for the rest `selection`: which units may stay, see `Selection`.
     - `optimizer`, `averaged`: see `apply`.
     - `verify`: whether to rehearse.
     - `on_failure`: what to do with groups whose cut turns out wrong: `"raise"` an error that names
@@ -142,48 +153,53 @@ def prune(
 
     ```
     """
-    _check(on_failure, scoring, scope, keep=keep, macs=macs, parameters=parameters, latency=latency)
+    budget = Budget(keep, macs, parameters, latency)
+    selection = merged(selection or Selection(), round_to=round_to, ignore=ignore)
+    scoring = scoring or Scoring()
+    _check(budget, selection, scoring, verify, on_failure)
     inner = unwrap(model)
+    check_optimizers(optimizer, inner)
     traced, before = trace_and_measure(inner, example_inputs)
-    scores = score(cuttable(traced, ignore)[0], inner, criterion, loader=loader, seed=seed, follow=follow)
-    options: dict[str, Any] = {"round_to": round_to, "min_keep": min_keep, "ignore": ignore, "cost": before}
+    network = _Network(inner, example_inputs, traced, before)
+    scores = score(
+        cuttable(traced, selection.ignore)[0], inner, criterion, loader=loader, seed=scoring.seed, follow=scoring.follow
+    )
 
-    def again(group: ChannelGroup, plan: Plan) -> Tensor:
-        return score([group], inner, criterion, seed=seed, follow=follow, without=plan)[group.name]
+    def score_again(group: ChannelGroup, plan: Plan) -> Tensor:
+        return score([group], inner, criterion, seed=scoring.seed, follow=scoring.follow, without=plan)[group.name]
 
-    def choose(groups: Traced) -> Plan:
-        if latency is not None:
-            plan = _timed(inner, example_inputs, rewrite, groups, scores, latency, verify, options)
-        elif scoring == "greedy" and keep is not None:
-            plan = select_greedily(groups, again, keep=keep, **options)
+    def plan_for(groups: Traced) -> Plan:
+        if budget.latency is not None:
+            plan = network.timed_plan(groups, scores, budget.latency, selection, verify)
+        elif scoring.order == "greedy" and budget.keep is not None:
+            plan = select_greedily(groups, score_again, keep=budget.keep, cost=before, selection=selection)
         else:
-            plan = select(groups, scores, keep=keep, macs=macs, parameters=parameters, scope=scope, **options)
+            plan = choose(groups, scores, budget, before, selection)
         return replace(plan, notes={"criterion": _name(criterion), **plan.notes})
 
-    def rewrite(pruned: nn.Module, plan: Plan, inputs: Any) -> tuple[AttributeChange, ...]:
-        return rewrite_stale_sizes(pruned, plan, traced, inputs)
-
     def judge(plan: Plan) -> Verification:
+        rewrite = network.rewrite_sizes
         return rehearse(inner, plan, example_inputs, groups=traced, rewrite=rewrite, cache=cache, count=True)
 
     cache = CutCache()
-    groups, verified, frozen = traced, None, dict[str, str]()
+    groups, verified = traced, None
     if verify:
-        groups, plan, verified = _verified(traced, choose, judge, frozen, on_failure)
+        groups, plan, verified = passing_plan(traced, plan_for, judge, on_failure)
         plan = replace(plan, attributes=verified.attributes)
     else:
-        plan = choose(traced)
-    if latency is not None and "asked" not in plan.notes:
+        plan = plan_for(traced)
+    if budget.latency is not None and "asked" not in plan.notes:
         raise SelectionError("latency: no cut copy of the network could be timed; say how much may stay with macs=")
     plan, receipt = apply_with_sizes(
         plan,
         model,
         example_inputs,
-        None if verify else rewrite,
+        None if verify else network.rewrite_sizes,
         optimizer=optimizer,
         averaged=averaged,
         cache=cache,
     )
+    frozen = {g.name: g.frozen.removeprefix(FAILED) for g in groups if g.frozen and g.frozen.startswith(FAILED)}
     if verified is not None and verified.cost is not None and not plan.attributes:
         return PruneResult(plan, before, verified.cost, verified, groups, frozen)
     try:
@@ -194,122 +210,73 @@ def prune(
     return PruneResult(plan, before, after, verified, groups, frozen)
 
 
-def _check(on_failure: str, scoring: str, scope: str, *, latency: Any, **budgets: Any) -> None:
+def _check(budget: Budget, selection: Selection, scoring: Scoring, verify: bool, on_failure: str) -> None:
     """Refuse options that don't exist or don't go together."""
     if on_failure not in ("raise", "freeze"):
         raise ConfigError(f"on_failure={on_failure!r}: must be 'raise' or 'freeze'")
-    greedy = scoring == "greedy"
-    if scoring not in ("independent", "greedy") or (greedy and (budgets["keep"] is None or scope != "layer")):
-        raise ConfigError(f"scoring={scoring!r}: must be 'independent', or 'greedy' together with keep= per layer")
-    if latency is not None and any(budget is not None for budget in budgets.values()):
-        raise SelectionError("latency= can't be combined with keep=, macs= or parameters=: give one or the other")
+    if on_failure == "freeze" and not verify:
+        raise ConfigError("on_failure='freeze' has no effect with verify=False: leave it out")
+    if scoring.order == "greedy" and (budget.keep is None or selection.scope != "layer"):
+        raise ConfigError("scoring: order='greedy' needs keep= and scope='layer'")
+    if budget.latency is not None and selection.scope != "layer":
+        raise SelectionError("scope= has no effect with latency=: leave it out")
 
 
-def _timed(
-    model: nn.Module,
-    example_inputs: Any,
-    rewrite: Rewrite,
-    groups: Traced,
-    scores: Mapping[str, Tensor],
-    latency: float | LatencyBudget,
-    verify: bool,
-    options: Mapping[str, Any],
-) -> Plan:
-    """The plan that meets a latency budget; or one whose trial cut fails, where verification follows to say why."""
-    tried: list[Plan] = []
-
-    def cut(plan: Plan) -> nn.Module:
-        tried.append(plan)
-        trial = copy.deepcopy(model)
-        apply_with_sizes(plan, trial, example_inputs, rewrite)
-        return trial
-
-    where = {"model": model, "example_inputs": example_inputs, "cut": cut}
-    try:
-        return select_for_latency(groups, scores, latency=latency, **where, **options)
-    except FilterfoldError as error:
-        if isinstance(error, SelectionError) or not (verify and tried):
-            raise
-        return tried[-1]
+def check_optimizers(optimizer: Optimizers, model: nn.Module) -> None:
+    """Refuse an optimizer that holds none of a network's parameters: it was made for another one."""
+    own = {id(parameter) for parameter in model.parameters()}
+    for entry in optimizer if isinstance(optimizer, Sequence) else [] if optimizer is None else [optimizer]:
+        if not isinstance(entry, torch.optim.Optimizer):
+            raise ConfigError(f"optimizer={type(entry).__name__}: must be a torch.optim.Optimizer, or several")
+        if not any(id(parameter) in own for group in entry.param_groups for parameter in group["params"]):
+            raise ConfigError(f"{type(entry).__name__} holds no parameter of this model: was it built for another one?")
 
 
-def _verified(
-    traced: Traced,
-    choose: Callable[[Traced], Plan],
-    judge: Judge,
-    frozen: dict[str, str],
-    on_failure: str,
-) -> tuple[Traced, Plan, Verification]:
-    """The plan that passes, after freezing what fails, if that is asked for."""
-    groups = traced
-    for _ in range(_ROUNDS):
-        plan = choose(groups)
-        verification = _tried(judge, plan)
-        if verification.ok:
-            return groups, plan, verification
-        wrong = culprits(plan, judge)
-        names = ", ".join(wrong) or "the groups together"
-        message = next(iter(wrong.values()), verification.message)
-        if on_failure == "raise" or not wrong:
-            raise VerificationError(
-                f"cutting {names} would be wrong and was not done: {message}; ignore=[...] skips it"
+@dataclass(frozen=True)
+class _Network:
+    """The uncut network with what was found in it."""
+
+    model: nn.Module
+    example_inputs: Any
+    traced: Traced
+    cost: Cost
+
+    def rewrite_sizes(self, pruned: nn.Module, plan: Plan, inputs: Any) -> tuple[AttributeChange, ...]:
+        """Put right the sizes in user code that the cut network stumbles over."""
+        return rewrite_stale_sizes(pruned, plan, self.traced, inputs)
+
+    def timed_plan(
+        self,
+        groups: Traced,
+        scores: Mapping[str, Tensor],
+        latency: float | LatencyBudget,
+        selection: Selection,
+        verify: bool,
+    ) -> Plan:
+        """The plan that meets a latency budget; or one whose trial cut fails, where verification follows to say why."""
+        tried: list[Plan] = []
+
+        def cut_copy(plan: Plan) -> nn.Module:
+            tried.append(plan)
+            trial = copy.deepcopy(self.model)
+            apply_with_sizes(plan, trial, self.example_inputs, self.rewrite_sizes)
+            return trial
+
+        try:
+            return select_for_latency(
+                groups,
+                scores,
+                latency=latency,
+                model=self.model,
+                example_inputs=self.example_inputs,
+                cut=cut_copy,
+                cost=self.cost,
+                selection=selection,
             )
-        for name, reason in wrong.items():
-            _LOG.warning("group %s fails verification and is left whole: %s", name, reason)
-        frozen |= wrong
-        kept = (
-            dataclasses.replace(g, frozen=f"failed verification: {frozen[g.name]}") if g.name in frozen else g
-            for g in traced
-        )
-        groups = Traced(kept, traced.sizes, traced.unmet)
-    raise VerificationError(f"groups keep failing verification ({', '.join(frozen)}): {verification.message}")
-
-
-def culprits(plan: Plan, judge: Judge) -> dict[str, str]:
-    """The groups because of which a plan fails, with what their cut does.
-
-    Where the failure names its suspects those are taken; otherwise they are found by halving.
-
-    **Arguments:**
-
-    - `plan`: a plan that fails.
-    - `judge`: tries a plan.
-
-    **Returns:** group name → message; what is left of the plan without them passes.
-    """
-    wrong: dict[str, str] = {}
-
-    def settle(cuts: list[Cut]) -> list[Cut]:
-        """The cuts of these that pass together."""
-        verification = _tried(judge, Plan(tuple(cuts)))
-        if verification.ok or not cuts:
-            return cuts
-        suspects = [cut for cut in cuts if cut.group in verification.suspects]
-        if not suspects:
-            return add([], cuts, verification)
-        rest = settle([cut for cut in cuts if cut not in suspects])
-        return add(rest, suspects, verification if len(suspects) == 1 else None)
-
-    def add(accepted: list[Cut], candidates: list[Cut], failed: Verification | None) -> list[Cut]:
-        """The accepted cuts and the candidates that pass with them; `failed`: the outcome for all, if known."""
-        verification = failed or _tried(judge, Plan((*accepted, *candidates)))
-        if verification.ok:
-            return accepted + candidates
-        if len(candidates) == 1:
-            wrong[candidates[0].group] = verification.message
-            return accepted
-        half = len(candidates) // 2
-        return add(add(accepted, candidates[:half], None), candidates[half:], None)
-
-    settle([cut for cut in plan.cuts if cut.changes])
-    return wrong
-
-
-def _tried(judge: Judge, plan: Plan) -> Verification:
-    try:
-        return judge(plan)
-    except (SurgeryError, PlanError) as error:
-        return Verification(False, None, None, (), str(error))
+        except FilterfoldError as error:
+            if isinstance(error, SelectionError) or not (verify and tried):
+                raise
+            return tried[-1]
 
 
 def _name(criterion: str | Criterion | Callable[..., Tensor]) -> str:

@@ -10,7 +10,7 @@ from torch import nn
 from ...errors import ConfigError
 from ...online import Schedule
 from ...profiling.macs import measure
-from ...pruning.prune import PruneResult, prune
+from ...pruning.prune import PruneResult, Scoring, prune
 from ...training import Row
 from ..recipes.recipe import keep_shares
 from .config import HALF, Trial
@@ -75,7 +75,8 @@ def budget(trial: Trial) -> dict[str, Any]:
 
 def shrink(trial: Trial, context: RunContext, model: nn.Module, asked: Mapping[str, Any]) -> PruneResult:
     """Cut a network with fresh weights, in place; the units that go are drawn at random, as none is better yet."""
-    return prune(model, context.example, criterion="random", round_to=trial.setting.round_to, seed=trial.seed, **asked)
+    scoring = Scoring(seed=trial.seed)
+    return prune(model, context.example, criterion="random", round_to=trial.setting.round_to, scoring=scoring, **asked)
 
 
 def paid_epochs(trial: Trial, context: RunContext) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from ...errors import ConfigError, RecordError
 from ...graph import trace
 from ...online import ClusterRow, OnlineCallback
 from ...plan import Plan
-from ...pruning.prune import prune
+from ...pruning.prune import Scoring, prune
 from ...surgery.checkpoint import load, load_weights, save
 from ...training import Row
 from ...utils.io import write_json
@@ -76,9 +76,11 @@ def one_shot(trial: Trial, context: RunContext) -> Trained:
             **part,
             round_to=setting.round_to,
             loader=context.loader(trial.seed),
-            seed=trial.seed,
-            follow=cast(Literal["shortcut"] | None, setting.follow),
-            scoring="greedy" if method.strategy == "greedy" else "independent",
+            scoring=Scoring(
+                order="greedy" if method.strategy == "greedy" else "independent",
+                follow=cast(Literal["shortcut"] | None, setting.follow),
+                seed=trial.seed,
+            ),
         )
         plans.append(result.plan)
         epochs = _portion(setting.retrain_epochs, number, len(rounds))

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from .error_bound import FoldBound, bounds
+from .error_bound import BoundMeasurement, FoldBound, bounds
 from .fold import Rule, fold, rule_of
-from .units import Features, Part, features, importance, parts, share_out, signs
+from .units import FILTER_ROLES, Features, features, importance, signs
 
 __all__ = [
+    "FILTER_ROLES",
+    "BoundMeasurement",
     "Features",
     "FoldBound",
-    "Part",
     "Rule",
     "bounds",
     "features",
     "fold",
     "importance",
-    "parts",
     "rule_of",
-    "share_out",
     "signs",
 ]

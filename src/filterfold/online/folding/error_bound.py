@@ -20,9 +20,10 @@ g_j = 0.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,24 +84,70 @@ def bounds(model: nn.Module, plan: Plan, inputs: Any) -> dict[str, FoldBound]:
 
     ```
     """
-    model = unwrap(model)
-    tensors, modules = dict(named_tensors(model)), dict(model.named_modules(remove_duplicate=False))
-    cuts = [cut for cut in plan.cuts if cut.changes and all(gain >= 0 for gain in cut.gain or ())]
-    found = ((cut, _site(cut, tensors, modules)) for cut in cuts)
-    sites = [(cut, site) for cut, site in found if site is not None and site.readers]
-    result = {}
-    with torch.no_grad():
-        sizes = _measure(model, [site for _, site in sites], inputs) if sites else {}
-        for cut, site in sites:
-            if site.filter_name in sizes:
-                seen, made = sizes[site.filter_name]
-                gains = {
-                    owner: _gain(site.residual(piece), _kernel(modules[owner], piece, cut.size))
-                    for owner, piece in site.readers
-                }
-                shares = [_share(gain * seen, made[owner]) for owner, gain in gains.items()]
-                result[cut.group] = FoldBound(max(gains.values()), max(shares))
-    return result
+    measurement = BoundMeasurement(model, plan)
+    with preserved(unwrap(model)), torch.no_grad(), measurement.watching():
+        call(unwrap(model), inputs)
+    return measurement.result()
+
+
+class BoundMeasurement:
+    """`bounds` in steps, for a caller that runs the uncut network anyway: it does so, in eval mode, `watching`."""
+
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        self.model = unwrap(model)
+        tensors = dict(named_tensors(self.model))
+        self._modules = dict(self.model.named_modules(remove_duplicate=False))
+        cuts = [cut for cut in plan.cuts if cut.changes and all(gain >= 0 for gain in cut.gain or ())]
+        found = (_site(cut, tensors, self._modules) for cut in cuts)
+        self._sites = [site for site in found if site is not None and site.readers]
+        self._seen: dict[str, float] = {}
+        self._made: dict[str, float] = {}
+        self._calls: Counter[str] = Counter()
+        self._links: dict[str, tuple[Any, Any]] = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """See one pass of the network."""
+        names = {name for site in self._sites for name in site.names()}
+        handles = []
+        try:
+            for name, module in self._modules.items():
+                if name in names:
+                    handles.append(module.register_forward_hook(partial(self._look, name)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _look(self, name: str, module: nn.Module, data: Any, output: Tensor) -> None:
+        self._calls[name] += 1
+        self._links[name] = (data[0], output)
+        self._made[name] = float(output.detach().cpu().double().norm())
+        if any(name == site.filter_name for site in self._sites):
+            self._seen[name] = _lifted(module, data[0])
+
+    @torch.no_grad()
+    def result(self) -> dict[str, FoldBound]:
+        """The bounds; the network must still be uncut."""
+        result = {}
+        for site in self._sites:
+            if not self._fits(site):
+                continue
+            gains = {
+                owner: _gain(site.residual(piece), _kernel(self._modules[owner], piece, site.cut.size))
+                for owner, piece in site.readers
+            }
+            seen = self._seen[site.filter_name]
+            shares = [_share(gain * seen, self._made[owner]) for owner, gain in gains.items()]
+            result[site.cut.group] = FoldBound(max(gains.values()), max(shares))
+        self._links.clear()
+        return result
+
+    def _fits(self, site: _Site) -> bool:
+        """Whether each of the layers was used once, the norm directly after the filter."""
+        if any(self._calls[name] != 1 for name in site.names()):
+            return False
+        return site.norm_name is None or self._links[site.norm_name][0] is self._links[site.filter_name][1]
 
 
 class _Site:
@@ -171,31 +218,6 @@ def _blended(value: Tensor, piece: Slice, cut: Cut) -> Tensor:
     )
     share = share[kept].view(-1, *[1] * (value.ndim - 1))
     return value.new_zeros(cut.new_size, *value.shape[1:]).index_add_(0, assignment[kept], share * value[kept])
-
-
-def _measure(model: nn.Module, sites: Sequence[_Site], inputs: Any) -> dict[str, tuple[float, dict[str, float]]]:
-    """Filter → ‖x̃‖ and the sizes of the readers' outputs, on the inputs in eval mode, where the layers fit together."""
-    seen: dict[str, float] = {}
-    made: dict[str, float] = {}
-    calls: Counter[str] = Counter()
-    links: dict[str, tuple[Any, Any]] = {}
-    makers = {site.filter_name for site in sites}
-
-    def look(name: str, module: nn.Module, data: Any, output: Tensor) -> None:
-        calls[name] += 1
-        links[name] = (data[0], output)
-        made[name] = float(output.detach().cpu().double().norm())
-        if name in makers:
-            seen[name] = _lifted(module, data[0])
-
-    with preserved(model), _watched(model, {name for site in sites for name in site.names()}, look):
-        call(model, inputs)
-    return {
-        site.filter_name: (seen[site.filter_name], made)
-        for site in sites
-        if all(calls[name] == 1 for name in site.names())
-        and (site.norm_name is None or links[site.norm_name][0] is links[site.filter_name][1])
-    }
 
 
 def _site(cut: Cut, tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> _Site | None:
@@ -270,20 +292,3 @@ def _lifted(module: Any, data: Tensor) -> float:
     conv = next(function for kind, function in _CONVOLUTIONS.items() if isinstance(module, kind))
     patches = conv(square, ones, None, module.stride, module.padding, module.dilation)
     return float((patches.sum() + patches.numel()) ** 0.5)
-
-
-@contextmanager
-def _watched(model: nn.Module, names: set[str], look: Any) -> Iterator[None]:
-    handles = []
-    try:
-        for name, module in model.named_modules(remove_duplicate=False):
-            if name in names:
-
-                def hook(module: nn.Module, data: Any, output: Any, name: str = name) -> None:
-                    look(name, module, data, output)
-
-                handles.append(module.register_forward_hook(hook))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from ...errors import PlanError, SelectionError
 from ...plan import DROPPED, ChannelGroup, Cut, Plan, Slice
 from ...pruning.budgets.patterns import suggestion
+from ...pruning.budgets.ranking import parts
 from ...utils.modules import named_tensors, unwrap
 from ..clustering import directions
-from .units import ProducerLayer, filter_slices, importance, only_norm, parts, producer_layers, rows_of, sign_of
+from .units import ProducerLayer, filter_slices, importance, only_norm, producer_layers, rows_of, sign_of
 
 _NODES = 24
 

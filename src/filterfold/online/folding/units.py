@@ -11,23 +11,14 @@ from torch import Tensor
 
 from ...errors import PlanError
 from ...plan import ChannelGroup, Slice
+from ...pruning.budgets.ranking import Part, parts
 from ..clustering import directions
 
 Features = Literal["filters", "units"]
 
 
-_ROWS = ("filter", "depthwise")
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Units of a group that may be folded with one another: of one class and one block.
-
-    `units` are the members' numbers, `block` is the block that they belong to.
-    """
-
-    units: tuple[int, ...]
-    block: int
+FILTER_ROLES = ("filter", "depthwise")
+"""Roles of the slices that are filters of a unit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,41 +28,6 @@ class ProducerLayer:
     name: str
     kind: Literal["filter", "depthwise", "norm", "other"]
     slices: Mapping[str, Slice]
-
-
-def parts(group: ChannelGroup) -> tuple[Part, ...]:
-    """The group's units apart by block and class, in the order of their first units.
-
-    >>> group = ChannelGroup("conv", 4, (), (), True, None, classes=(0, 1, 0, 1), blocks=(0, 0, 0, 0))
-    >>> [part.units for part in parts(group)]
-    [(0, 2), (1, 3)]
-    """
-    found: dict[tuple[int, int], list[int]] = {}
-    for unit, key in enumerate(zip(group.blocks, group.classes, strict=True)):
-        found.setdefault(key, []).append(unit)
-    return tuple(Part(tuple(units), block) for (block, _), units in found.items())
-
-
-def share_out(group: ChannelGroup, total: int) -> tuple[int, ...]:
-    """How many units each of `parts(group)` keeps if the group keeps about `total`.
-
-    Blocks keep equally many (rounded down, as a budget asks), classes in proportion to their sizes (largest
-    remainder first), each part at least one and at most what it has.
-
-    >>> group = ChannelGroup("conv", 5, (), (), True, None, classes=(0, 0, 0, 1, 1), blocks=(0,) * 5)
-    >>> share_out(group, 3)
-    (2, 1)
-    """
-    pieces = parts(group)
-    blocks = sorted({piece.block for piece in pieces})
-    members = {block: [i for i, piece in enumerate(pieces) if piece.block == block] for block in blocks}
-    quota = max(total // len(blocks), max(len(indices) for indices in members.values()))
-    kept = [0] * len(pieces)
-    for indices in members.values():
-        sizes = [len(pieces[i].units) for i in indices]
-        for i, count in zip(indices, _proportional(sizes, min(quota, sum(sizes))), strict=True):
-            kept[i] = count
-    return tuple(kept)
 
 
 def features(group: ChannelGroup, part: Part, tensors: Mapping[str, Tensor], kind: Features = "filters") -> Tensor:
@@ -155,27 +111,15 @@ def producer_layers(producers: Iterable[Slice]) -> tuple[ProducerLayer, ...]:
     return tuple(ProducerLayer(name, _kind(slices), slices) for name, slices in found.items())
 
 
-def _proportional(sizes: Sequence[int], total: int) -> list[int]:
-    """`total` shared out in proportion to sizes: at least 1, at most its size each (largest remainder)."""
-    exact = [size * total / sum(sizes) for size in sizes]
-    kept = [min(max(int(value), 1), size) for value, size in zip(exact, sizes, strict=True)]
-    while (missing := total - sum(kept)) != 0:
-        step = 1 if missing > 0 else -1
-        open_ = [i for i, size in enumerate(sizes) if (kept[i] < size if step > 0 else kept[i] > 1)]
-        chosen = max(open_, key=lambda i: (step * (exact[i] - kept[i]), -i))
-        kept[chosen] += step
-    return kept
-
-
 def filter_slices(maker: ProducerLayer) -> tuple[Slice, ...]:
     """The slices of a layer that are filters (depthwise ones too)."""
-    return tuple(piece for piece in maker.slices.values() if piece.role in _ROWS)
+    return tuple(piece for piece in maker.slices.values() if piece.role in FILTER_ROLES)
 
 
 def only_norm(makers: Sequence[ProducerLayer]) -> ProducerLayer | None:
     """The batch norm of a group that is one filter with one norm, where they certainly belong together."""
     norms = [maker for maker in makers if maker.kind == "norm"]
-    filters = [maker for maker in makers if maker.kind in _ROWS]
+    filters = [maker for maker in makers if maker.kind in FILTER_ROLES]
     if len(norms) == 1 and len(filters) == 1 and len(filter_slices(filters[0])) == 1:
         return norms[0]
     return None

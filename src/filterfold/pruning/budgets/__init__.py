@@ -9,7 +9,19 @@ ratio, searched exactly for a budget, or found by measuring time.
 from __future__ import annotations
 
 from ...profiling.predict import predict
-from .latency import LatencyBudget, select_for_latency
-from .select import cuttable, select, select_greedily
+from .latency import select_for_latency
+from .options import Budget, LatencyBudget, Selection
+from .patterns import cuttable
+from .select import choose, select, select_greedily
 
-__all__ = ["LatencyBudget", "cuttable", "predict", "select", "select_for_latency", "select_greedily"]
+__all__ = [
+    "Budget",
+    "LatencyBudget",
+    "Selection",
+    "choose",
+    "cuttable",
+    "predict",
+    "select",
+    "select_for_latency",
+    "select_greedily",
+]

@@ -4,31 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from ...errors import SelectionError
 from ...plan import ChannelGroup, Plan
-from ...profiling import (
-    LatencyComparison,
-    LayerTimes,
-    Mode,
-    Timer,
-    friendly_step,
-    layer_calls,
-    measure_latency,
-    threads_set,
-)
+from ...profiling import LatencyComparison, LayerTimes, friendly_step, layer_calls, measure_latency, threads_set
 from ...profiling.macs import Cost
 from ...utils.progress import track
-from .descent import Counts, LayerTimeModel, descend, friendly
-from .patterns import check_options
-from .ranking import RankedGroup, rank
-from .select import achieved_shares, cuttable, refuse_nothing
-from .solver import NORMS
+from .layer_times import LayerTimeModel, score_curve
+from .options import LatencyBudget, Selection
+from .patterns import cuttable
+from .prices import Counts
+from .ranking import RankedGroup, hardware_friendly
+from .select import achieved_shares, left_out, ranked_group, refuse_nothing
+from .solver import descend
 
 _LOG = logging.getLogger("filterfold.pruning.budgets")
 
@@ -41,40 +33,6 @@ Cutter = Callable[[Plan], nn.Module]
 """Makes the cut on a copy of the network."""
 
 
-@dataclass(frozen=True, slots=True)
-class LatencyBudget:
-    """How much of the time may remain, and how it is measured.
-
-    **Arguments:**
-
-    - `share`: of the uncut network's time, in (0, 1].
-    - `batch_size`: examples per call: the batch size that the network will be used with.
-    - `mode`: how both networks are run, see `filterfold.profiling.measure_latency`.
-    - `threads`: CPU threads; None leaves what is set.
-    - `repeats`: rounds of each measurement; the final one has twice as many.
-    - `rounds`: how many cut networks are measured at most.
-    - `folder`: where times of layers are kept, see `filterfold.profiling.LayerTimes`; False: nowhere.
-    - `timer`: a clock, see `measure_latency`.
-    """
-
-    share: float
-    batch_size: int = 64
-    mode: Mode = "eager"
-    threads: int | None = None
-    repeats: int = 10
-    rounds: int = 12
-    folder: Path | str | bool | None = None
-    timer: Timer | None = field(default=None, compare=False)
-
-    def __post_init__(self) -> None:
-        """Refuse what makes no sense."""
-        if isinstance(self.share, bool) or not isinstance(self.share, int | float) or not 0 < self.share <= 1:
-            raise SelectionError(f"latency={self.share!r} is no share: it must lie above 0 and be at most 1")
-        for name, value in (("batch_size", self.batch_size), ("repeats", self.repeats), ("rounds", self.rounds)):
-            if value < 1:
-                raise SelectionError(f"latency: {name}={value} must be at least 1")
-
-
 def select_for_latency(
     groups: Iterable[ChannelGroup],
     scores: Mapping[str, Tensor],
@@ -84,26 +42,24 @@ def select_for_latency(
     example_inputs: Any,
     cut: Cutter,
     cost: Cost | None = None,
-    round_to: int | None = None,
-    min_keep: int = 1,
-    ignore: Sequence[str] = (),
+    selection: Selection | None = None,
 ) -> Plan:
     """Choose the units to keep so that the measured network takes at most a share of its time.
 
     Convolutions and linear layers are timed alone at a few widths on the model's device. By those times the groups
     are narrowed step by step, each step where the least score is lost for the time saved, over widths that the
-    hardware likes (multiples of 16 channels on a CPU, of 8 on a GPU; less where a group is narrow). The station on
-    that way is found by cutting copies and timing them against the uncut network, interleaved: the forecast only says
+    hardware likes (multiples of 16 channels on a CPU, of 8 on a GPU; less where a group is narrow). How far to go is
+    found by cutting copies and timing them against the uncut network, interleaved: the times of the layers only say
     where to look.
 
     **Arguments:**
 
-    - `groups`, `scores`, `min_keep`, `ignore`: as for `select`.
+    - `groups`, `scores`: as for `select`.
     - `latency`: the share of the time that may remain, or a `LatencyBudget` with batch size, mode, ….
     - `model`, `example_inputs`: the uncut network, on the device that matters.
     - `cut`: `cut(plan)` → a cut copy of the model.
     - `cost`: adds the predicted shares of MACs and parameters to the notes.
-    - `round_to`: multiples of how many units groups may keep; None or 1: those that the hardware likes.
+    - `selection`: which units may stay, per layer; its `round_to` of None or 1: multiples that the hardware likes.
 
     **Returns:** a `Plan`; `plan.notes["latency"]` has the shares `asked`, `predicted` (by the layers alone) and
     `measured`, seconds of both networks, the A/A control, and the conditions.
@@ -112,37 +68,29 @@ def select_for_latency(
     `select` does.
     """
     budget = latency if isinstance(latency, LatencyBudget) else LatencyBudget(latency)
-    round_to = 1 if round_to is None else round_to
-    check_options("layer", round_to, min_keep, "mean", NORMS)
-    groups = tuple(groups)
-    free, ignored = cuttable(groups, ignore)
-    ruler = _Ruler(model, example_inputs, budget, cut)
-    rooms = [_room(group, scores, round_to, min_keep, ruler.times) for group in free]
-    asked = {"latency": budget.share}
-    if all(len(room.allowed) == 1 for room in rooms):
-        refuse_nothing(groups, rooms, tuple(room.group.size for room in rooms), asked)
-    way = _Way(rooms, ruler)
+    selection, groups, asked = selection or Selection(), tuple(groups), {"latency": budget.share}
+    if selection.scope != "layer":
+        raise SelectionError("scope= has no effect with latency=: leave it out")
+    free, ignored = cuttable(groups, selection.ignore)
+    clock = _Clock(model, example_inputs, budget, cut)
+    ranked = [ranked_group(group, scores, selection) for group in free]
+    if selection.round_to in (None, 1):
+        ranked = [hardware_friendly(entry, friendly_step(entry.group.size, clock.times.device)) for entry in ranked]
+    if all(len(entry.allowed) == 1 for entry in ranked):
+        refuse_nothing(groups, ranked, [entry.group.size for entry in ranked], asked)
+    descent = _Descent(ranked, clock)
     notes: dict[str, Any] = {"asked": asked}
     if budget.share < 1:
-        station, found = way.search(budget)
+        step, found = descent.search(budget)
         notes["latency"] = found
     else:
-        station, found = 0, {"measured": 1.0}
-    plan = way.plan(station)
+        step, found = 0, {"measured": 1.0}
+    plan = descent.plan(step)
     notes["achieved"] = {"latency": found["measured"], **achieved_shares(plan.cuts, cost)}
-    frozen = {group.name: group.frozen for group in groups if group.frozen is not None}
-    extras = {"frozen": frozen, "ignored": ignored}
-    return replace(plan, notes=notes | {name: value for name, value in extras.items() if value})
+    return replace(plan, notes=notes | left_out(groups, ignored))
 
 
-def _room(
-    group: ChannelGroup, scores: Mapping[str, Tensor], round_to: int, min_keep: int, times: LayerTimes
-) -> RankedGroup:
-    room = rank(group, scores, round_to, min_keep)
-    return room if round_to > 1 else friendly(room, friendly_step(group.size, times.device))
-
-
-class _Ruler:
+class _Clock:
     """Measures: the uncut network, its layers, and cut copies against it."""
 
     def __init__(self, model: nn.Module, example_inputs: Any, budget: LatencyBudget, cut: Cutter) -> None:
@@ -181,37 +129,37 @@ class _Ruler:
         )
 
 
-class _Way:
-    """The stations from the full widths to the smallest, and the search along them."""
+class _Descent:
+    """The widths on the way from the full ones to the smallest, and the search for the step to stop at."""
 
-    def __init__(self, rooms: Sequence[RankedGroup], ruler: _Ruler) -> None:
-        self.rooms, self.ruler = rooms, ruler
-        with threads_set(ruler.budget.threads):
-            forecast = LayerTimeModel(rooms, ruler.calls, ruler.times, ruler.whole)
-            self.stations: list[Counts] = descend(rooms, forecast)
-        ruler.times.save()
-        full = forecast.seconds(forecast.full)
-        self.predicted = [forecast.seconds(counts) / full for counts in self.stations]
-        _LOG.info("timed %d layer calls; %d stations", ruler.times.measured, len(self.stations))
+    def __init__(self, ranked: Sequence[RankedGroup], clock: _Clock) -> None:
+        self.ranked, self.clock = ranked, clock
+        with threads_set(clock.budget.threads):
+            model = LayerTimeModel(ranked, clock.calls, clock.times, clock.whole)
+            self.steps: list[Counts] = list(descend([score_curve(entry) for entry in ranked], model))
+        clock.times.save()
+        full = model.seconds(model.full)
+        self.predicted = [model.seconds(counts) / full for counts in self.steps]
+        _LOG.info("timed %d layer calls; %d steps", clock.times.measured, len(self.steps))
 
-    def plan(self, station: int) -> Plan:
-        """The cut at a station."""
-        return Plan(tuple(room.cut(count) for room, count in zip(self.rooms, self.stations[station], strict=True)))
+    def plan(self, step: int) -> Plan:
+        """The cut after so many steps."""
+        return Plan(tuple(entry.cut(number) for entry, number in zip(self.ranked, self.steps[step], strict=True)))
 
     def search(self, budget: LatencyBudget) -> tuple[int, dict[str, Any]]:
-        """The widest station whose measured share is within the budget, as far as clocks can tell, and its notes."""
-        slow, fast, factor, last = 0, len(self.stations), 1.0, len(self.stations) - 1
+        """The first step whose measured share is within the budget, as far as clocks can tell, and its notes."""
+        slow, fast, factor, last = 0, len(self.steps), 1.0, len(self.steps) - 1
         best: tuple[int, LatencyComparison] | None = None
         tries: list[dict[str, float]] = []
         margin = CLOSE / 2
         for left in track(reversed(range(budget.rounds)), "cutting copies and timing them", budget.rounds):
-            aim = self._station(budget.share * (1 - margin) / factor, slow, fast)
+            aim = self._first(budget.share * (1 - margin) / factor, slow, fast)
             if left == 0 and best is None:
                 aim = last
             plan = self.plan(aim)
-            found = self.ruler.compare(plan, budget.repeats)
+            found = self.clock.compare(plan, budget.repeats)
             if _share(found) <= budget.share:  # what looks good is measured again: luck is not taken for speed
-                found = self.ruler.compare(plan, 2 * budget.repeats)
+                found = self.clock.compare(plan, 2 * budget.repeats)
             share = _share(found)
             tries.append({"predicted": self.predicted[aim], "measured": share})
             _LOG.info("latency: predicted %.3f, measured %.3f of the uncut network", self.predicted[aim], share)
@@ -221,7 +169,7 @@ class _Way:
                 if share >= budget.share * (1 - CLOSE):
                     break
             else:
-                slow, margin = aim, margin + CLOSE / 2  # a miss is no reason to creep on by single stations
+                slow, margin = aim, margin + CLOSE / 2  # a miss is no reason to go on by single steps
             if fast <= slow + 1 or slow >= last:
                 break
         if best is None:
@@ -231,17 +179,17 @@ class _Way:
             )
         return best[0], self._notes(best[0], best[1], tries)
 
-    def _station(self, wanted: float, slow: int, fast: int) -> int:
-        """The first station between two whose predicted share is small enough."""
+    def _first(self, wanted: float, slow: int, fast: int) -> int:
+        """The first step between two whose predicted share is small enough."""
         between = range(slow + 1, fast)
         return next((i for i in between if self.predicted[i] <= wanted), between[-1])
 
-    def _notes(self, station: int, found: LatencyComparison, tries: list[dict[str, float]]) -> dict[str, Any]:
-        budget = self.ruler.budget
+    def _notes(self, step: int, found: LatencyComparison, tries: list[dict[str, float]]) -> dict[str, Any]:
+        budget = self.clock.budget
         low, high = found.speedup_interval("cut", budget.batch_size)
         return {
             "asked": budget.share,
-            "predicted": self.predicted[station],
+            "predicted": self.predicted[step],
             "measured": _share(found),
             "interval": [1 / high, 1 / low],
             "control": found.speedup("A/A control", budget.batch_size),

@@ -12,9 +12,11 @@ from ...errors import SelectionError
 from ...plan import ChannelGroup, Cut, Plan
 from ...profiling.macs import Cost
 from ...profiling.predict import predict
-from .patterns import check_budget, check_options, matching
-from .ranking import RankedGroup, rank
-from .solver import NORMS, Normalize, Scope, count, search
+from .options import Budget, Selection
+from .patterns import by_group, cuttable
+from .prices import SizePrices
+from .ranking import RankedGroup, count, multiple, rank
+from .solver import Normalize, Scope, search
 
 
 def select(
@@ -26,7 +28,7 @@ def select(
     parameters: float | None = None,
     cost: Cost | None = None,
     scope: Scope = "layer",
-    round_to: int = 1,
+    round_to: int | None = 1,
     min_keep: int = 1,
     ignore: Sequence[str] = (),
     normalize: Normalize = "mean",
@@ -51,14 +53,7 @@ def select(
       remains is never more than was asked.
     - `cost`: `filterfold.profiling.macs.measure` of the model; needed for `macs` and `parameters`, and with
       `keep` it only adds the predicted shares to the notes.
-    - `scope`: `"layer"` ranks within each group; `"global"` ranks the units of all groups together,
-      after dividing each group's scores by `normalize`.
-    - `round_to`: a group keeps a multiple of this many units, the nearest to what it would keep
-      (the smaller one of two equally near), at least one multiple; or else all its units. So a
-      group narrower than `round_to` stays whole. What was rounded is noted.
-    - `min_keep`: every group keeps at least so many units (all, if it has no more).
-    - `ignore`: names or glob patterns of layers whose channels stay whole.
-    - `normalize`: `"mean"`, `"max"` or `"l2"` of the absolute scores of the group, or `"none"`.
+    - `scope`, `round_to`, `min_keep`, `ignore`, `normalize`: see `Selection`. What was rounded is noted.
 
     Units of different `classes` are ranked apart and keep the group's share each (Webster's method),
     at least one unit; every one of the `blocks` keeps the same number.
@@ -81,29 +76,44 @@ def select(
 
     ```
     """
+    return choose(
+        groups, scores, Budget(keep, macs, parameters), cost, Selection(scope, round_to, min_keep, ignore, normalize)
+    )
+
+
+def choose(
+    groups: Iterable[ChannelGroup],
+    scores: Mapping[str, Tensor],
+    budget: Budget,
+    cost: Cost | None,
+    selection: Selection,
+) -> Plan:
+    """`select`, with its options as objects."""
     groups = tuple(groups)
-    asked = check_budget(keep, macs, parameters, cost, scope)
-    check_options(scope, round_to, min_keep, normalize, NORMS)
-    free, ignored = cuttable(groups, ignore)
-    ranked = [rank(group, scores, round_to, min_keep) for group in free]
-    if not ranked:
-        refuse_nothing(groups, ranked, (), asked)
+    if budget.keep is None and cost is None:
+        raise SelectionError("macs= and parameters= need cost=filterfold.profiling.macs.measure(model, example_inputs)")
+    if isinstance(budget.keep, Mapping) and selection.scope == "global":
+        raise SelectionError('keep= for single layers needs scope="layer"')
+    asked = budget.asked()
+    free, ignored = cuttable(groups, selection.ignore)
+    wanted = asked_counts(groups, free, budget.keep) if selection.scope == "layer" and budget.keep is not None else None
+    ranked = [ranked_group(group, scores, selection) for group in free]
     adjusted = {}
-    if keep is not None and scope == "layer":
-        shares = _shares(groups, keep)
-        wanted = [count(group.size, shares[group.name]) for group in free]
-        counts = [room.nearest(number) for room, number in zip(ranked, wanted, strict=True)]
+    if not ranked:
+        counts = []
+    elif wanted is not None:
+        counts = [entry.nearest(number) for entry, number in zip(ranked, wanted, strict=True)]
         adjusted = {r.group.name: [w, n] for r, w, n in zip(ranked, wanted, counts, strict=True) if w != n}
     else:
         limits = {"units" if name == "keep" else name: share for name, share in asked.items()}
-        counts = search(ranked, limits, cost, scope, normalize)
+        prices = SizePrices(ranked, None if "units" in limits else cost)
+        counts = search(ranked, limits, prices, selection.scope, selection.normalize)
     refuse_nothing(groups, ranked, counts, asked)
-    cuts = tuple(room.cut(number) for room, number in zip(ranked, counts, strict=True))
-    notes: dict[str, Any] = {"scope": scope, "asked": asked, "achieved": achieved_shares(cuts, cost)}
-    frozen = {group.name: group.frozen for group in groups if group.frozen is not None}
-    extras = {"adjusted": adjusted, "frozen": frozen, "ignored": ignored}
-    options = {"round_to": round_to, "min_keep": min_keep} if (round_to, min_keep) != (1, 1) else {}
-    return Plan(cuts, notes=notes | options | {name: value for name, value in extras.items() if value})
+    cuts = tuple(entry.cut(number) for entry, number in zip(ranked, counts, strict=True))
+    notes: dict[str, Any] = {"scope": selection.scope, "asked": asked, "achieved": achieved_shares(cuts, cost)}
+    if (selection.round_to, selection.min_keep) != (1, 1):
+        notes |= {"round_to": selection.round_to, "min_keep": selection.min_keep}
+    return Plan(cuts, notes=notes | left_out(groups, ignored, adjusted))
 
 
 def select_greedily(
@@ -112,9 +122,7 @@ def select_greedily(
     *,
     keep: float | Mapping[str, float],
     cost: Cost | None = None,
-    round_to: int = 1,
-    min_keep: int = 1,
-    ignore: Sequence[str] = (),
+    selection: Selection | None = None,
 ) -> Plan:
     """Choose the units to keep group by group, each scored with the earlier choices in view.
 
@@ -126,7 +134,7 @@ def select_greedily(
     - `groups`: in the order in which they are to be pruned, as `filterfold.trace` gives them.
     - `score`: `score(group, plan)` → scores of shape `(size,)`, given the plan for the groups before,
       such as `lambda group, plan: ff.score([group], model, without=plan)[group.name]`.
-    - the others: as in `select`, with a ratio per layer.
+    - `keep`, `cost`: as in `select`. `selection`: which units may stay, per layer.
 
     **Returns:** the `Plan`, with the notes of `select` and `"scoring": "greedy"`.
 
@@ -140,34 +148,38 @@ def select_greedily(
 
     ```
     """
-    groups = tuple(groups)
+    groups, selection, budget = tuple(groups), selection or Selection(), Budget(keep)
     cuts: list[Cut] = []
     scores: dict[str, Tensor] = {}
-    check_budget(keep, None, None, cost, "layer")
-    shares = _shares(groups, keep)
-    for group in cuttable(groups, ignore)[0]:
+    free = cuttable(groups, selection.ignore)[0]
+    for group, wanted in zip(free, asked_counts(groups, free, keep), strict=True):
         scores[group.name] = score(group, Plan(tuple(cuts)))
-        room = rank(group, scores, round_to, min_keep)
-        cuts.append(room.cut(room.nearest(count(group.size, shares[group.name]))))
-    plan = select(groups, scores, keep=keep, cost=cost, round_to=round_to, min_keep=min_keep, ignore=ignore)
+        ranked = ranked_group(group, scores, selection)
+        cuts.append(ranked.cut(ranked.nearest(wanted)))
+    plan = choose(groups, scores, budget, cost, selection)
     return replace(plan, notes={**plan.notes, "scoring": "greedy"})
 
 
-def cuttable(groups: Sequence[ChannelGroup], ignore: Sequence[str]) -> tuple[list[ChannelGroup], list[str]]:
-    """The groups that may be cut, and the names of those that are ignored."""
-    if isinstance(ignore, str):
-        raise SelectionError(f"ignore={ignore!r}: must be a list of names; write [{ignore!r}]")
-    ignored = {group.name for pattern in ignore for group in matching(pattern, groups, "ignore")}
-    return [group for group in groups if group.frozen is None and group.name not in ignored], sorted(ignored)
+def ranked_group(group: ChannelGroup, scores: Mapping[str, Tensor], selection: Selection) -> RankedGroup:
+    """A group with the numbers of units that a selection lets it keep."""
+    return rank(group, scores, multiple(selection.round_to, group.size), selection.min_keep)
 
 
-def _shares(groups: Sequence[ChannelGroup], keep: float | Mapping[str, float]) -> dict[str, float]:
-    if not isinstance(keep, Mapping):
-        return {group.name: keep for group in groups}
-    shares = {group.name: 1.0 for group in groups}
-    for pattern, share in keep.items():
-        shares |= {group.name: share for group in matching(pattern, groups, "keep")}
-    return shares
+def asked_counts(
+    groups: Sequence[ChannelGroup], free: Sequence[ChannelGroup], keep: float | Mapping[str, float]
+) -> list[int]:
+    """Units that `keep` asks for, for each of the groups that may be cut; patterns may name others too."""
+    shares = by_group(groups, "keep", keep)
+    return [count(group.size, shares.get(group.name, 1.0)) for group in free]
+
+
+def left_out(
+    groups: Sequence[ChannelGroup], ignored: Sequence[str], adjusted: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Notes on groups that did not get what was asked for; none where there is nothing to note."""
+    frozen = {group.name: group.frozen for group in groups if group.frozen is not None}
+    notes = {"adjusted": adjusted, "frozen": frozen, "ignored": ignored}
+    return {name: value for name, value in notes.items() if value}
 
 
 def achieved_shares(cuts: Sequence[Cut], cost: Cost | None) -> dict[str, float]:

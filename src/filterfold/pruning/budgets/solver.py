@@ -1,10 +1,16 @@
-"""The numbers of kept units that meet a budget, by binary search over a monotone family."""
+"""The numbers of kept units that meet a budget.
+
+Every budget is met in the same way. There is a sequence of widths, each no wider than the one before: common keep
+ratios, prefixes of a ranking over all groups, or a descent on which every step takes the units whose loss is smallest
+for what they save. A price model says what the network takes at any widths. Looked for are the widest of the sequence
+that fit.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
-from itertools import accumulate
 from math import ceil
 from typing import Literal
 
@@ -12,9 +18,8 @@ import torch
 from torch import Tensor
 
 from ...errors import SelectionError
-from ...profiling.macs import Cost
-from ...profiling.predict import axes, per_unit, shrunk
-from .ranking import RankedGroup
+from .prices import Counts, Prices, SizePrices
+from .ranking import RankedGroup, count
 
 Scope = Literal["layer", "global"]
 
@@ -30,44 +35,55 @@ NORMS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def count(size: int, share: float) -> int:
-    """`int(size * share)` with float noise removed, the count of Li et al. (2017).
+def last_that_fits(length: int, fits: Callable[[int], bool]) -> int | None:
+    """The last member of a sequence that fits, by halving; None if not even the first does.
 
-    >>> count(10, 1 - 0.9), int(10 * (1 - 0.9))
-    (1, 0)
+    **Arguments:** `fits`: true of the members 0 … n of the sequence for some n, and of no others.
+
+    >>> last_that_fits(10, lambda member: member**2 < 30)
+    5
     """
-    return int(round(size * share, 9 if size < 10**6 else 3))  # the noise grows with the size
+    if length == 0 or not fits(0):
+        return None
+    low, high = 0, length
+    while high - low > 1:  # low fits; high does not, or is the end
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def out_of_reach(asked: Mapping[str, float], reachable: Mapping[str, float]) -> SelectionError:
+    """The error for a budget that can't be met: what was asked, and the smallest shares that can be had."""
+    wanted = ", ".join(f"{name}={share:g}" for name, share in asked.items())
+    least = ", ".join(f"{name} {ceil(1e4 * share) / 1e4:.4f}" for name, share in reachable.items())
+    return SelectionError(f"{wanted} can't be met: the smallest share within reach is {least}")
 
 
 def search(
-    ranked: Sequence[RankedGroup], shares: Mapping[str, float], cost: Cost | None, scope: Scope, normalize: Normalize
+    ranked: Sequence[RankedGroup], shares: Mapping[str, float], prices: SizePrices, scope: Scope, normalize: Normalize
 ) -> list[int]:
     """The largest numbers of kept units, one per group, whose amounts are within the shares.
 
-    With larger indices a family (common keep ratios, or prefixes of the global ranking) only grows,
-    so binary search finds its largest member that fits. What is left of the budget goes to single
-    groups: one step to each in order, or on along the ranking, leaving out what does not fit.
+    The widest common keep ratio, or the longest prefix of the global ranking, that fits; what is left of the budget
+    goes to single groups: one step to each in order, or on along the ranking, leaving out what does not fit.
+
+    **Arguments:** `shares`: of "units", "macs" or "parameters".
     """
-    meter = _Meter(ranked, None if "units" in shares else cost)
-    totals = meter.amounts([room.group.size for room in ranked])
+    totals = prices.amounts(prices.full)
     limits = {name: count(totals[name], share) for name, share in shares.items()}
 
     def fits(counts: Sequence[int]) -> bool:
-        amounts = meter.amounts(counts)
+        amounts = prices.amounts(counts)
         return all(amounts[name] <= limit for name, limit in limits.items())
 
-    length, counts_at, following = _uniform(ranked) if scope == "layer" else _ranking(ranked, normalize)
-    if not fits(counts_at(0)):
-        least = meter.amounts(counts_at(0))
-        asked = ", ".join(f"{'keep' if name == 'units' else name}={share:g}" for name, share in shares.items())
-        reachable = ", ".join(f"{name} {ceil(1e4 * least[name] / max(1, totals[name])) / 1e4:.4f}" for name in shares)
-        raise SelectionError(f"{asked} can't be met: the smallest share within reach is {reachable}")
-    low, high = 0, length
-    while high - low > 1:  # invariant: low fits, high does not (or is the end)
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(counts_at(middle)) else (low, middle)
-    counts, closed = counts_at(low), set()
-    for index in following(low):
+    family = _common_ratios(ranked) if scope == "layer" else _ranking(ranked, normalize)
+    member = last_that_fits(family.length, lambda member: fits(family.counts(member)))
+    if member is None:
+        least = prices.amounts(family.counts(0))
+        asked = {"keep" if name == "units" else name: share for name, share in shares.items()}
+        raise out_of_reach(asked, {name: least[name] / max(1, totals[name]) for name in shares})
+    counts, closed = family.counts(member), set()
+    for index in family.following(member):
         if index not in closed:
             trial = list(counts)
             trial[index] = ranked[index].more(counts[index])
@@ -78,59 +94,79 @@ def search(
     return counts
 
 
-Family = tuple[int, Callable[[int], list[int]], Callable[[int], Iterable[int]]]
-"""Number of members, the counts of each, and the groups that may take more after each, in order."""
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """Widths that grow with the member's number, and the groups that may take more after each, in order."""
+
+    length: int
+    counts: Callable[[int], list[int]]
+    following: Callable[[int], Iterable[int]]
 
 
-def _uniform(ranked: Sequence[RankedGroup]) -> Family:
+def _common_ratios(ranked: Sequence[RankedGroup]) -> _Family:
     """All common keep ratios that make a difference, from the smallest."""
-    sizes = {room.group.size for room in ranked}
-    ratios = sorted({Fraction(count, size) for size in sizes for count in range(size + 1)})
+    sizes = {entry.group.size for entry in ranked}
+    ratios = sorted({Fraction(number, size) for size in sizes for number in range(size + 1)})
 
-    def counts_at(at: int) -> list[int]:
-        return [room.nearest(int(room.group.size * ratios[at])) for room in ranked]
+    def counts(member: int) -> list[int]:
+        return [entry.nearest(int(entry.group.size * ratios[member])) for entry in ranked]
 
-    return len(ratios), counts_at, lambda _: range(len(ranked))
+    return _Family(len(ratios), counts, lambda _: range(len(ranked)))
 
 
-def _ranking(ranked: Sequence[RankedGroup], normalize: Normalize) -> Family:
+def _ranking(ranked: Sequence[RankedGroup], normalize: Normalize) -> _Family:
     """Prefixes of the ranking over all groups, from the shortest."""
     entries = []
-    for index, room in enumerate(ranked):
-        scores = torch.tensor(room.scores, dtype=torch.float64)
+    for index, entry in enumerate(ranked):
+        scores = torch.tensor(entry.scores, dtype=torch.float64)
         scale = NORMS[normalize](scores)
         scaled = torch.where(scale > 0, scores / scale, scores).sort(descending=True, stable=True).values.tolist()
-        entries += [(-score, index, rank) for rank, score in enumerate(scaled) if rank >= room.allowed[0]]
+        entries += [(-score, index, place) for place, score in enumerate(scaled) if place >= entry.allowed[0]]
     entries.sort()
 
-    def counts_at(at: int) -> list[int]:
-        counts = [room.allowed[0] for room in ranked]
-        for _, index, _ in entries[:at]:
-            counts[index] += 1
-        return [room.nearest(count) for room, count in zip(ranked, counts, strict=True)]
+    def counts(member: int) -> list[int]:
+        kept = [entry.allowed[0] for entry in ranked]
+        for _, index, _ in entries[:member]:
+            kept[index] += 1
+        return [entry.nearest(number) for entry, number in zip(ranked, kept, strict=True)]
 
-    return len(entries) + 1, counts_at, lambda at: (index for _, index, _ in entries[at:])
+    return _Family(len(entries) + 1, counts, lambda member: (index for _, index, _ in entries[member:]))
 
 
-class _Meter:
-    """Units, MACs and parameters for any numbers of kept units, by table."""
+@dataclass(frozen=True, slots=True)
+class LossCurve:
+    """What one group loses at each width: `loss` by kept units, and the narrower widths to look at from each."""
 
-    def __init__(self, ranked: Sequence[RankedGroup], cost: Cost | None) -> None:
-        self.cost = cost
-        self.tables: list[tuple[tuple[str, int], int, list[int]]] = []
-        for index, room in enumerate(ranked):
-            for key, units in axes(room.group.producers, room.group.consumers).items():
-                positions = per_unit(units, room.group.size)
-                total = sum(positions)
-                removed = [total - kept for kept in accumulate((positions[unit] for unit in room.order), initial=0)]
-                self.tables.append((key, index, removed))
+    loss: Mapping[int, float] | Sequence[float]
+    narrower: Callable[[int], Iterable[int]]
 
-    def amounts(self, counts: Sequence[int]) -> dict[str, int]:
-        amounts = {"units": sum(counts)}
-        if self.cost is not None:
-            removed: dict[tuple[str, int], int] = {}
-            for key, index, table in self.tables:
-                removed[key] = removed.get(key, 0) + table[counts[index]]
-            after = shrunk(self.cost, removed)
-            amounts |= {"macs": after.macs, "parameters": after.parameters}
-        return amounts
+
+def descend(curves: Sequence[LossCurve], prices: Prices) -> Iterator[Counts]:
+    """All widths on the way from the full ones down to the smallest, one group narrower with each step.
+
+    Every step is the one, of all groups, that saves most for the loss that it adds.
+    """
+    counts = prices.full
+
+    def step(index: int) -> tuple[float, int] | None:
+        curve, now = curves[index], counts[index]
+        return max(
+            (
+                (prices.saved(counts, index, width) / max(1e-12, curve.loss[width] - curve.loss[now]), width)
+                for width in curve.narrower(now)
+            ),
+            default=None,
+        )
+
+    best = {index: found for index in range(len(curves)) if (found := step(index)) is not None}
+    yield counts
+    while best:
+        index = max(best, key=lambda index: (best[index][0], -index))
+        counts = (*counts[:index], best[index][1], *counts[index + 1 :])
+        yield counts
+        for other in prices.neighbours[index]:
+            found = step(other)
+            if found is None:
+                best.pop(other, None)
+            else:
+                best[other] = found

@@ -1,20 +1,16 @@
-"""What layers take at any widths, and the way down from the full widths to the smallest."""
+"""The time of a network for any numbers of kept units, from the times of its layers; the loss that goes with it."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import accumulate, product
 from math import prod
 
 from ...profiling import LayerCall, LayerTimes
-from ...profiling.predict import axes, per_unit
+from .prices import Counts, RemovedPositions
 from .ranking import RankedGroup
-
-Counts = tuple[int, ...]
-"""Kept units, one entry for each room."""
-
+from .solver import LossCurve
 
 _GRID = (1 / 16, 1 / 4, 1 / 2, 3 / 4, 1.0)
 """Shares of a layer's widths at which it is timed; between them time is taken as linear in each width."""
@@ -34,21 +30,6 @@ _FURTHER = (3 / 4, 1 / 2, 1 / 4)
 one; a single width less may save nothing."""
 
 
-def friendly(room: RankedGroup, step: int) -> RankedGroup:
-    """Leave a group only the numbers of units that the hardware likes: multiples of `step`, and powers of two below.
-
-    >>> from filterfold.plan import ChannelGroup
-    >>> group = ChannelGroup("a", 40, (), (), True, None, (0,) * 40, (0,) * 40)
-    >>> friendly(RankedGroup(group, (), tuple(range(40)), tuple(range(3, 41))), 16).allowed
-    (4, 8, 16, 32, 40)
-    """
-
-    def liked(count: int) -> bool:
-        return count == room.group.size or count % step == 0 or (count < step and count & (count - 1) == 0)
-
-    return replace(room, allowed=tuple(count for count in room.allowed if liked(count)))
-
-
 class LayerTimeModel:
     """Seconds of the whole network for any numbers of kept units.
 
@@ -57,31 +38,23 @@ class LayerTimeModel:
 
     **Arguments:**
 
-    - `rooms`: the groups.
+    - `ranked`: the groups.
     - `calls`: what the network calls, at full widths.
     - `times`: measures single calls.
     - `whole`: seconds of the whole uncut network.
     """
 
     def __init__(
-        self, rooms: Sequence[RankedGroup], calls: Sequence[LayerCall], times: LayerTimes, whole: float
+        self, ranked: Sequence[RankedGroup], calls: Sequence[LayerCall], times: LayerTimes, whole: float
     ) -> None:
-        self.full: Counts = tuple(room.group.size for room in rooms)
+        self.full: Counts = tuple(entry.group.size for entry in ranked)
         self._calls, self._times = calls, times
-        self._removed: dict[str, list[tuple[int, int, list[int]]]] = {}
-        for index, room in enumerate(rooms):
-            for (tensor, axis), units in axes(room.group.producers, room.group.consumers).items():
-                positions = per_unit(units, room.group.size)
-                total = sum(positions)
-                removed = [total - kept for kept in accumulate((positions[unit] for unit in room.order), initial=0)]
-                self._removed.setdefault(tensor, []).append((axis, index, removed))
-        self.touched: list[list[int]] = [[] for _ in rooms]
-        self.touching: list[list[int]] = []
-        for number, call in enumerate(calls):
-            by = sorted({index for _, index, _ in self._removed.get(call.tensor, ())})
-            self.touching.append(by)
-            for index in by:
-                self.touched[index].append(number)
+        self._positions = RemovedPositions(ranked)
+        on_call = [self._positions.groups(call.tensor) for call in calls]
+        self._touched = [[n for n, groups in enumerate(on_call) if index in groups] for index in range(len(ranked))]
+        self.neighbours = [
+            {index}.union(*(on_call[number] for number in numbers)) for index, numbers in enumerate(self._touched)
+        ]
         self._grids = [self._grid(call) for call in calls]
         times.measure(
             call.at((*widths, *call.weight[2:]))
@@ -103,14 +76,11 @@ class LayerTimeModel:
     def saved(self, counts: Counts, index: int, fewer: int) -> float:
         """Seconds saved by one group's keeping fewer units."""
         after = (*counts[:index], fewer, *counts[index + 1 :])
-        return sum(self._layer(number, counts) - self._layer(number, after) for number in self.touched[index])
+        return sum(self._layer(number, counts) - self._layer(number, after) for number in self._touched[index])
 
     def _layer(self, number: int, counts: Counts) -> float:
         call = self._calls[number]
-        shape = list(call.weight)
-        for axis, index, removed in self._removed.get(call.tensor, ()):
-            if axis < len(shape):
-                shape[axis] -= removed[counts[index]]
+        shape = self._positions.shape(call.tensor, call.weight, counts)
         key = number, tuple(shape)
         if key not in self._known:
             share = shape[call.out_axis] / max(1, call.weight[call.out_axis])
@@ -120,7 +90,7 @@ class LayerTimeModel:
 
     def _grid(self, call: LayerCall) -> tuple[list[int], list[int]]:
         """The widths along both axes at which a layer is timed."""
-        cut = {axis for axis, _, _ in self._removed.get(call.tensor, ())}
+        cut = {axis for axis, _, _ in self._positions.of.get(call.tensor, ())}
         first, second = (
             sorted({max(1, round(call.weight[axis] * share)) for share in (_GRID if axis in cut else (1.0,))})
             for axis in (0, 1)
@@ -165,43 +135,25 @@ def _between(points: Sequence[int], width: int) -> Iterator[tuple[int, float]]:
     yield high, part
 
 
-def descend(rooms: Sequence[RankedGroup], forecast: LayerTimeModel) -> list[Counts]:
-    """All stations on the way from the full widths down to the smallest.
+def score_curve(ranked: RankedGroup) -> LossCurve:
+    """The rise of 1 / (share of the group's scores that is kept)² as its loss.
 
-    Every step takes the units of one group whose loss is smallest for the time saved. The loss is the rise of
-    1 / (share of the group's scores that is kept)²: the same share lost weighs the same in every group, and more the
-    fewer are left, so that no layer becomes a bottleneck because it happens to be slow.
+    The same share lost weighs the same in every group, and more the fewer are left, so that no layer becomes a
+    bottleneck because it happens to be slow.
     """
-    losses = [_losses(room) for room in rooms]
-    counts = forecast.full
-    stations = [counts]
-    best: list[tuple[float, int] | None] = [_step(room, losses[i], forecast, counts, i) for i, room in enumerate(rooms)]
-    while any(best):
-        index = max((i for i, step in enumerate(best) if step), key=lambda i: (best[i] or (0.0, 0))[0])
-        counts = (*counts[:index], (best[index] or (0.0, 0))[1], *counts[index + 1 :])
-        stations.append(counts)
-        for other in {index} | {i for call in forecast.touched[index] for i in forecast.touching[call]}:
-            best[other] = _step(rooms[other], losses[other], forecast, counts, other)
-    return stations
+
+    def narrower(now: int) -> set[int]:
+        place = bisect_left(ranked.allowed, now)
+        fewer = set(ranked.allowed[max(0, place - _AHEAD) : place])
+        return fewer | {width for share in _FURTHER if (width := ranked.nearest(int(share * now))) < now}
+
+    return LossCurve(_losses(ranked), narrower)
 
 
-def _step(
-    room: RankedGroup, losses: Sequence[float], forecast: LayerTimeModel, counts: Counts, index: int
-) -> tuple[float, int] | None:
-    """The best next width of a group: (seconds saved per loss, units kept); None at its smallest."""
-    place = bisect_left(room.allowed, counts[index])
-    fewer = set(room.allowed[max(0, place - _AHEAD) : place])
-    fewer |= {width for share in _FURTHER if (width := room.nearest(int(share * counts[index]))) < counts[index]}
-    return max(
-        ((forecast.saved(counts, index, n) / max(1e-12, losses[n] - losses[counts[index]]), n) for n in fewer),
-        default=None,
-    )
-
-
-def _losses(room: RankedGroup) -> list[float]:
+def _losses(ranked: RankedGroup) -> list[float]:
     """1 / (share of the scores that is kept)² for every number of kept units; entry 0 is never used."""
-    lowest = min(room.scores, default=0.0)
-    values = [room.scores[unit] - min(lowest, 0.0) for unit in room.order]
+    lowest = min(ranked.scores, default=0.0)
+    values = [ranked.scores[unit] - min(lowest, 0.0) for unit in ranked.order]
     if not sum(values) > 0:
         values = [1.0] * len(values)
     total = sum(values)
