@@ -180,7 +180,7 @@ def _run(
 
 
 def _write(recipe: PruningRecipe, found: list[Network], folder: Path) -> Table:
-    from ..bench.report.table import Measured, paper_table
+    from ..bench.report.paper_table import Measured, paper_table
     from ..utils.io import write_text
 
     result = paper_table(recipe, [Measured(dict(one.record), one.macs, one.weights) for one in found])

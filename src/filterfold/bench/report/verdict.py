@@ -1,4 +1,4 @@
-"""The verdict: what may be said about each method against the control, and in which words.
+"""The verdict on each method against the control, in numbers and in words.
 
 Accuracy is judged on top-1 by Welch's t-interval against a margin fixed beforehand, time on the
 logarithm of the seconds; p-values are corrected by Holm over the methods that are compared.
@@ -12,15 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from .. import stats
-from .format import interval, points, signed, times
-from .study import MACS, SECONDS, TOP1, Group, Measure, Record, Study
+from .format import interval, points, ratio_interval, signed, times
+from .study import MACS, SECONDS, TOP1, Group, Measure, Record, Study, ratio_of_means
 
 ALPHA = 0.05
 
-
 Accuracy = Literal["better", "no worse", "lower within the margin", "worse", "not shown", "not measured"]
-
-
 Pace = Literal["faster", "slower", "not shown", "not measured"]
 
 
@@ -55,6 +52,11 @@ class Judgement:
         if self.p_not_worse is not None and self.p_not_worse < ALPHA:
             return "lower within the margin" if differs else "no worse"
         return "worse" if differs else "not shown"
+
+    @property
+    def kept(self) -> bool:
+        """Whether a loss of the margin or more is ruled out."""
+        return self.accuracy in ("no worse", "better", "lower within the margin")
 
     @property
     def pace(self) -> Pace:
@@ -98,7 +100,7 @@ def judge(study: Study, margin: float = 0.5) -> list[Judgement]:
 
 
 def _measure(group: Group, control: Group, margin: float) -> Judgement:
-    judgement = Judgement(group, control, margin)
+    judgement = Judgement(group, control, margin, macs_ratio=ratio_of_means(control, group, MACS))
     top1, paired = matched(group, control, TOP1)
     if top1:
         judgement = replace(
@@ -111,10 +113,6 @@ def _measure(group: Group, control: Group, margin: float) -> Judgement:
     seconds, control_seconds = group.values(SECONDS), control.values(SECONDS)
     if seconds and control_seconds and min(*seconds, *control_seconds) > 0:
         judgement = replace(judgement, speedup=stats.mean_ratio(control_seconds, seconds))
-    macs, control_macs = group.values(MACS), control.values(MACS)
-    if macs and control_macs and min(macs) > 0:
-        ratio = (sum(control_macs) / len(control_macs)) / (sum(macs) / len(macs))
-        judgement = replace(judgement, macs_ratio=ratio)
     return judgement
 
 
@@ -164,6 +162,9 @@ def _went_on(trial: Record) -> bool:
     return any(entry.get("phase") == "retrain" for entry in trial.get("history") or ())
 
 
+_UNCORRECTED = "; significant only before it is corrected for the number of settings"
+
+
 def accuracy_words(j: Judgement) -> str:
     """One clause on accuracy, with its interval and n."""
     if j.top1 is None or j.tost is None:
@@ -174,7 +175,7 @@ def accuracy_words(j: Judgement) -> str:
         return f"accuracy not shown to be kept ({change}; {j.top1.notes[0]})"
     found = f"{change}, 90 % interval {interval(j.tost.low, j.tost.high)}"
     if j.accuracy == "not shown" and min(j.tost.p_not_worse or 1, j.top1.p or 1) < ALPHA:
-        found += "; significant only until corrected for the number of settings"
+        found += _UNCORRECTED
     return {
         "better": f"accuracy is better ({found})",
         "no worse": f"accuracy is no worse within {margin} ({found})",
@@ -191,12 +192,13 @@ def pace_words(j: Judgement) -> str:
     ratio = times(j.speedup.value)
     if j.speedup.low is None or j.speedup.high is None:
         return f"faster inference is not shown (ratio {ratio}; {j.speedup.notes[0]})"
-    bounds = f"95 % interval {times(j.speedup.low)} … {times(j.speedup.high)}"
+    bounds = f"95 % interval {ratio_interval(j.speedup)}"
     if j.pace == "faster":
         return f"inference is {ratio} faster ({bounds})"
     if j.pace == "slower":
         return f"inference is slower: {times(1 / j.speedup.value)} the time ({bounds} of the speed)"
-    return f"a difference in inference time is not shown (ratio {ratio}, {bounds})"
+    note = _UNCORRECTED if (j.speedup.p or 1) < ALPHA else ""
+    return f"a difference in inference time is not shown (ratio {ratio}, {bounds}{note})"
 
 
 def sentence(j: Judgement) -> str:
@@ -209,14 +211,14 @@ def sentence(j: Judgement) -> str:
 def headline(study: Study, judgements: Sequence[Judgement]) -> str:
     """The verdict on the whole study in one or two sentences."""
     if study.reference is None:
-        return "There is no control to compare with, so this page describes and does not judge."
+        return "There is no control to compare with, so no method is judged."
     if not judgements:
         return f"Only {study.control} has finished trials: there is nothing to compare with it yet."
     if len(judgements) == 1:
         j = judgements[0]
         return f"Against {study.control}, with {j.group.label} {pace_words(j)}, and {accuracy_words(j)}."
     control, margin = study.control, points(judgements[0].margin)
-    kept = [j for j in judgements if j.accuracy in ("no worse", "better", "lower within the margin")]
+    kept = [j for j in judgements if j.kept]
     parts = []
     if any(j.speedup for j in judgements):
         faster = [j for j in judgements if j.pace == "faster"]
@@ -250,21 +252,19 @@ def _power(known: Sequence[Judgement], paired: bool) -> str | None:
         return None
     n, m = min(j.group.n for j in known), known[0].control.n
     unseen, margin = stats.resolvable_difference(n, m, spread, paired=paired), known[0].margin
+    trials, needed = f"With {n} against {m} trials and a spread of {spread:.2f} points between trials", ""
     if paired:
         names = ", ".join(j.group.label for j in known)
         trials = f"Of {names}, with {n} pairs of trials and a spread of {spread:.2f} points between their differences"
     else:
-        trials = f"With {n} against {m} trials and a spread of {spread:.2f} points between trials"
-    text = (
-        f"{trials}, a loss under {unseen:.2f} points can’t be seen reliably: it is missed more than once in five times."
-    )
-    if not paired:
-        needed = stats.trials_needed(spread, margin)
-        text += (
-            f" To show “no worse within {points(margin)}” of one method that is equal takes about {needed} "
-            "trials a side."
+        needed = (
+            f" To show “no worse within {points(margin)}” of one method that is equal takes about "
+            f"{stats.trials_needed(spread, margin)} trials a side."
         )
-    return text
+    return (
+        f"{trials}, a loss under {unseen:.2f} points can’t be seen reliably: it is missed more than once in five "
+        f"times.{needed}"
+    )
 
 
 def _variance(j: Judgement) -> float:
@@ -272,10 +272,5 @@ def _variance(j: Judgement) -> float:
     both, paired = matched(j.group, j.control, TOP1)
     if both and paired:
         return (stats.summarise([x - y for x, y in zip(*both, strict=True)]).sd or 0.0) ** 2
-    return _pooled_variance(j)
-
-
-def _pooled_variance(j: Judgement) -> float:
-    ours, theirs = j.group.values(TOP1), j.control.values(TOP1)
-    squares = sum((x - sum(v) / len(v)) ** 2 for v in (ours, theirs) for x in v)
-    return squares / max(len(ours) + len(theirs) - 2, 1)
+    found = [stats.summarise(group.values(TOP1)) for group in (j.group, j.control)]
+    return sum((one.n - 1) * (one.sd or 0.0) ** 2 for one in found) / max(sum(one.n for one in found) - 2, 1)
