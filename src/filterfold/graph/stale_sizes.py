@@ -20,6 +20,7 @@ from ..plan import AttributeChange, Plan
 from ..utils.dispatch import Function, OperationMode, signature, tensors_in
 from ..utils.inputs import call
 from ..utils.model_state import preserved, random_state_preserved
+from ..utils.modules import like
 from .dispatch import Step, find_rule, module_stack, numbers_in
 from .predicted_sizes import PredictedSizes, replaced, settled
 from .rules import RULES
@@ -151,6 +152,7 @@ class _Search:
         self.model, self.forecast, self.traced, self.inputs = model, forecast, traced, example_inputs
         self.modules = dict(model.named_modules())
         self.changes: dict[tuple[str, str], AttributeChange] = {}
+        self.originals: dict[tuple[str, str], Any] = {}
         self.tried: dict[tuple[int, str], set[tuple[str, str]]] = {}
         self.wrong: dict[tuple[int, str], int] = {}
         self.first: dict[tuple[int, str], Finding] = {}
@@ -251,12 +253,14 @@ class _Search:
                 yield from step.outputs
 
     def change(self, change: AttributeChange) -> None:
-        setattr(self.modules[change.module], change.attribute, change.new)
-        self.changes[(change.module, change.attribute)] = change
+        module, key = self.modules[change.module], (change.module, change.attribute)
+        self.originals[key] = getattr(module, change.attribute)
+        setattr(module, change.attribute, like(self.originals[key], change.new))
+        self.changes[key] = change
 
     def take_back(self, key: tuple[str, str]) -> None:
-        change = self.changes.pop(key)
-        setattr(self.modules[change.module], change.attribute, change.old)
+        del self.changes[key]
+        setattr(self.modules[key[0]], key[1], self.originals.pop(key))
 
     def undo(self) -> None:
         """Put every attribute back."""
