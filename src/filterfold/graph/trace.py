@@ -66,6 +66,10 @@ class Traced(tuple[ChannelGroup, ...]):
         traced.unmet = tuple(unmet)
         return traced
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copy and pickle, which know only a tuple's items."""
+        return Traced, (tuple(self), self.sizes, self.unmet)
+
 
 def trace(model: nn.Module, example_inputs: Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]) -> Traced:
     """Find all channels of a network that can be removed, and everything that must go with each.

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from ..errors import FilterfoldError, PlanError, SurgeryError
 from ..plan import AttributeChange, Plan
-from ..utils.modules import named_tensors, unwrap
+from ..utils.modules import like, named_tensors, unwrap
 from .cut_cache import CutCache
 from .index_maps import Edit, Kind, cut_tensor, edits_of
-from .layer_attributes import like, plain_sizes, refresh_attributes, sizes_of
+from .layer_attributes import plain_sizes, refresh_attributes, sizes_of
 
 MOMENTS = frozenset(
     {

@@ -92,3 +92,20 @@ def unwrap(model: nn.Module) -> nn.Module:
     while type(model).__name__ in WRAPPERS:
         model = getattr(model, WRAPPERS[type(model).__name__])
     return model
+
+
+def like(old: Any, new: Any) -> Any:
+    """`new` (int or nested tuple) with the sequence types of `old`, so that a list stays a list.
+
+    >>> like([1, (2,)], (3, (4,)))
+    [3, (4,)]
+    """
+    if not isinstance(new, tuple | list):
+        return new
+    parts = old if isinstance(old, tuple | list) and len(old) == len(new) else [None] * len(new)
+    items = [like(part, item) for part, item in zip(parts, new, strict=True)]
+    if isinstance(old, list):
+        return items
+    if isinstance(old, tuple) and hasattr(old, "_fields"):
+        return type(old)(*items)
+    return type(old)(items) if isinstance(old, tuple) else tuple(items)
