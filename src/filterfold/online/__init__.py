@@ -6,6 +6,7 @@ from .assign import ClusterRow
 from .callbacks import OnlineCallback
 from .cosine_pull import averager, pull
 from .cut import CutResult
+from .distillation import Distillation
 from .online_clustering import OnlineFilterClustering
 from .schedule import Schedule
 from .targets import Target
@@ -13,6 +14,7 @@ from .targets import Target
 __all__ = [
     "ClusterRow",
     "CutResult",
+    "Distillation",
     "OnlineCallback",
     "OnlineFilterClustering",
     "Schedule",
