@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections import namedtuple
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -500,11 +502,11 @@ class Odd(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.idle, self.pair, self.last = nn.Conv2d(3, 4, 1), nn.ReLU(), Twice(), nn.Conv2d(4, 2, 1)
-        self.turned, self.head = nn.Identity(), nn.Linear(4, 2)
+        self.turned, self.head, self.some = nn.Identity(), nn.Linear(4, 2), nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         x, _ = self.pair(self.conv(x))
-        return self.last(x) + self.head(self.turned(x.flatten(2).mT)).mean()
+        return self.last(x) + self.head(self.turned(x.flatten(2).mT)).mean() + self.some(x[:, :2]).mean()
 
 
 class Twice(nn.Module):
@@ -513,7 +515,12 @@ class Twice(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("idle", "'idle' does not run"), ("pair", "'pair' returns no feature map")]
+    ("name", "message"),
+    [
+        ("idle", "'idle' does not run"),
+        ("pair", "'pair' returns no feature map"),
+        ("some", "no parameter has the channels that module 'some' returns"),
+    ],
 )
 def test_features_that_can_not_be_mapped(name, message) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -615,6 +622,59 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path, form) -> None:
     assert resumed.macs(images()) == distillation.macs(images())
     train(again, resumed, 3)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_a_network_that_shrinks_while_it_learns(tmp_path) -> None:
+    """Three folds; interrupted after the second, with a teacher from the state."""
+
+    def started(model: nn.Module) -> tuple[ff.OnlineFilterClustering, ff.Distillation]:
+        schedule = ff.Schedule((), ((1, 0.4), (2, 0.7), (3, 1.0)))
+        online = ff.OnlineFilterClustering(model, images(1), keep=0.5, schedule=schedule)
+        return online, ff.Distillation(model, features=["2", "5"], example_inputs=images(1))
+
+    def go(model: nn.Module, online: ff.OnlineFilterClustering, distillation: ff.Distillation, epochs: range) -> None:
+        for epoch in epochs:
+            train(model, distillation, 2)
+            online.step(epoch)
+            for plan in online.plans[distillation.followed :]:
+                distillation.follow(plan)
+        assert distillation.followed == len(online.plans) == epochs.stop - 1
+
+    model = chain()
+    online, distillation = started(model)
+    full = features_of(model.eval(), ["2"], images())[0]
+    go(model.train(), online, distillation, range(1, 3))
+    save_tree(tmp_path / "state", [online.state_dict(), distillation.state_dict()])
+    again = copy.deepcopy(model)
+    go(model, online, distillation, range(3, 4))
+    resumed, teacher = started(again)
+    for part, state in zip((resumed, teacher), load_tree(tmp_path / "state"), strict=True):
+        part.load_state_dict(state)
+    go(again, resumed, teacher, range(3, 4))
+    for network, its in ((model, distillation), (again, teacher)):
+        assert network[0].out_channels == 4
+        train(network, its, 2)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+    taught = its._maps["2"][0].of(torch.from_numpy(full)).numpy()
+    wanted = full
+    for plan in online.plans:  # unit by unit
+        cut = next(cut for cut in plan.cuts if cut.group == "0")
+        gain = np.array(cut.gain or [1] * cut.size)
+        parts = [np.flatnonzero(np.array(cut.assignment) == new) for new in range(cut.new_size)]
+        wanted = np.stack([np.tensordot(gain[p], wanted[:, p], (0, 1)) / (gain[p] ** 2).sum() for p in parts], 1)
+    assert taught == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+
+
+def test_the_example_runs() -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    path = Path(__file__).resolve().parents[2] / "examples" / "distillation.py"
+    spec = importlib.util.spec_from_file_location("distillation_example", path)
+    assert spec is not None
+    assert spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    before, after = example.main(epochs=4)
+    assert after > max(before, 95)
 
 
 def test_states_that_do_not_fit() -> None:

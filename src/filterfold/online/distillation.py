@@ -52,7 +52,7 @@ class Distillation:
     - `in_training`: names of modules that the teacher runs along their training branch, such as the head of a detector
       that decodes its outputs in eval mode.
 
-    **Attributes:** `network`, the teacher.
+    **Attributes:** `network`, the teacher; `followed`, the number of cuts that it knows of.
 
     **Raises:** `ConfigError` for a temperature, weight or loss that makes no sense, or a feature that can't be mapped.
 
@@ -93,6 +93,7 @@ class Distillation:
             if name not in modules:
                 raise ConfigError(f"in_training: the network has no module {name!r}")
             modules[name].training = True
+        self.followed = 0
         self._maps: dict[str, list[ChannelMap]] = {}
         if self.features:
             if example_inputs is None:
@@ -136,9 +137,12 @@ class Distillation:
     def follow(self, plan: Plan) -> None:
         """Learn of a cut: call it once with the plan of each, in their order. Only `features` need it.
 
+        While a network shrinks: `for plan in online.plans[distillation.followed:]: distillation.follow(plan)`.
+
         **Raises:** `PlanError` if the plan is of a network of another size; nothing has changed then.
         """
         self._maps = {name: [each.follow(plan) for each in maps] for name, maps in self._maps.items()}
+        self.followed += 1
 
     def to(self, *args: Any, **kwargs: Any) -> Distillation:
         """Move the teacher as `nn.Module.to` does; it begins where the model was."""
@@ -160,6 +164,7 @@ class Distillation:
             "structure": snapshot(self.network),
             "tensors": {name: tensor.detach() for name, tensor in named_tensors(self.network)},
             "features": {name: [each.state_dict() for each in maps] for name, maps in self._maps.items()},
+            "followed": self.followed,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -185,7 +190,7 @@ class Distillation:
         restore(self.network, structure)
         for name, tensor in own.items():  # a tensor keeps its order in memory: channels_last computes other bits
             tensor.data = in_memory_order(tensors[name].to(tensor.device), orders[name])
-        self._maps = maps
+        self._maps, self.followed = maps, int(state.get("followed", 0))
 
     def _feature(self, name: str, said: list[Any], taught: list[Any]) -> Tensor:
         """Mean over a module's calls of the normalised squared difference."""
