@@ -32,7 +32,7 @@ from .surgery.verdict import Verification
 from .surgery.verify import verify
 
 if TYPE_CHECKING:
-    from .online import OnlineFilterClustering, Schedule
+    from .online import Distillation, OnlineFilterClustering, Schedule
     from .utils.export import to_onnx, to_program
 
 
@@ -44,6 +44,7 @@ __all__ = [
     "ChannelGroup",
     "Cost",
     "Cut",
+    "Distillation",
     "FilterfoldError",
     "LatencyBudget",
     "OnlineFilterClustering",
@@ -79,6 +80,7 @@ __all__ = [
 
 
 _LAZY = {
+    "Distillation": "online",
     "OnlineFilterClustering": "online",
     "Schedule": "online",
     "to_onnx": "utils.export",

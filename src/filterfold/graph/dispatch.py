@@ -120,6 +120,7 @@ class Tracer:
     stack: list[str] = field(default_factory=list)
     known: dict[int, tuple[Tensor, TensorLabels]] = field(default_factory=dict)
     met: set[int] = field(default_factory=set)
+    returned: dict[str, list[SizedLayout]] = field(default_factory=dict)
 
     @property
     def where(self) -> str:
@@ -149,6 +150,12 @@ class Tracer:
     def is_weight(self, tensor: Tensor) -> bool:
         """Whether a tensor was made from parameters and buffers only."""
         return self.labels_of(tensor).weight
+
+    def note(self, module: str, output: Any) -> None:
+        """Remember what a module returns, once for each of its calls; a shape of () where it is no tensor."""
+        tensor = isinstance(output, Tensor)
+        found = SizedLayout(tuple(output.shape), self.layout(output)) if tensor else SizedLayout((), ())
+        self.returned.setdefault(module, []).append(found)
 
     def put(self, tensor: Tensor, labels: TensorLabels) -> None:
         """Remember the labels of a result."""
@@ -234,15 +241,17 @@ def numbers_in(args: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def module_stack(model: nn.Module, stack: list[str]) -> Iterator[None]:
-    """Keep the qualified name of the running module on top of `stack`."""
+def module_stack(model: nn.Module, stack: list[str], note: Callable[[str, Any], None] | None = None) -> Iterator[None]:
+    """Keep the qualified name of the running module on top of `stack`; tell `note` what each module returns."""
     names = {id(module): name for name, module in model.named_modules()}
 
     def enter(module: nn.Module, _inputs: Any) -> None:
         stack.append(names.get(id(module), stack[-1] if stack else ""))
 
-    def leave(_module: nn.Module, _inputs: Any, _outputs: Any) -> None:
+    def leave(module: nn.Module, _inputs: Any, outputs: Any) -> None:
         stack.pop()
+        if note is not None and id(module) in names:
+            note(names[id(module)], outputs)
 
     handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..utils.inputs import batch_of, call
 from ..utils.model_state import preserved, random_state_preserved
 from ..utils.modules import leaves
 from .assemble import Assembly, assemble
-from .dispatch import Recorder, Split, Step, TensorLabels, Tracer, module_stack
+from .dispatch import Recorder, SizedLayout, Split, Step, TensorLabels, Tracer, module_stack
 from .labels import FIXED, OUTPUT
 from .rules import RULES, indexing, layers, math, shape
 
@@ -41,10 +41,14 @@ _RULE_FILES = (layers, math, indexing, shape)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sizes:
-    """What every operation's result measures, and which labels its axes carry: for predicting a cut's sizes."""
+    """What every operation's result measures, and which labels its axes carry: for predicting a cut's sizes.
+
+    `returned`: the same of what each module returns, by its name, once for each of its calls in evaluation mode.
+    """
 
     steps: tuple[Step, ...]
     assembly: Assembly
+    returned: Mapping[str, Sequence[SizedLayout]]
 
 
 class Traced(tuple[ChannelGroup, ...]):
@@ -136,11 +140,11 @@ def _walk(
         for tensor in added():
             tracer.freeze(tracer.layout(tensor), "kept by the model from one call to the next")
         unmet = [name for key, name in names.items() if key not in tracer.met]
-        steps = tuple(tracer.steps)
+        steps, returned = tuple(tracer.steps), {name: tuple(calls) for name, calls in tracer.returned.items()}
         if unmet:
             unmet = _train_pass(model, tracer, names, example_inputs)
     assembly = assemble(tracer.table)
-    return Traced(assembly.groups, Sizes(steps, assembly), unmet), tracer.splits
+    return Traced(assembly.groups, Sizes(steps, assembly, returned), unmet), tracer.splits
 
 
 def _locked(traced: Traced) -> int:
@@ -185,7 +189,7 @@ def _run(model: nn.Module, tracer: Tracer, inputs: Any) -> None:
     for tensor in leaves(inputs):
         tracer.know(tensor, TensorLabels((FIXED,) * tensor.ndim))
     try:
-        with torch.inference_mode(), module_stack(model, tracer.stack), Recorder(tracer):
+        with torch.inference_mode(), module_stack(model, tracer.stack, tracer.note), Recorder(tracer):
             outputs = call(model, inputs)
     except TraceError:
         raise

@@ -78,8 +78,8 @@ def in_memory_order(tensor: Tensor, order: Sequence[int]) -> Tensor:
     (1, 2)
     """
     # clone, since contiguous() leaves the strides of axes of size 1 alone and kernels dispatch on them
-    ordered = tensor.permute(*order).clone(memory_format=torch.contiguous_format)
-    return ordered.permute(*sorted(range(len(order)), key=order.__getitem__))
+    ordered = tensor.permute(tuple(order)).clone(memory_format=torch.contiguous_format)
+    return ordered.permute(sorted(range(len(order)), key=order.__getitem__))
 
 
 def unwrap(model: nn.Module) -> nn.Module:
