@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import TraceError
+from ..errors import TraceError, one_line
 from ..plan import ChannelGroup
 from ..profiling.macs import Cost, Counting, measure
 from ..utils.inputs import batch_of, call
@@ -191,9 +191,7 @@ def _run(model: nn.Module, tracer: Tracer, inputs: Any) -> None:
     except TraceError:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()
-        message = f"the model does not run on the example inputs: {type(error).__name__}: {reason[0] if reason else ''}"
-        raise TraceError(message) from error
+        raise TraceError(f"the model does not run on the example inputs: {one_line(error)}") from error
     for tensor in leaves(outputs):
         tracer.freeze(tracer.layout(tensor), OUTPUT)
 
