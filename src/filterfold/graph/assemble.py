@@ -52,6 +52,8 @@ class _Members:
 def assemble(table: LabelTable) -> Assembly:
     """All groups, in the order in which the model registers their first layers."""
     blocks = list(table.blocks)
+    # Blocks that must keep equally many units (the groups of a group norm) are a constraint on a group's units. Where
+    # they can't be written as one partition of them, the blocks' labels are joined instead, and all begins again.
     extra: list[tuple[Ints, Ints]] = []
     while True:
         component, count = _connect([*table.joins, *extra], table.size)
@@ -68,21 +70,25 @@ def assemble(table: LabelTable) -> Assembly:
     for group, size in enumerate(members.sizes):
         if size == 1 and frozen.get(group) != OUTPUT:
             frozen.pop(group, None)  # the last unit of a class always stays
-    groups = tuple(
-        _describe(
-            table,
-            members,
-            group,
-            parts[group],
-            frozen.get(group),
-            inexact.get(group),
-            group not in ordered,
-            names[group],
+    groups = []
+    for group, size in enumerate(members.sizes):
+        producers, consumers, classes = _slices(table, members, group)
+        groups.append(
+            ChannelGroup(
+                name=names[group],
+                size=size,
+                producers=producers,
+                consumers=consumers,
+                exact=group not in inexact,
+                frozen=frozen.get(group),
+                classes=classes,
+                blocks=tuple(parts[group].tolist()),
+                symmetric=group not in ordered,
+                remark=inexact.get(group),
+            )
         )
-        for group in range(len(members.axes))
-    )
     constant = table.is_constant(np.arange(table.size))
-    return Assembly(groups, members.group_of, members.unit_of, constant)
+    return Assembly(tuple(groups), members.group_of, members.unit_of, constant)
 
 
 def _connect(joins: list[tuple[Ints, Ints]], size: int) -> tuple[Ints, int]:
@@ -113,6 +119,8 @@ def _filters(table: LabelTable, component: Ints, count: int) -> list[AxisLabels]
 
 def _gather(table: LabelTable, component: Ints, count: int, filters: list[AxisLabels]) -> _Members:
     """Components that share a filter axis make a group; units are numbered in filter order."""
+    # A graph again: its nodes are the components and, after them, the filter axes; an axis is joined with the
+    # components of its positions.
     joins = [(np.array([count + place]), component[_span(entry)]) for place, entry in enumerate(filters)]
     bucket, buckets = _connect(joins, count + len(filters))
     numbers = np.full(buckets, NOWHERE, np.int64)
@@ -170,10 +178,12 @@ def _balance(members: _Members, blocks: list[Ints]) -> tuple[list[Ints], list[In
         group = int(groups.flat[0])
         if (groups == NOWHERE).all() or (np.sort(units, 1) == np.sort(units[:1], 1)).all():
             continue
-        wanted = np.full(members.sizes[group], NOWHERE, np.int64)
-        wanted[units] = np.arange(len(rows))[:, None]
         once = (groups == group).all() and len(np.unique(units)) == units.size == members.sizes[group]
-        finer = _finer(parts[group], wanted) if once else None
+        finer = None
+        if once:  # the rows hold every unit of one group once
+            wanted = np.empty(units.size, np.int64)
+            wanted[units] = np.arange(len(rows))[:, None]
+            finer = _finer(parts[group], wanted)
         if finer is None:
             conflicts.append(rows)
         else:
@@ -198,17 +208,10 @@ def _kinds(counts: list[Ints]) -> Ints:
     return kinds
 
 
-def _describe(
-    table: LabelTable,
-    members: _Members,
-    group: int,
-    blocks: Ints,
-    frozen: str | None,
-    inexact: str | None,
-    symmetric: bool,
-    name: str,
-) -> ChannelGroup:
-    """One group with its slices."""
+def _slices(
+    table: LabelTable, members: _Members, group: int
+) -> tuple[tuple[Slice, ...], tuple[Slice, ...], tuple[int, ...]]:
+    """The slices that make a group's units, those that read them, and the class of each unit."""
     size = members.sizes[group]
     producers: list[Slice] = []
     consumers: list[Slice] = []
@@ -227,16 +230,4 @@ def _describe(
         mine = members.unit_of[piece][members.group_of[piece] == group]
         if mine.size:
             counts.append(np.bincount(mine, minlength=size))
-    classes = _kinds(counts)
-    return ChannelGroup(
-        name=name,
-        size=size,
-        producers=tuple(producers),
-        consumers=tuple(consumers),
-        exact=inexact is None,
-        frozen=frozen,
-        classes=tuple(classes.tolist()),
-        blocks=tuple(blocks.tolist()),
-        symmetric=symmetric,
-        remark=inexact,
-    )
+    return tuple(producers), tuple(consumers), tuple(_kinds(counts).tolist())

@@ -1,12 +1,11 @@
 """Labels: which unit every position along every axis of a tensor belongs to.
 
 Every position along every axis of every parameter and buffer gets a label, a fresh integer. An
-activation's *layout* says, for each of its axes, which labels its positions carry. Walking the
-network only ever writes down pairs of labels that must go together; the connected components of
-those pairs are the units.
+activation's *layout* says, for each of its axes, which labels its positions carry. Tracing only
+collects pairs of labels that must go together; the connected components of those pairs are the units.
 
-Because a tensor is rectangular, a unit can only leave it as whole hyperplanes; so one label vector
-per axis says everything, and what would make an axis ragged ties labels instead.
+A tensor stays rectangular, so a unit is removed from it as whole slices along an axis. That is why one
+label vector per axis says everything; what would make an axis ragged joins labels instead.
 """
 
 from __future__ import annotations
@@ -59,10 +58,12 @@ class AxisLabels:
 
 @dataclass(slots=True)
 class LabelTable:
-    """Everything that the walk finds out about labels.
+    """Everything that a trace finds out about labels.
 
-    `pieces`: labels that were cut out of an axis by position; they go another way from there, so they are
-    of another kind than the rest. `maybe`: axes of raw parameters that were multiplied like filters, but may
+    `joins`: labels at equal places go together; `frozen`, `inexact`: labels and why; `ordered`: labels whose order
+    matters; `blocks`: rows of labels that must keep equally many each; `roles`: by an axis's first label.
+    `pieces`: labels that were cut out of an axis by position; the units in it are of another class than
+    the rest. `maybe`: axes of raw parameters that were multiplied like filters, but may
     as well stand for positions in an image; those that turn out frozen are no channels.
     """
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import one_line
 from ..utils.dispatch import Function, OperationMode, signature, tensors_in
 from ..utils.inputs import call
 from ..utils.model_state import preserved, random_state_preserved
@@ -70,7 +71,7 @@ def attempt(model: nn.Module, inputs: Any, steps: Sequence[Step], predicted: Pre
             with torch.inference_mode(), module_stack(model, stack), checker:
                 call(model, inputs)
         except Exception as error:
-            found.error = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            found.error = one_line(error)
     return found
 
 

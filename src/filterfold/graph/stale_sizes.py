@@ -2,7 +2,7 @@
 
 A module may keep a channel count in an attribute (`self.width`, a list of split sizes) and use it in a view, a slice,
 or a functional call. After a cut that number is out of date. `size_check.py` says which operations are called with
-wrong numbers; where a number comes from, nobody can see. So attributes that hold it, or a multiple or a part of it, are
+wrong numbers, but not where a number comes from. So attributes that hold it, or a multiple or a part of it, are
 changed one after another, in the order of `_candidates`, and the network run again, until no number is wrong.
 """
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import TraceError
+from ..errors import TraceError, one_line
 from ..plan import ChannelGroup
 from ..profiling.macs import Cost, Counting, measure
 from ..utils.inputs import batch_of, call
@@ -25,6 +25,7 @@ from .rules import RULES, indexing, layers, math, shape
 _LOG = logging.getLogger(__name__)
 
 
+# Which part of a split axis could shrink instead of the best guess, in the order in which they are tried.
 _PREFERENCES: tuple[Callable[[Split], int], ...] = (
     lambda split: split.options[(split.options.index(split.chosen) + 1) % len(split.options)],
     lambda split: sorted(split.options)[-2],  # the heads of (heads, size of a head)
@@ -36,12 +37,12 @@ _WHOLE = (nn.MultiheadAttention, nn.RNNBase, nn.EmbeddingBag)
 """Layers that surgery can't resize (see `filterfold.surgery.layer_attributes.refresh_attributes`)."""
 
 
-_RULE_FILES = (layers, math, indexing, shape)
+_RULE_FILES = (layers, math, indexing, shape)  # importing them fills RULES
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sizes:
-    """What every operation's result measures, and which labels its axes carry: for predicting a cut's sizes.
+    """The shapes and labels of every operation's results: what is needed to predict sizes after a cut.
 
     `returned`: the same of what each module returns, by its name, once for each of its calls in evaluation mode.
     """
@@ -116,11 +117,11 @@ def trace_and_measure(model: nn.Module, example_inputs: Any) -> tuple[Traced, Co
 
 
 def _trace(model: nn.Module, example_inputs: Any, watch: AbstractContextManager[Any]) -> Traced:
-    traced, splits = _walk(model, example_inputs, {}, watch)
+    traced, splits = _trace_once(model, example_inputs, {}, watch)
     for prefer in _PREFERENCES:
         choices = _other_choices(traced, splits, prefer)
         if choices:
-            again, others = _walk(model, example_inputs, choices, nullcontext())
+            again, others = _trace_once(model, example_inputs, choices, nullcontext())
             if _locked(again) < _locked(traced):
                 traced, splits = again, others
     if traced.unmet:
@@ -128,10 +129,10 @@ def _trace(model: nn.Module, example_inputs: Any, watch: AbstractContextManager[
     return traced
 
 
-def _walk(
+def _trace_once(
     model: nn.Module, example_inputs: Any, choices: Mapping[int, int], watch: AbstractContextManager[Any]
 ) -> tuple[Traced, list[Split]]:
-    """One tracer through the network, with `watch` around its run in evaluation mode."""
+    """One trace, with `watch` around its run in evaluation mode."""
     tracer = Tracer(RULES, choices)
     names = _register(model, tracer)
     with preserved(model) as added, random_state_preserved(model):
@@ -157,17 +158,17 @@ def _other_choices(traced: Traced, splits: list[Split], prefer: Callable[[Split]
 
     Attention with a head size that fixes the scale is the usual case: there, whole heads can go.
     """
-    choices = {place: split.chosen for place, split in enumerate(splits)}
-    before = dict(choices)
-    for place, split in enumerate(splits):
+
+    def is_frozen(split: Split) -> bool:
         groups = set(traced.sizes.assembly.group_of[split.labels].tolist()) - {-1}
-        if any(traced[group].frozen not in (None, OUTPUT) for group in groups):
-            choices[place] = prefer(split)
-    return choices if choices != before else {}
+        return any(traced[group].frozen not in (None, OUTPUT) for group in groups)
+
+    choices = [prefer(split) if is_frozen(split) else split.chosen for split in splits]
+    return dict(enumerate(choices)) if choices != [split.chosen for split in splits] else {}
 
 
 def _register(model: nn.Module, tracer: Tracer) -> dict[int, str]:
-    """Open labels for every parameter and buffer; returns the names of the parameters by identity."""
+    """Give labels to every parameter and buffer; returns the names of the parameters by identity."""
     names = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if nn.parameter.is_lazy(tensor):
@@ -194,9 +195,7 @@ def _run(model: nn.Module, tracer: Tracer, inputs: Any) -> None:
     except TraceError:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()
-        message = f"the model does not run on the example inputs: {type(error).__name__}: {reason[0] if reason else ''}"
-        raise TraceError(message) from error
+        raise TraceError(f"the model does not run on the example inputs: {one_line(error)}") from error
     for tensor in leaves(outputs):
         tracer.freeze(tracer.layout(tensor), OUTPUT)
 

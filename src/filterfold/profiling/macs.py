@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import ModelError
+from ..errors import ModelError, one_line
 from ..utils.inputs import call, examples
 from ..utils.model_state import preserved, random_state_preserved
 from ..utils.modules import named_tensors
@@ -117,8 +117,8 @@ def measure(model: nn.Module, example_inputs: Any) -> Cost:
         try:
             call(model, examples(example_inputs))
         except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ModelError(f"{type(model).__name__} can't be run on one example of the inputs: {reason}") from error
+            name = type(model).__name__
+            raise ModelError(f"{name} can't be run on one example of the inputs: {one_line(error)}") from error
     return counting.cost()
 
 

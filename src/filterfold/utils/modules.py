@@ -22,7 +22,7 @@ WRAPPERS = {
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """All parameters and buffers (persistent or not) under all their names: tied ones come twice.
 
-    The same as PyTorch's `named_parameters` and `named_buffers` without removing duplicates, in one walk.
+    The same as PyTorch's `named_parameters` and `named_buffers` without removing duplicates, but faster.
     """
     modules: list[tuple[str, nn.Module]] = []
 
