@@ -262,7 +262,7 @@ def _on_path(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _one_line(name: str) -> Iterator[None]:
-    """Turn what a foreign factory raises into one line that names it; the cause stays attached."""
+    """Turn what a user's factory raises into one line that names it, with the cause attached."""
     try:
         yield
     except ModelError:
