@@ -1,4 +1,4 @@
-"""`filterfold prune`: a trained network made smaller."""
+"""`filterfold prune`: make a trained network smaller."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def _top1(model: nn.Module, data: ImageData) -> float:
 
 
 def _as_before(kept: Path, budget: dict[str, Any]) -> dict[str, Any]:
-    """The budget; or the widths of a run that was stopped in retraining, as a clock never gives the same ones again."""
+    """The budget, or the widths of a run that was stopped in retraining: measured times would give other ones."""
     plan = _kept_plan(kept)
     latency = budget["latency"]
     if latency is None or plan is None or plan.notes["latency"]["asked"] != latency.share:
@@ -192,7 +192,7 @@ def _as_before(kept: Path, budget: dict[str, Any]) -> dict[str, Any]:
 
 
 def _keep_widths(kept: Path, result: PruneResult) -> PruneResult:
-    """Note the plan until retraining is done; taken up from such a note, the result has its figures again."""
+    """Keep the plan in a file until retraining is done; a resumed result gets the plan of the file."""
     from ..utils.io import write_text
 
     plan = _kept_plan(kept)
@@ -209,7 +209,7 @@ def _kept_plan(kept: Path) -> Plan | None:
 
 
 def _retrain(model: nn.Module, data: ImageData, out: Path, recipe: Recipe, device: str, plan: Plan) -> None:
-    """Train the cut network; interrupted, the same command makes the same cut again and goes on from here."""
+    """Train the cut network; after an interruption the same command makes the same cut and resumes here."""
     from ..training import train
 
     weights = b"".join(value.cpu().numpy().tobytes() for value in model.state_dict().values())

@@ -1,4 +1,4 @@
-"""Images to arrays: decoding, fitting to a size, and the cache of what was decoded."""
+"""Decoding images to arrays of one size, and the cache of decoded data sets."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _CHUNK = 512
 
 
 _THREADS_PAY_ABOVE = 16384
-"""Encoded bytes above which threads help: smaller images hold the interpreter lock longer than they decode."""
+"""Encoded bytes above which threads help: with smaller images they mostly wait for the interpreter lock."""
 
 
 def open_image(entry: Mapping[str, Any] | None, hint: tuple[str, ...] | None = None) -> Any:
@@ -84,7 +84,7 @@ def fit(image: Any, size: int) -> Any:
 
 
 def unreadable(name: str, split: str, row: int, entry: Any, error: Exception) -> DataError:
-    """The one line for an image that can't be decoded."""
+    """The error for an image that can't be decoded."""
     path = entry.get("path") if isinstance(entry, Mapping) else None
     where = f" ({path})" if path else ""
     reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -149,7 +149,7 @@ def folder(given: Path | str | None) -> Path:
 
 
 def file_for(place: Place, options: dict[str, Any], given: Path | str | None) -> Path:
-    """The cache file for a place and the options that decide what its pixels become.
+    """The cache file for a data set, and the options that its pixels depend on.
 
     Local data is known by its files' names, sizes and modification times, hub data by id and
     revision: what was cached from the hub is used without asking it again.
@@ -168,7 +168,7 @@ def file_for(place: Place, options: dict[str, Any], given: Path | str | None) ->
 
 
 def read(path: Path) -> tuple[tuple[str, ...], dict[str, Split]] | None:
-    """Classes and splits as they are cached in a file, or None if there is nothing that can be used."""
+    """The classes and splits in a cache file, or None if it is missing or damaged."""
     if not path.is_file():
         return None
     try:
@@ -185,7 +185,7 @@ def read(path: Path) -> tuple[tuple[str, ...], dict[str, Split]] | None:
 
 
 def write(path: Path, classes: tuple[str, ...], splits: Mapping[str, Split]) -> None:
-    """Keep decoded data; a cache that can't be written only costs time, so it is logged and let be."""
+    """Cache decoded data. A cache that can't be written only costs time, so that is logged and not raised."""
     tensors = {}
     for role, split in splits.items():
         tensors[f"{role}.images"], tensors[f"{role}.labels"] = split.images.contiguous(), split.labels

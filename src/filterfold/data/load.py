@@ -139,7 +139,7 @@ def _pools(
     workers: int | None,
     cache_dir: Path | str | None,
 ) -> tuple[tuple[str, ...], Mapping[str, Held]]:
-    """The splits as the data set has them, decoded from the cache or from the files."""
+    """Classes and splits as the data set has them: from the cache, decoded, or to be streamed."""
     options = {**asdict(names), "revision": revision, "channels": channels, "size": size}
     file = decode.file_for(place, options, cache_dir)
     cached = decode.read(file)

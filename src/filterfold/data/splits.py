@@ -17,7 +17,7 @@ Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 Part = Callable[[int], slice]
-"""Which images of a batch are wanted, by their number: a slice with both ends."""
+"""Number of images in a batch → the slice of them that is wanted, with both ends."""
 
 
 BLOCKS = {"cuda": 2048}
@@ -76,7 +76,7 @@ class Split:
     normalization: Normalization
 
     def __post_init__(self) -> None:
-        """Refuse tensors that do not belong together."""
+        """Refuse tensors of wrong types or shapes."""
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:
             raise DataError(
                 f"images must be uint8 of shape (n, channels, height, width), not {self.images.dtype} "

@@ -1,4 +1,4 @@
-"""Lightning Fabric for our training: devices, precision, several processes, and commands that all of them run."""
+"""Lightning Fabric as `train` needs it, and commands of which torchrun starts several processes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def _joined() -> ClusterEnvironment:
-    """Ranks as `torch.distributed` has them, however the processes were started."""
+    """Tell Fabric the ranks that `torch.distributed` has, however the processes were started."""
     from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
     class Joined(TorchElasticEnvironment):
@@ -65,7 +65,7 @@ def _strategy(*, unreached: bool) -> DDPStrategy:
 
 
 def make(device: str, recipe: Recipe, model: nn.Module, example: Tensor) -> Fabric:
-    """Fabric for a device, with data-parallel training if processes have joined.
+    """Make a Fabric for a device, with data-parallel training if several processes train together.
 
     **Arguments:**
 
@@ -148,7 +148,7 @@ _waiting = False
 
 
 def lead_or_follow(command: Callable[[], object], work: Callable[[Any], object]) -> None:
-    """Meet the other ranks; run the command on rank 0, and on the others the work that it hands out, until it ends.
+    """Join the other ranks; rank 0 runs the command, the others do the work that it hands out until it ends.
 
     Only training is shared: rank 0 alone reads and writes files, cuts, times and reports, so no other part of a command
     needs to know that there are several processes.
@@ -176,12 +176,12 @@ def lead_or_follow(command: Callable[[], object], work: Callable[[Any], object])
 
 @contextmanager
 def handed_out(job: Any) -> Iterator[None]:
-    """Let the waiting ranks, if there are any, do in a `with` block what this one does in it.
+    """Hand a job to the waiting ranks, if there are any; they do it while this one does it in the `with` block.
 
     **Arguments:** `job`: something that can be pickled, with its tensors on the CPU.
 
-    **Raises:** `TrainingError` if the job can't be sent; `SystemExit` if another rank is gone: nothing can be done but
-    to start again from the checkpoint.
+    **Raises:** `TrainingError` if the job can't be sent; `SystemExit` if another rank is gone: only a new start from
+    the checkpoint helps.
     """
     global _waiting
     if not _waiting:

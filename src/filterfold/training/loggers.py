@@ -1,7 +1,7 @@
-"""Handing a run's figures to TensorBoard or MLflow, epoch by epoch.
+"""Logging the figures of a run to TensorBoard or MLflow, epoch by epoch.
 
-Both are asked for by name and imported only then. They look on: with or without them a run is the same run, ends with
-the same weights, and can be taken up again.
+Both are asked for by name and imported only then. They do not change a run: with or without them it ends with the same
+weights, and can be resumed.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ SERVER = "MLFLOW_TRACKING_URI"
 
 
 class Tracker:
-    """Something that figures are handed to; TensorBoard and MLflow derive from it."""
+    """Logs the figures of one trial; TensorBoard and MLflow derive from it."""
 
     def scalar(self, name: str, value: float, step: int) -> None:
-        """Keep one figure."""
+        """Log one figure."""
         raise NotImplementedError
 
     def text(self, name: str, text: str, step: int) -> None:
-        """Keep a text, where texts are kept."""
+        """Log a text, where the tracker has texts."""
 
     def close(self) -> None:
         """Write what is not written yet."""
 
     def row(self, row: Row) -> None:
-        """An epoch is over: scalars by phase (`train/loss`, `retrain/macs`, …) and the cuts as text, at the epoch."""
+        """Log an epoch: scalars by phase (`train/loss`, `retrain/macs`, …), and the cuts as text."""
         phase, epoch = row["phase"], row["epoch"]
         self.scalar(f"{phase}/loss", row["train_loss"], epoch)
         if row["validation_top1"] is not None:
@@ -53,7 +53,7 @@ class Tracker:
             self.text(f"{phase}/events", "\n\n".join(row["events"]), epoch)
 
     def final(self, figures: Mapping[str, float]) -> None:
-        """All is over; these are the results: scalars `final/…`."""
+        """Log the results at the end: scalars `final/…`."""
         for name, value in figures.items():
             self.scalar(f"final/{name}", value, 0)
 
@@ -87,7 +87,7 @@ class TensorBoard(Tracker):
 class MLflow(Tracker):
     """A run in MLflow: on the server that `MLFLOW_TRACKING_URI` names, else in a store in the run folder.
 
-    An interrupted trial goes on in its own run.
+    A trial that is resumed logs to the run that it had.
 
     **Arguments:**
 
