@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ...errors import ConfigError, SelectionError
-from ...plan import ChannelGroup, Cut, Plan, keep_units
+from ...errors import ConfigError
+from ...plan import ChannelGroup
 from ...profiling.macs import Cost
-from ...pruning.budgets import predict
+from ...pruning.budgets.patterns import check_shares
+from ...pruning.budgets.prices import SizePrices
+from ...pruning.budgets.ranking import unranked
+from ...pruning.budgets.solver import last_that_fits, out_of_reach
 from .curves import Layer, Sensitivity
 
 
@@ -77,68 +79,60 @@ def suggest(
     missing = [layer.group for layer in found.layers if layer.group not in by_name]
     if missing:
         raise ConfigError(f"{missing[0]} is no channel group of this network: the sweep is of another one")
-    work = _Work(found, by_name, cost, name)
+    reading = _Reading(found, by_name, cost, name)
     if loss is not None:
-        if loss < 0:
+        if not loss >= 0:
             raise ConfigError(f"a loss of {loss:g} points makes no sense: give 0 or more")
-        return work.at(loss)
+        return reading.at(loss)
     assert macs is not None
-    if not 0 < macs < 1:
-        raise ConfigError(f"macs={macs:g}: the share that may remain must lie between 0 and 1")
-    drops = sorted({max(0.0, drop) for layer in found.layers for drop in work.drops(layer).values()})
-    place = bisect_left(drops, -macs, key=lambda drop: -work.at(drop).macs)
-    if place == len(drops):
-        least = work.at(drops[-1]).macs
-        raise SelectionError(f"{macs:.1%} of the MACs can't be reached: the layers measured leave at least {least:.1%}")
-    return work.at(drops[place])
+    check_shares(macs=macs)
+    losses = sorted({max(0.0, lost) for points in reading.lost.values() for lost in points.values()}, reverse=True)
+    place = last_that_fits(len(losses), lambda place: reading.at(losses[place]).macs <= macs)
+    if place is None:
+        raise out_of_reach({"macs": macs}, {"macs": reading.at(losses[0]).macs})
+    return reading.at(losses[place])
 
 
-@dataclass(frozen=True)
-class _Work:
-    found: Sensitivity
-    groups: Mapping[str, ChannelGroup]
-    cost: Cost
-    criterion: str
+class _Reading:
+    """The curves of one criterion, and what the network costs when its layers lose shares of their filters."""
 
-    def drops(self, layer: Layer) -> dict[float, float]:
-        """Ratio → points lost, made to rise: what a smaller ratio loses, a larger one does not win back."""
-        worst, found = 0.0, {}
-        for point in layer.curve(self.criterion):
-            worst = max(worst, self.found.base["top1"] - point.top1)
-            found[point.ratio] = worst
-        return found
+    def __init__(self, found: Sensitivity, groups: Mapping[str, ChannelGroup], cost: Cost, criterion: str) -> None:
+        self.layers, self.ratios, self.criterion, self.whole = found.layers, found.ratios, criterion, cost.macs
+        self.prices = SizePrices([unranked(groups[layer.group]) for layer in found.layers], cost)
+        self.kept = {layer.group: {p.ratio: p.kept for p in layer.curve(criterion)} for layer in found.layers}
+        self.lost: dict[str, dict[float, float]] = {}
+        for layer in found.layers:
+            worst, self.lost[layer.group] = 0.0, {}
+            for point in layer.curve(criterion):  # what a smaller ratio loses, a larger one does not win back
+                worst = max(worst, found.base["top1"] - point.top1)
+                self.lost[layer.group][point.ratio] = worst
 
     def at(self, loss: float) -> Suggestion:
         """The suggestion for a loss."""
         ratios: dict[int, float] = {}
         pruned: dict[int, tuple[str, ...]] = {}
         skipped: dict[int, tuple[str, ...]] = {}
-        for stage in sorted({layer.stage for layer in self.found.layers}):
-            layers = [layer for layer in self.found.layers if layer.stage == stage]
-            best, most = 0.0, 0
-            for ratio in self.found.ratios:
-                removed = self.cost.macs - self._macs(dict.fromkeys(self._bear(layers, ratio, loss), ratio))
-                if removed > most:
-                    best, most = ratio, removed
-            names = tuple(self._bear(layers, best, loss)) if best else ()
+        for stage in sorted({layer.stage for layer in self.layers}):
+            layers = [layer for layer in self.layers if layer.stage == stage]
+            best, least = 0.0, self.whole
+            names: tuple[str, ...] = ()
+            for ratio in self.ratios:
+                bear = tuple(entry.group for entry in layers if self._bears(entry, ratio, loss))
+                macs = self._macs(dict.fromkeys(bear, ratio))
+                if macs < least:
+                    best, names, least = ratio, bear, macs
             ratios[stage], pruned[stage] = best, names
             skipped[stage] = tuple(layer.group for layer in layers if layer.group not in names)
         shares = {name: ratios[stage] for stage, names in pruned.items() for name in names}
-        return Suggestion(self.criterion, ratios, pruned, skipped, loss, self._macs(shares) / self.cost.macs)
+        return Suggestion(self.criterion, ratios, pruned, skipped, loss, self._macs(shares) / self.whole)
 
-    def _bear(self, layers: Sequence[Layer], ratio: float, loss: float) -> list[str]:
-        return [layer.group for layer in layers if self.drops(layer).get(ratio, float("inf")) <= loss + 1e-9]
+    def _bears(self, layer: Layer, ratio: float, loss: float) -> bool:
+        return self.lost[layer.group].get(ratio, float("inf")) <= loss + 1e-9
 
     def _macs(self, ratios: Mapping[str, float]) -> int:
         """What remains when the groups lose these shares; which units go makes no difference."""
-        cuts = []
-        for name, ratio in ratios.items():
-            group = self.groups[name]
-            kept = next(
-                point.kept
-                for layer in self.found.layers
-                for point in layer.points
-                if (layer.group, point.criterion, point.ratio) == (name, self.criterion, ratio)
-            )
-            cuts.append(Cut(name, keep_units(group.size, range(kept)), group.producers, group.consumers))
-        return predict(Plan(tuple(cuts)), self.cost).macs if cuts else self.cost.macs
+        counts = [
+            self.kept[layer.group][ratios[layer.group]] if layer.group in ratios else layer.size
+            for layer in self.layers
+        ]
+        return self.prices.amounts(counts)["macs"]
