@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -35,7 +36,7 @@ class Deadline:
     **Arguments:**
 
     - `seconds`: time from now, or None for no end.
-    - `clock`: seconds that only go up.
+    - `clock`: the time in seconds; by default that of the calendar, which other processes and machines have as well.
 
     >>> now = iter([0.0, 4.0])
     >>> deadline = Deadline(8.0, clock=lambda: next(now))
@@ -43,17 +44,13 @@ class Deadline:
     4.0
     """
 
-    def __init__(self, seconds: float | None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, seconds: float | None, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
-        self._end = None if seconds is None else clock() + seconds
-
-    def __reduce__(self) -> tuple[Callable[[float | None], Deadline], tuple[float | None]]:
-        """Another process's clock may count from elsewhere: what is handed over is the end by the calendar."""
-        return _until, (None if self._end is None else time.time() + self.remaining(),)
+        self._end = float("inf") if seconds is None else clock() + seconds
 
     def remaining(self) -> float:
         """Seconds left; infinite without an end."""
-        return float("inf") if self._end is None else self._end - self._clock()
+        return self._end - self._clock()
 
     def check(self, needed: float = 0.0) -> None:
         """Raise `Stopped` if less than `needed` seconds are left."""
@@ -65,10 +62,7 @@ class Deadline:
         self.check(1.2 * last)
 
 
-def _until(end: float | None) -> Deadline:
-    return Deadline(None if end is None else end - time.time())
-
-
+@dataclass(eq=False)
 class RunContext:
     """The place where trials are run.
 
@@ -82,27 +76,17 @@ class RunContext:
     - `trackers`: names of `training.TRACKERS`.
     """
 
-    def __init__(
-        self,
-        setting: Setting,
-        folder: Path,
-        device: str = "auto",
-        deadline: Deadline | None = None,
-        cache_dir: Path | None = None,
-        trackers: Sequence[str] = (),
-    ) -> None:
-        self.setting = setting
-        self.folder = Path(folder)
-        self.device = resolve(device)
-        self.deadline = deadline or Deadline(None)
-        self._cache_dir = cache_dir
-        self._trackers = tuple(trackers)
-        check_trackers(self._trackers)
+    setting: Setting
+    folder: Path
+    device: str = "auto"
+    deadline: Deadline = field(default_factory=lambda: Deadline(None))
+    cache_dir: Path | None = None
+    trackers: Sequence[str] = ()
 
-    def at(self, *, device: str | None = None, folder: Path | None = None) -> RunContext:
-        """The same context on another device, or with another run folder."""
-        place, where = folder or self.folder, device or self.device
-        return RunContext(self.setting, place, where, self.deadline, self._cache_dir, self._trackers)
+    def __post_init__(self) -> None:
+        """Refuse a device that is not there, and trackers that are not installed."""
+        self.device = resolve(self.device)
+        check_trackers(self.trackers)
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the images: another process loads its own."""
@@ -111,7 +95,7 @@ class RunContext:
     @cached_property
     def data(self) -> datasets.ImageData:
         """The data set, loaded when it is first asked for."""
-        return datasets.load(self.setting.data, cache_dir=self._cache_dir, **self.setting.data_options)
+        return datasets.load(self.setting.data, cache_dir=self.cache_dir, **self.setting.data_options)
 
     @property
     def example(self) -> Tensor:
@@ -176,7 +160,7 @@ class RunContext:
 
     def tracked(self, trial: Trial) -> AbstractContextManager[list[Tracker]]:
         """The trackers of a trial, for the length of a `with` block."""
-        return tracking(self._trackers, self.folder, trial.id)
+        return tracking(self.trackers, self.folder, trial.id)
 
     def loader(self, seed: int, count: int = 10) -> list[tuple[Tensor, Tensor]]:
         """Batches of training images, not augmented, for criteria that look at data."""

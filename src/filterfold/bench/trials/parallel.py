@@ -87,7 +87,7 @@ class _Pool:
         runner = self.runner
         if runner.context.device == "cuda":
             device = f"cuda:{number % torch.cuda.device_count()}"
-            runner = replace(runner, context=runner.context.at(device=device))
+            runner = replace(runner, context=replace(runner.context, device=device))
         link, theirs = self.context.Pipe()
         arguments = (theirs, runner, self.trials, self.taken, self.threads)
         process = self.context.Process(target=_work, args=arguments, daemon=True)
@@ -152,7 +152,7 @@ def _work(link: Connection, runner: Runner, trials: Sequence[Trial], taken: Muta
     library.addHandler(_Passing(link))
     library.setLevel(logging.WARNING)
     library.propagate = False
-    with suppress(Stopped, OSError):
+    with suppress(Stopped, BrokenPipeError):
         for record in runner.work(trials, taken):
             link.send(record)
 

@@ -157,10 +157,11 @@ def _run(runner: Runner, trial: Trial, token: str, threads: int, base: Files) ->
     torch.set_num_threads(threads)
     context = runner.context
     if context.device.startswith("cuda"):
-        context = context.at(device="cuda")  # Ray shows a task its own GPU only
+        context = replace(context, device="cuda")  # Ray shows a task its own GPU only
     shared = _read(context.folder / TOKEN) == token.encode()
     if not shared:
-        context = context.at(folder=Path(tempfile.gettempdir()) / f"filterfold-{os.getuid()}" / token)
+        own = Path(tempfile.gettempdir()) / f"filterfold-{os.getuid()}" / token
+        context = replace(context, folder=own)
         _place(context.folder, base)
     try:
         record = replace(runner, context=context)(trial)

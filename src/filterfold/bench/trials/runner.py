@@ -163,6 +163,11 @@ class Outcome:
         return self.left == 0 and self.timed
 
     @property
+    def total(self) -> int:
+        """Number of trials of the comparison."""
+        return self.left + len(records.finished(self.records))
+
+    @property
     def failed(self) -> tuple[Record, ...]:
         """Records of the trials that failed."""
         return tuple(record for record in self.records if record["status"] == "failed")
