@@ -64,13 +64,13 @@ def against_control(study: Study, measure: Measure) -> Table | None:
     """One measure against the control: difference or ratio, Cliff's δ, and permutation test with Holm."""
     rows, notes, seconds = [], [], measure.kind == "seconds"
     for test in control_tests(study, measure):
-        ours, theirs = test.samples
+        ours, theirs, paired = test.samples.ours, test.samples.theirs, test.samples.paired
         effect = stats.cliffs_delta(ours, theirs)
         if seconds and min(*ours, *theirs) > 0:
             found = stats.mean_ratio(theirs, ours)
             change = (cell(found.value, times(found.value)), Cell(ratio_interval(found)))
         else:
-            found = stats.mean_difference(ours, theirs, paired=test.paired)
+            found = stats.mean_difference(ours, theirs, paired=paired)
             change = (cell(found.value, signed(found.value)), Cell(interval(found.low, found.high)))
         delta = cell(effect.delta, f"{signed(effect.delta)} {effect.size}")
         rows.append((cell(test.group.label), *change, delta, p_cell(test.result.p), p_cell(test.p_adjusted)))

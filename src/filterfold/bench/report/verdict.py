@@ -79,7 +79,7 @@ class Judgement:
 
 
 def judge(study: Study, margin: float = 0.5) -> list[Judgement]:
-    """Hold every group against the control; empty if the study has no control.
+    """Compare every group with the control; empty if the study has no control.
 
     **Arguments:**
 
@@ -100,39 +100,46 @@ def judge(study: Study, margin: float = 0.5) -> list[Judgement]:
 
 
 def _measure(group: Group, control: Group, margin: float) -> Judgement:
+    top1, seconds = matched(group, control, TOP1), matched(group, control, SECONDS)
     judgement = Judgement(group, control, margin, macs_ratio=ratio_of_means(control, group, MACS))
-    top1, paired = matched(group, control, TOP1)
     if top1:
-        judgement = replace(
-            judgement,
-            top1=stats.mean_difference(*top1, paired=paired),
-            tost=stats.equivalence(*top1, margin=margin, alpha=ALPHA, paired=paired),
-            paired=paired,
-        )
-    # Time depends on the machine and the moment, not on the checkpoint: never paired.
-    seconds, control_seconds = group.values(SECONDS), control.values(SECONDS)
-    if seconds and control_seconds and min(*seconds, *control_seconds) > 0:
-        judgement = replace(judgement, speedup=stats.mean_ratio(control_seconds, seconds))
+        ours, theirs, paired = top1.ours, top1.theirs, top1.paired
+        difference = stats.mean_difference(ours, theirs, paired=paired)
+        tost = stats.equivalence(ours, theirs, margin=margin, alpha=ALPHA, paired=paired)
+        judgement = replace(judgement, top1=difference, tost=tost, paired=paired)
+    if seconds and min(*seconds.ours, *seconds.theirs) > 0:
+        judgement = replace(judgement, speedup=stats.mean_ratio(seconds.theirs, seconds.ours))
     return judgement
 
 
-def matched(group: Group, control: Group, measure: Measure) -> tuple[tuple[list[float], list[float]] | None, bool]:
-    """The two samples of a measure, and whether they are paired.
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """A measure's values of a group and of the control; if `paired`, entry i of both belongs together."""
+
+    ours: list[float]
+    theirs: list[float]
+    paired: bool
+
+
+def matched(group: Group, control: Group, measure: Measure) -> Samples | None:
+    """The two samples of a measure; None where one side does not have it.
 
     They are paired where every trial of the group went on from a trained network (its history has a `retrain` phase)
-    and the control has a trial with its seed; the control's further trials are left out then.
+    and the control has a trial with its seed; the control's further trials are left out then. Times are never paired:
+    they depend on the machine and the moment, not on the checkpoint.
     """
     ours, theirs = group.values(measure), control.values(measure)
     if not ours or not theirs:
-        return None, False
+        return None
     seeds = [trial.get("seed") for trial in group.trials]
     others = {trial.get("seed"): trial for trial in control.trials}
     complete = len(ours) == group.n and len(theirs) == control.n == len(others)
     one_to_one = len(set(seeds)) == len(seeds) and set(seeds) <= set(others) and None not in seeds
-    if not (complete and one_to_one and all(_went_on(trial) for trial in group.trials)):
-        return (ours, theirs), False
-    ordered = Group(control.label, control.method, control.clusters, tuple(others[seed] for seed in seeds))
-    return (ours, ordered.values(measure)), True
+    went_on = all(_went_on(trial) for trial in group.trials)
+    if measure.kind == "seconds" or not (complete and one_to_one and went_on):
+        return Samples(ours, theirs, False)
+    partners = replace(control, trials=tuple(others[seed] for seed in seeds))
+    return Samples(ours, partners.values(measure), True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,22 +147,18 @@ class ControlTest:
     """The permutation test of one group against the control; `p_adjusted` is corrected by Holm over the groups."""
 
     group: Group
-    samples: tuple[list[float], list[float]]
-    paired: bool
+    samples: Samples
     result: stats.Significance
     p_adjusted: float | None
 
 
 def control_tests(study: Study, measure: Measure) -> list[ControlTest]:
     """Permutation tests of one measure, one for each group that has it; empty without a control."""
-    if study.reference is None:
-        return []
-    # Time depends on the machine and the moment, not on the checkpoint: never paired.
-    found = [(group, *matched(group, study.reference, measure)) for group in study.others]
-    usable = [(group, both, paired and measure.kind != "seconds") for group, both, paired in found if both]
-    results = [stats.permutation(*both, paired=paired) for _, both, paired in usable]
+    control = study.reference
+    found = [(group, both) for group in study.others if control and (both := matched(group, control, measure))]
+    results = [stats.permutation(both.ours, both.theirs, paired=both.paired) for _, both in found]
     adjusted = stats.holm([result.p for result in results])
-    return [ControlTest(*one, result, p) for one, result, p in zip(usable, results, adjusted, strict=True)]
+    return [ControlTest(*one, result, p) for one, result, p in zip(found, results, adjusted, strict=True)]
 
 
 def _went_on(trial: Record) -> bool:
@@ -269,8 +272,8 @@ def _power(known: Sequence[Judgement], paired: bool) -> str | None:
 
 def _variance(j: Judgement) -> float:
     """Of the differences if paired, else pooled over both sides."""
-    both, paired = matched(j.group, j.control, TOP1)
-    if both and paired:
-        return (stats.summarise([x - y for x, y in zip(*both, strict=True)]).sd or 0.0) ** 2
+    both = matched(j.group, j.control, TOP1)
+    if both and both.paired:
+        return (stats.summarise([x - y for x, y in zip(both.ours, both.theirs, strict=True)]).sd or 0.0) ** 2
     found = [stats.summarise(group.values(TOP1)) for group in (j.group, j.control)]
     return sum((one.n - 1) * (one.sd or 0.0) ** 2 for one in found) / max(sum(one.n for one in found) - 2, 1)
