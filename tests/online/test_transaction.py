@@ -1,4 +1,4 @@
-"""A cut during training is one transaction: an error at any stage leaves everything as it was; it can be tried again."""
+"""A cut during training is one transaction: an error at any stage leaves everything as it was."""
 
 from __future__ import annotations
 
