@@ -125,7 +125,7 @@ def start(mode: str, width: float, device: str, batch: int, steps: int) -> Runne
 
     from filterfold.data import ImageData, Split
     from filterfold.training import Recipe, Run, fabric
-    from filterfold.training.loop import Loop
+    from filterfold.training.loop import Job, Leading, Loop
     from filterfold.zoo import build
 
     generator = torch.Generator().manual_seed(SEED)
@@ -140,7 +140,8 @@ def start(mode: str, width: float, device: str, batch: int, steps: int) -> Runne
     fabric = fabric.make(device, recipe, model, data.example)
     model.to(fabric.device)
     run = Run(model, recipe.optimizer(model), data, recipe, fabric, "train")
-    return Runner(mode, run, Loop(run, (), (), None, 0.0, None, 0, {}), batch * steps, device)
+    job = Job(model, data, recipe, callbacks=(), optimizer=None, validate_every=0, device=device, phase="train")
+    return Runner(mode, run, Loop(run, job, Leading(), {}), batch * steps, device)
 
 
 def measure(width: float, modes: list[str], device: str, batch: int, steps: int, rounds: int) -> list[dict[str, Any]]:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
+import filterfold as ff
 from filterfold.errors import PlanError
+from filterfold.graph import rewrite_stale_sizes
 from filterfold.plan import AttributeChange, Cut, Plan, Slice, _decode, _encode, keep_units
 
 
@@ -89,3 +96,54 @@ def test_what_is_no_plan_is_refused_in_one_line(text):
 def test_another_format_is_named():
     with pytest.raises(PlanError, match="plan format 7 is not 1"):
         Plan.from_json(example().to_json().replace('"format": 1', '"format": 7'))
+
+
+def test_a_plan_can_be_hashed_and_its_notes_not_changed():
+    assert len({example(), example(), Plan(example().cuts)}) == 2
+    listed = Plan((), (AttributeChange("", "sizes", [4, [1, 2]], [2, [1, 2]]),))
+    assert Plan.from_json(listed.to_json()) == listed
+    assert hash(Plan.from_json(listed.to_json())) == hash(listed)
+    asked = {"keep": 0.5}
+    plan = Plan((), notes=asked)
+    asked["keep"] = 0.75
+    assert plan.notes == {"keep": 0.5}
+    with pytest.raises(TypeError):
+        plan.notes["keep"] = 0.25
+
+
+def results() -> list[Any]:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    x = torch.zeros(1, 3, 8, 8)
+    traced = ff.trace(net, x)
+    result = ff.prune(net, x, keep=0.5)
+    return [traced, result, result.plan, result.plan.cuts[0], traced[0], result.before, result.verified, example()]
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_what_prune_and_trace_give_can_be_copied_and_pickled(again):
+    for value in results():
+        other = again(value)
+        assert type(other) is type(value)
+        assert other == value
+        assert str(other) == str(value)
+    traced = results()[0]
+    other = again(traced)
+    assert other.by_name == traced.by_name
+    assert other.unmet == traced.unmet
+    assert [step.op for step in other.sizes.steps] == [step.op for step in traced.sizes.steps]
+
+
+def test_a_copied_trace_still_predicts_sizes():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.width, self.first, self.last = 6, nn.Conv2d(3, 6, 3), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.first(x).mean((2, 3)).view(-1, self.width))
+
+    net, x = Net(), torch.randn(2, 3, 5, 5)
+    traced = pickle.loads(pickle.dumps(ff.trace(net, x)))
+    plan = Plan((Cut("first", keep_units(6, (0, 2)), traced[0].producers, traced[0].consumers),))
+    ff.apply(plan, net)
+    assert [(c.attribute, c.old, c.new) for c in rewrite_stale_sizes(net, plan, traced, x)] == [("width", 6, 2)]

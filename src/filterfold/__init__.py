@@ -16,7 +16,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .errors import FilterfoldError
-from .graph import trace
+from .graph import trace, tracing_rule
 from .online.folding.fold import from_clusters
 from .plan import ChannelGroup, Cut, Plan, Slice
 from .profiling import measure_latency
@@ -32,7 +32,7 @@ from .surgery.verdict import Verification
 from .surgery.verify import verify
 
 if TYPE_CHECKING:
-    from .online import OnlineFilterClustering, Schedule
+    from .online import Distillation, OnlineFilterClustering, Schedule
     from .utils.export import to_onnx, to_program
 
 
@@ -44,6 +44,7 @@ __all__ = [
     "ChannelGroup",
     "Cost",
     "Cut",
+    "Distillation",
     "FilterfoldError",
     "LatencyBudget",
     "OnlineFilterClustering",
@@ -73,11 +74,13 @@ __all__ = [
     "to_onnx",
     "to_program",
     "trace",
+    "tracing_rule",
     "verify",
 ]
 
 
 _LAZY = {
+    "Distillation": "online",
     "OnlineFilterClustering": "online",
     "Schedule": "online",
     "to_onnx": "utils.export",

@@ -57,3 +57,13 @@ class TrainingError(FilterfoldError):
 
 class ExportError(FilterfoldError):
     """A model that can't be written in another format, or computes something else there."""
+
+
+def one_line(error: BaseException) -> str:
+    r"""The type of an error and the first line of its message, for a message of our own.
+
+    >>> one_line(ValueError("no such layer\nTraceback: ..."))
+    'ValueError: no such layer'
+    """
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
+    return f"{type(error).__name__}: {text}"

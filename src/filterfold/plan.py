@@ -1,14 +1,14 @@
-"""The plan: what a cut will do, written down before anything is touched.
+"""The plan: what a cut will do, written down before anything is touched; and what it is about: slices and groups.
 
 A plan names tensors and units, never modules, so it can be printed, saved as JSON, compared, and
-replayed on any model with the same parameter names and shapes. Dropping and folding are one noun:
-every unit has the index that it ends up in, or -1; units with the same index are folded into one.
+applied to any model with the same parameter names and shapes. It says for every unit the index that it
+ends up in, or -1 if it is dropped; units with the same index are folded into one.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ FORMAT = 1
 
 
 DROPPED = -1
+"""What an assignment says of a unit that is dropped."""
 
 
 Role = Literal["filter", "depthwise", "bias", "norm", "scale", "kernel"]
@@ -45,6 +46,42 @@ class Slice:
     units: tuple[int, ...]
     role: Role
     weight: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelGroup:
+    """Units that are coupled: a convolution's filters, or all filters along a residual stage.
+
+    A *unit* is one removable channel of the whole network: every slice of every parameter and
+    buffer that must go together. The group's slices say where they are.
+
+    **Arguments:**
+
+    - `name`: qualified name of the first layer that makes the channels, such as `layer1.0.conv1`.
+    - `size`: number of units.
+    - `producers`: slices that *make* the channels: weight rows, biases, batch-norm entries.
+    - `consumers`: slices that *read* them: the input kernels of the next layers.
+    - `exact`: whether removing a unit equals zeroing its consumer slices (masking).
+    - `frozen`: why the group can't be cut, or None.
+    - `classes`: shape `(size,)`: units of one class have slices of equal signature (they occur the
+      same number of times in the same tensors). A plan must leave at least one unit of every class.
+    - `blocks`: shape `(size,)`: every block must keep the same number of units (the groups of a
+      group normalisation, say). All zero where there is no such constraint.
+    - `symmetric`: whether the order of the units does not matter, so that permuting units of one
+      class leaves the network's function as it is; False where a convolution slides over them.
+    - `remark`: why the group is not exact, or None.
+    """
+
+    name: str
+    size: int
+    producers: tuple[Slice, ...]
+    consumers: tuple[Slice, ...]
+    exact: bool
+    frozen: str | None
+    classes: tuple[int, ...]
+    blocks: tuple[int, ...]
+    symmetric: bool = True
+    remark: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,16 +149,46 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class AttributeChange:
-    """A size written into user code that must change with the cut: `module.attribute = new`.
+    """A size written into the model's own code that must change with the cut: `module.attribute = new`.
 
     `module` is the qualified module name ("" for the root), `attribute` an entry of its `__dict__`;
-    `old` and `new` are an int, or an (arbitrarily nested) tuple or list of ints.
+    `old` and `new` are an int, or an (arbitrarily nested) tuple of ints; lists become tuples.
     """
 
     module: str
     attribute: str
     old: Any
     new: Any
+
+    def __post_init__(self) -> None:
+        """Lists can't be hashed, and JSON knows nothing else: make them tuples."""
+        object.__setattr__(self, "old", _freeze(self.old))
+        object.__setattr__(self, "new", _freeze(self.new))
+
+
+class FrozenMapping(Mapping[str, Any]):
+    """A read-only dictionary that can be copied and pickled.
+
+    >>> FrozenMapping({"criterion": "l1"})
+    {'criterion': 'l1'}
+    """
+
+    __slots__ = ("_values",)
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = dict(values)
+
+    def __getitem__(self, key: str) -> Any:
+        return self._values[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return repr(self._values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +198,9 @@ class Plan:
     **Arguments:**
 
     - `cuts`: one for every group that the selection looked at, changed or not.
-    - `attributes`: sizes in user code to be rewritten (found by verification, replayed with the plan).
-    - `notes`: JSON-able remarks on how the plan came about: criterion, asked and achieved budget.
+    - `attributes`: sizes in the model's own code that change with the cut (`prune` finds them).
+    - `notes`: JSON-able remarks on how the plan came about: criterion, asked and achieved budget. Read-only, and no
+      part of the hash.
 
     ```python
     >>> part = Slice("conv.weight", 0, (0, 1, 2), "filter")
@@ -148,7 +216,11 @@ class Plan:
 
     cuts: tuple[Cut, ...]
     attributes: tuple[AttributeChange, ...] = ()
-    notes: Mapping[str, Any] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        """Take a copy of the notes that nobody can change."""
+        object.__setattr__(self, "notes", FrozenMapping(self.notes))
 
     @property
     def widths(self) -> dict[str, tuple[int, int]]:
@@ -193,8 +265,7 @@ class Plan:
             return cls(
                 cuts=tuple(_cut_from_dict(entry) for entry in document["cuts"]),
                 attributes=tuple(
-                    AttributeChange(e["module"], e["attribute"], _freeze(e["old"]), _freeze(e["new"]))
-                    for e in document["attributes"]
+                    AttributeChange(e["module"], e["attribute"], e["old"], e["new"]) for e in document["attributes"]
                 ),
                 notes=document["notes"],
             )
@@ -253,7 +324,7 @@ def _slice_from_dict(entry: Mapping[str, Any]) -> Slice:
 
 
 def _encode(values: Sequence[int]) -> list[list[int]]:
-    """Runs of [first, count, step]; most label vectors are one run, so JSON stays small.
+    """Runs of [first, count, step]; most slices are one run, so JSON stays small.
 
     >>> _encode((0, 1, 2, -1, -1, 3))
     [[0, 3, 1], [-1, 2, 0], [3, 1, 1]]
@@ -277,41 +348,4 @@ def _decode(runs: Iterable[Sequence[int]]) -> tuple[int, ...]:
 
 
 def _freeze(value: Any) -> Any:
-    """JSON has lists only; sizes in plans are compared, so they become tuples."""
-    return tuple(_freeze(item) for item in value) if isinstance(value, list) else value
-
-
-@dataclass(frozen=True, slots=True)
-class ChannelGroup:
-    """Units that are coupled: a convolution's filters, or all filters along a residual stage.
-
-    A *unit* is one removable channel of the whole network: every slice of every parameter and
-    buffer that must go together. The group's slices say where they are.
-
-    **Arguments:**
-
-    - `name`: qualified name of the first layer that makes the channels, such as `layer1.0.conv1`.
-    - `size`: number of units.
-    - `producers`: slices that *make* the channels: weight rows, biases, batch-norm entries.
-    - `consumers`: slices that *read* them: the input kernels of the next layers.
-    - `exact`: whether removing a unit equals zeroing its consumer slices (masking).
-    - `frozen`: why the group can't be cut, or None.
-    - `classes`: shape `(size,)`: units of one class have slices of equal signature (they occur the
-      same number of times in the same tensors). A plan must leave at least one unit of every class.
-    - `blocks`: shape `(size,)`: every block must keep the same number of units (the groups of a
-      group normalisation, say). All zero where there is no such constraint.
-    - `symmetric`: whether the order of the units does not matter, so that permuting units of one
-      class leaves the network's function as it is; False where a convolution slides over them.
-    - `remark`: why the group is not exact, or None.
-    """
-
-    name: str
-    size: int
-    producers: tuple[Slice, ...]
-    consumers: tuple[Slice, ...]
-    exact: bool
-    frozen: str | None
-    classes: tuple[int, ...]
-    blocks: tuple[int, ...]
-    symmetric: bool = True
-    remark: str | None = None
+    return tuple(_freeze(item) for item in value) if isinstance(value, list | tuple) else value

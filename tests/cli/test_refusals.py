@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-import filterfold.cli.compare as comparing
 from filterfold.cli.app import app
+from filterfold.cli.options import RunOptions
 from filterfold.zoo import build
 
 runner = CliRunner()
@@ -136,19 +136,19 @@ def test_bad_input(place: Path, case: str) -> None:
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(comparing, "run", broken)
+    monkeypatch.setattr(RunOptions, "run", broken)
     result = runner.invoke(app, ["compare", *TINY, "--methods", "dense", "--out", str(tmp_path / "run")])
     assert isinstance(result.exception, ZeroDivisionError)
 
 
 def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(comparing, "run", interrupted)
+    monkeypatch.setattr(RunOptions, "run", interrupted)
     result = runner.invoke(app, ["compare", *TINY, "--methods", "dense", "--out", str(tmp_path / "run")])
     assert result.exit_code == 130
     assert result.stderr == "filterfold: interrupted; the same command goes on from here\n"

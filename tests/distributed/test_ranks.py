@@ -115,6 +115,35 @@ def test_a_refused_command_ends_all_processes(torchrun: Launch, tmp_path: Path) 
     assert done.stderr.count("torchrun has every process train the same network") == 1
 
 
+@pytest.mark.slow
+def test_work_that_can_not_be_sent_is_refused_and_the_next_is_done(torchrun: Launch, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("""
+from filterfold import data, zoo
+from filterfold.errors import TrainingError
+from filterfold.training import Callback, Recipe, train
+from filterfold.training.fabric import lead_or_follow
+from filterfold.training.loop import work
+
+def command():
+    class Local(Callback):
+        pass
+
+    digits, recipe = data.load("digits", train_limit=100), Recipe(epochs=1, batch_size=50)
+    network = zoo.build("vgg_small", channels=1, image_size=8, width=0.25)
+    try:
+        train(network, digits, recipe, callbacks=[Local()], device="cpu")
+    except TrainingError as error:
+        print("refused:", error)
+    print("epochs:", len(train(network, digits, recipe, device="cpu").rows))
+
+lead_or_follow(command, work)
+""")
+    done = torchrun(script)
+    assert done.stdout.count("refused: the work can't be sent to the other processes (") == 1
+    assert done.stdout.count("epochs: 1") == 1
+
+
 def test_one_or_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     for engine in (lambda: Parallel(2), RayCluster):

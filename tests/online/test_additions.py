@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from filterfold import data, zoo
-from filterfold.bench.trials.config import DISTILL, Setting, Trial
+from filterfold.bench.trials.config import Setting, Trial
 from filterfold.bench.trials.context import RunContext
+from filterfold.bench.trials.method_names import DISTILL
 from filterfold.bench.trials.trial import run_trial
 from filterfold.errors import ConfigError
 from filterfold.online import CutOptions, OnlineCallback, OnlineFilterClustering, Schedule
-from filterfold.online.distillation import Teacher
 from filterfold.profiling.macs import measure
 from filterfold.training import Recipe, train
 
@@ -90,21 +90,9 @@ def test_repaired_kernels_bring_the_outputs_back(digits, trained) -> None:
 def test_remedies_that_can_not_be(digits, options, message) -> None:
     with pytest.raises(ConfigError, match=message):
         CutOptions(**options)
-    with pytest.raises(ConfigError, match="distill=-1"):
-        OnlineCallback(keep=0.5, distill=-1)
-
-
-def test_the_teachers_loss_is_hintons() -> None:
-    torch.manual_seed(1)
-    teacher = Teacher(nn.Linear(4, 3), temperature=3.0)
-    images, logits = torch.randn(6, 4), torch.randn(6, 3, requires_grad=True)
-    loss = teacher.loss(images, logits)
-    loss.backward()
-    p, q = (teacher.network(images) / 3).softmax(1), (logits.detach() / 3).softmax(1)
-    assert loss.item() == pytest.approx(9 * float((p * (p / q).log()).sum(1).mean()), rel=1e-5)
-    assert logits.grad is not None
-    assert torch.allclose(logits.grad, 3 * (q - p) / 6, atol=1e-6)  # the gradient that section 2.1 derives
-    assert all(parameter.grad is None for parameter in teacher.network.parameters())
+    for options in ({"distill": -1}, {"distill": float("nan")}, {"distill": 1, "temperature": 0}):
+        with pytest.raises(ConfigError, match=f"{list(options)[-1]}={list(options.values())[-1]}"):
+            OnlineCallback(keep=0.5, **options)
 
 
 def run(model: nn.Module, digits, callback: OnlineCallback, path: Path | None = None, check=None):

@@ -5,8 +5,20 @@ from __future__ import annotations
 import sys
 from importlib.util import find_spec
 
-LAB = ("datasets", "lightning_fabric", "matplotlib", "pandas", "PIL", "rich", "sklearn", "typer")
-"""Packages of `filterfold[lab]` that commands import: `pip install filterfold` installs none of them."""
+LAB = (
+    "datasets",
+    "filelock",
+    "jinja2",
+    "lightning_fabric",
+    "matplotlib",
+    "pandas",
+    "PIL",
+    "rich",
+    "sklearn",
+    "tomli_w",
+    "typer",
+)
+"""What `filterfold[lab]` installs, by the names that are imported."""
 
 
 REFUSED = 2

@@ -1,4 +1,4 @@
-"""The command line's entry: its commands, one-line errors, and running in every process of a launch."""
+"""The commands, their options from dataclasses, and one-line errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def refusing(interrupted: str) -> Callable[[Callable[..., None]], Callable[..., 
 
     **Arguments:**
 
-    - `interrupted`: what to tell somebody who pressed Ctrl-C.
+    - `interrupted`: what to print after Ctrl-C.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -119,7 +119,7 @@ app = typer.Typer(
 
 
 def run() -> None:
-    """Run the command line. Under torchrun rank 0 runs it, and the other ranks train along."""
+    """Run the command line. Under torchrun rank 0 runs it, and the other ranks take part in training."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         app()
         return
@@ -156,7 +156,7 @@ RESUME = "the same command goes on from here"
 
 
 NOTHING = "nothing is left half-written"
-"""What somebody who pressed Ctrl-C is told."""
+"""What is printed after Ctrl-C."""
 
 
 for _group, _command, _examples, _interrupted in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,20 +14,18 @@ from . import report
 from .display import live, say
 from .options import (
     DataOptions,
-    Device,
     EngineOptions,
     ModelOptions,
     OnlineOptions,
-    Threads,
     TrainingOptions,
     listed,
     settings,
-    use_threads,
 )
 from .report import MARGIN_HELP
 
 if TYPE_CHECKING:
-    from ..bench.trials.config import Comparison, Setting
+    from ..bench.trials.config import Setting
+    from ..bench.trials.runner import Outcome
 
 
 UNFINISHED = 3
@@ -84,7 +83,7 @@ def compare(
     images: DataOptions,
     training: TrainingOptions,
     clustering: OnlineOptions,
-    places: EngineOptions,
+    running: EngineOptions,
     methods: Annotated[
         str | None,
         Option(
@@ -127,9 +126,6 @@ def compare(
     round_to: Annotated[int, Option(help="Keep multiples of so many filters.", rich_help_panel="Comparison")] = 1,
     margin: Annotated[float, Option(help=MARGIN_HELP, rich_help_panel="Comparison")] = 0.5,
     out: Annotated[Path | None, Option(help="Run folder.", show_default="runs/MODEL-DATA")] = None,
-    stop_after: Annotated[str | None, Option(help="Stop in time, to be gone on with: 9m, 90s, 2h.")] = None,
-    device: Device = "auto",
-    threads: Threads = None,
 ) -> None:
     """Train and prune with several methods and seeds, and report which is worth it.
 
@@ -139,7 +135,6 @@ def compare(
     """
     from ..bench.trials.config import COMPARED, CONTROLS, Setting, plan
 
-    use_threads(threads)
     setting = Setting(
         model=chosen.model,
         data=images.data,
@@ -160,59 +155,48 @@ def compare(
         macs=listed(macs, "--macs", float),
         seeds=range(first_seed, first_seed + trials),
     )
-    run(comparison, out or default_folder(setting), margin, device, stop_after, images.cache_dir, places)
+    folder = out or default_folder(setting)
+    show(running.run(comparison, folder, cache_dir=images.cache_dir), folder, margin)
 
 
-def run(
-    comparison: Comparison,
-    folder: Path,
-    margin: float,
-    device: str,
-    stop_after: str | None,
-    cache_dir: Path | None,
-    places: EngineOptions,
-) -> None:
-    """Run a comparison, show what it came to, and end with the exit code that says how far it came."""
-    from ..bench.trials.deadline import seconds
-    from ..bench.trials.runner import compare
-    from ..utils.environment import command
-
-    how = places.keywords()  # what makes no sense is refused before anything is loaded
-    with live():
-        outcome = compare(
-            comparison,
-            folder,
-            device=device,
-            stop_after=seconds(stop_after) if stop_after else None,
-            command=command(),
-            cache_dir=cache_dir,
-            **how,
-        )
-        records = list(map(dict, outcome.records))
-        page = report.write(records, folder, margin) if records else None
+def show(outcome: Outcome, folder: Path, margin: float) -> None:
+    """Show what a comparison came to, write its report, and end with the exit code that says how far it came."""
+    records = list(map(dict, outcome.records))
     if records:
+        with live():
+            page = report.write(records, folder, margin)
         report.show(records, margin)
     say(f"records and networks: {folder}")
-    if page is not None:
+    if records:
         say(f"report: {page}")
     if outcome.failed:
-        say(f"{len(outcome.failed)} of {len(comparison.trials)} trials failed; the same command tries them again")
+        say(f"{len(outcome.failed)} of {outcome.total} trials failed; the same command tries them again")
     elif not outcome.complete:
-        what = f"{outcome.left} of {len(comparison.trials)} trials" if outcome.left else "timing"
+        what = f"{outcome.left} of {outcome.total} trials" if outcome.left else "timing"
         say(f"stopped in time; still to do: {what}; the same command goes on from here")
+    leave(outcome)
+
+
+def leave(outcome: Outcome) -> None:
+    """End with exit code `UNFINISHED` or `FAILED` unless everything is done."""
     if not outcome.complete:
         raise typer.Exit(FAILED if outcome.failed and outcome.timed else UNFINISHED)
 
 
+@dataclass(frozen=True)
+class DemoOptions(EngineOptions):
+    """On one thread of the CPU: the images are so small that more only get in each other's way."""
+
+    device: Annotated[str, Option(help="cpu, cuda, cuda:N, or auto.", rich_help_panel="How trials run")] = "cpu"
+    threads: Annotated[int | None, Option(help="CPU threads.", min=1, rich_help_panel="How trials run")] = 1
+
+
 def demo(
-    places: EngineOptions,
+    running: DemoOptions,
     out: Annotated[Path, Option(help="Run folder.")] = Path("runs/demo"),
     trials: Annotated[int, Option(help="Seeds for each method.")] = 5,
     epochs: Annotated[int, Option("--epochs", "-e", help="Passes over the training images.")] = 20,
     keep: Annotated[float, Option(help="Share of the filters that stays.")] = 0.5,
-    stop_after: Annotated[str | None, Option(help="Stop in time, to be gone on with: 30s, 1m.")] = None,
-    device: Device = "cpu",
-    threads: Annotated[int, Option(help="CPU threads.", min=1)] = 1,
 ) -> None:
     """Compare dense training, the original algorithm and online clustering on handwritten digits.
 
@@ -221,7 +205,6 @@ def demo(
     """
     from ..bench.trials.config import Setting, plan
 
-    use_threads(threads)
     setting = Setting(
         model="vgg_small",
         data="digits",
@@ -231,7 +214,7 @@ def demo(
         online=OnlineOptions().keywords(),
     )
     comparison = plan(setting, ("dense", "l1", "online"), keep=[keep], seeds=range(trials))
-    run(comparison, out, 1.0, device, stop_after, None, places)
+    show(running.run(comparison, out), out, margin=1.0)
 
 
 def default_folder(setting: Setting, first: str = "") -> Path:

@@ -24,7 +24,7 @@ if not console.is_terminal and "COLUMNS" not in os.environ:
 
 
 class _Messages(logging.Handler):
-    """The library's log as plain lines between the progress bars: warnings, and what trials come to."""
+    """The library's log as plain lines between the progress bars: warnings, and the results of trials."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno < logging.WARNING and not record.name.startswith("filterfold.bench.trials"):
@@ -109,7 +109,7 @@ def _needed(name: str, cells: Sequence[str], text: bool) -> int:
 
 
 _NAME = 24
-"""Where room is short, longer names than this break."""
+"""On a narrow terminal longer names than this are broken."""
 
 
 def _fit(widths: Sequence[int]) -> bool:

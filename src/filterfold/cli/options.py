@@ -12,11 +12,13 @@ from typer import Option
 
 from ..errors import CheckpointError, ConfigError, RecordError
 from ..training.recipe import Recipe
+from .display import live
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..bench.trials.runner import Engine
+    from ..bench.trials.config import Comparison
+    from ..bench.trials.runner import Engine, Outcome
     from ..data import ImageData
 
 
@@ -28,8 +30,9 @@ MODEL_HELP = (
 DATA_HELP = "digits, cifar10, cifar100, a Parquet or image folder, or a hub id."
 
 
-_model, _data, _training, _online = (
-    partial(Option, rich_help_panel=panel) for panel in ("Model", "Data", "Training", "Online clustering")
+_model, _data, _training, _online, _run = (
+    partial(Option, rich_help_panel=panel)
+    for panel in ("Model", "Data", "Training", "Online clustering", "How trials run")
 )
 
 
@@ -184,16 +187,10 @@ Threads = Annotated[int | None, Option(help="CPU threads.", show_default="as man
 LOG_HELP = "Hand figures on while trials run: tensorboard (event files in RUN/logs), mlflow, or both."
 
 
-Log = Annotated[str | None, Option(help=LOG_HELP)]
-
-
 Precision = Annotated[str, Option(help="32-true, bf16-mixed or 16-mixed.")]
 
 
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace what is there.")]
-
-
-StopAfter = Annotated[str | None, Option(help="Stop in time, to be gone on with: 9m, 90s, 2h.")]
 
 
 def use_threads(count: int | None) -> None:
@@ -204,53 +201,76 @@ def use_threads(count: int | None) -> None:
         torch.set_num_threads(count)
 
 
-WHERE = "How trials run"
-
-
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class EngineOptions:
-    """Here, one after the other or several at a time, or on a Ray cluster; who looks on; how networks are timed."""
+class RunOptions:
+    """How trials run: where, until when, and what is told of them."""
 
-    engine: Annotated[str, Option(help="local, or ray: a Ray cluster.", rich_help_panel=WHERE)] = "local"
+    log: Annotated[str | None, _run(help=LOG_HELP)] = None
+    stop_after: Annotated[
+        str | None, _run(help="Stop in time, with everything saved; the same command goes on: 9m, 90s, 2h.")
+    ] = None
+    device: Annotated[str, _run(help="cpu, cuda, cuda:N, or auto: the GPU if there is one.")] = "auto"
+    threads: Annotated[int | None, _run(help="CPU threads.", show_default="as many as cores", min=1)] = None
+
+    def keywords(self) -> dict[str, Any]:
+        """Arguments of `bench.trials.runner.compare`.
+
+        **Raises:** `ConfigError` for what makes no sense.
+        """
+        from ..bench.trials.context import seconds
+
+        return {
+            "trackers": listed(self.log, "--log", str),
+            "stop_after": seconds(self.stop_after) if self.stop_after else None,
+            "device": self.device,
+        }
+
+    def run(
+        self, comparison: Comparison, folder: Path, *, cache_dir: Path | None = None, fresh: bool = False
+    ) -> Outcome:
+        """Run a comparison with these options."""
+        from ..bench.trials.runner import compare
+        from ..utils.environment import command
+
+        use_threads(self.threads)
+        how = self.keywords()
+        with live():
+            return compare(comparison, folder, command=command(), cache_dir=cache_dir, fresh=fresh, **how)
+
+
+@dataclass(frozen=True)
+class EngineOptions(RunOptions):
+    """Where many trials run: here, one after the other or several at a time, or on a Ray cluster."""
+
+    engine: Annotated[str, _run(help="local, or ray: a Ray cluster.")] = "local"
     parallel: Annotated[
         int | None,
-        Option(
+        _run(
             help="Trials at a time. They share the cores (or --threads), and the GPU or GPUs.",
             show_default="1; ray: as many as the cluster has room for",
-            rich_help_panel=WHERE,
             min=1,
         ),
     ] = None
     address: Annotated[
         str | None,
-        Option(
+        _run(
             help="ray: of the cluster, such as auto or ray://HOST:10001.",
             show_default="one of its own, on this machine",
-            rich_help_panel=WHERE,
         ),
     ] = None
-    share: Annotated[
-        float,
-        Option(help="ray: GPUs (without any: cores) that a trial takes, such as 0.25.", rich_help_panel=WHERE),
-    ] = 1.0
-
-    log: Annotated[
-        str | None,
-        Option(help=LOG_HELP, rich_help_panel=WHERE),
-    ] = None
+    share: Annotated[float, _run(help="ray: GPUs (without any: cores) that a trial takes, such as 0.25.")] = 1.0
     latency_batches: Annotated[
         str,
-        Option(
-            help="Batch sizes at which all networks are timed in the end, besides the whole test set; none: only that.",
-            rich_help_panel=WHERE,
+        _run(
+            help="Batch sizes at which all networks are timed in the end, besides the whole test set; none: only that."
         ),
     ] = "1,8,64,512"
 
     def keywords(self) -> dict[str, Any]:
-        """Arguments of `experiment.launch.compare`.
+        """Arguments of `bench.trials.runner.compare`.
 
         **Raises:** `ConfigError` for what makes no sense.
         """
@@ -258,7 +278,7 @@ class EngineOptions:
         sizes = listed(text, "--latency-batches", int)
         if min(sizes, default=1) < 1:
             raise ConfigError(f"--latency-batches {self.latency_batches}: a batch has at least 1 image")
-        return {"engine": self.choose(), "trackers": listed(self.log, "--log", str), "batch_sizes": sizes}
+        return {**super().keywords(), "engine": self.choose(), "batch_sizes": sizes}
 
     def choose(self) -> Engine:
         """The engine.

@@ -1,4 +1,4 @@
-"""`filterfold prune`: a trained network made smaller."""
+"""`filterfold prune`: make a trained network smaller."""
 
 from __future__ import annotations
 
@@ -48,6 +48,14 @@ Examples:
 
   filterfold prune -m vgg16 -w vgg16.safetensors --keep 'features.0=0.5' --keep 'features.3?=0.25' --out s.safetensors
 """
+
+
+BATCH, BATCHES = 128, 10
+"""Up to 1,280 training images, to score filters and to repair on."""
+
+
+TIMED = (1, 64)
+"""Batch sizes at which the network is timed before and after."""
 
 
 _cut_option = partial(Option, rich_help_panel="Cut")
@@ -114,8 +122,15 @@ def prune(
 
     With --retrain-epochs the smaller network is trained on; a run that was stopped goes on with the same command.
     """
+    from .. import prune as prune_model
+    from .. import repair as repair_model
+    from .. import save
     from ..bench.trials.context import resolve
+    from ..data import batches
+    from ..profiling import measure_latency
+    from ..pruning.prune import Scoring
     from ..training import Recipe
+    from ..utils.environment import command, describe
     from ..utils.export import to_onnx
 
     use_threads(threads)
@@ -125,16 +140,21 @@ def prune(
     device = resolve(device)
     with live():
         data = images.load()
+        top1 = partial(_top1, data=data) if evaluate else lambda _model: None
         model = with_weights(lambda: chosen.build(data), weights, device)
-        before = copy.deepcopy(model)
+        before, example = copy.deepcopy(model), data.example.to(device)
+        loader = list(islice(batches(data.train, BATCH, shuffle=True, seed=seed, device=device), BATCHES))
         kept = out.with_name(f".{out.name}.widths")
-        result = _cut(model, data, _as_before(kept, budget), seed, device)
+        budget_or_widths = _as_before(kept, budget)
+        result = prune_model(
+            model, example, loader=loader, scoring=Scoring(seed=seed), on_failure="freeze", **budget_or_widths
+        )
         if budget["latency"] and retrain_epochs:
             result = _keep_widths(kept, result)
-        stages = {"before": _top1(before, data, evaluate), "after the cut": _top1(model, data, evaluate)}
+        stages = {"before": top1(before), "after the cut": top1(model)}
         if repair:
-            _repair(model, before, result.plan, data, seed, device)
-            stages["after repair"] = _top1(model, data, evaluate)
+            repair_model(model, before, result.plan, loader, batches=len(loader))  # says in the log what it did
+            stages["after repair"] = top1(model)
         if retrain_epochs:
             recipe = Recipe(
                 epochs=retrain_epochs,
@@ -144,9 +164,10 @@ def prune(
                 seed=seed,
             )
             _retrain(model, data, out, recipe, device, result.plan)
-            stages["after retraining"] = _top1(model, data, evaluate)
-        latency = _latency(before, model, data, device)
-        _save(model, result, out, stages)
+            stages["after retraining"] = top1(model)
+        latency = measure_latency({"before": before, "after": model}, example, batch_sizes=TIMED, repeats=10)
+        about = {"command": command(), "test_top1": stages, "environment": describe()}
+        save(model, out, plan=result.plan, metadata=about)
         if onnx is not None:
             to_onnx(copy.deepcopy(model).cpu(), data.example, onnx)
         kept.unlink(missing_ok=True)
@@ -154,31 +175,14 @@ def prune(
     say(f"network: {out}" + (f" and {onnx}" if onnx else ""))
 
 
-def _cut(model: nn.Module, data: ImageData, budget: dict[str, Any], seed: int, device: str) -> PruneResult:
-    from ..pruning.prune import Scoring, prune
+def _top1(model: nn.Module, data: ImageData) -> float:
+    from ..training import evaluate
 
-    loader = _some_batches(data, seed, device)
-    return prune(
-        model, data.example.to(device), loader=loader, scoring=Scoring(seed=seed), on_failure="freeze", **budget
-    )
-
-
-def _repair(model: nn.Module, before: nn.Module, plan: Plan, data: ImageData, seed: int, device: str) -> None:
-    from ..pruning.reconstruction import repair
-
-    loader = _some_batches(data, seed, device)
-    repair(model, before, plan, loader, batches=len(loader))  # says in the log what it did
-
-
-def _some_batches(data: ImageData, seed: int, device: str) -> list[Any]:
-    """Up to 1,280 training images, to score filters and to repair on."""
-    from ..data import batches
-
-    return list(islice(batches(data.train, 128, shuffle=True, seed=seed, device=device), 10))
+    return evaluate(model, data.test, classes=len(data.classes)).top1
 
 
 def _as_before(kept: Path, budget: dict[str, Any]) -> dict[str, Any]:
-    """The budget; or the widths of a run that was stopped in retraining, as a clock never gives the same ones again."""
+    """The budget, or the widths of a run that was stopped in retraining: measured times would give other ones."""
     plan = _kept_plan(kept)
     latency = budget["latency"]
     if latency is None or plan is None or plan.notes["latency"]["asked"] != latency.share:
@@ -188,7 +192,7 @@ def _as_before(kept: Path, budget: dict[str, Any]) -> dict[str, Any]:
 
 
 def _keep_widths(kept: Path, result: PruneResult) -> PruneResult:
-    """Note the plan until retraining is done; taken up from such a note, the result has its figures again."""
+    """Keep the plan in a file until retraining is done; a resumed result gets the plan of the file."""
     from ..utils.io import write_text
 
     plan = _kept_plan(kept)
@@ -204,14 +208,8 @@ def _kept_plan(kept: Path) -> Plan | None:
     return Plan.from_json(kept.read_text(encoding="utf-8")) if kept.exists() else None
 
 
-def _top1(model: nn.Module, data: ImageData, asked: bool) -> float | None:
-    from ..training import evaluate
-
-    return evaluate(model, data.test, classes=len(data.classes)).top1 if asked else None
-
-
 def _retrain(model: nn.Module, data: ImageData, out: Path, recipe: Recipe, device: str, plan: Plan) -> None:
-    """Train the cut network; interrupted, the same command makes the same cut again and goes on from here."""
+    """Train the cut network; after an interruption the same command makes the same cut and resumes here."""
     from ..training import train
 
     weights = b"".join(value.cpu().numpy().tobytes() for value in model.state_dict().values())
@@ -219,21 +217,6 @@ def _retrain(model: nn.Module, data: ImageData, out: Path, recipe: Recipe, devic
     kept = out.with_name(f".{out.name}.{cut}")
     train(model, data, recipe, checkpoint=kept, device=device, phase="retrain")
     kept.unlink(missing_ok=True)
-
-
-def _latency(before: nn.Module, after: nn.Module, data: ImageData, device: str) -> LatencyComparison:
-    from ..profiling import measure_latency
-
-    models = {"before": before, "after": after}
-    return measure_latency(models, data.example.to(device), batch_sizes=(1, 64), repeats=10)
-
-
-def _save(model: nn.Module, result: PruneResult, out: Path, stages: dict[str, float | None]) -> None:
-    from ..surgery.checkpoint import save
-    from ..utils.environment import command, describe
-
-    about = {"command": command(), "test_top1": stages, "environment": describe()}
-    save(model, out, plan=result.plan, metadata=about)
 
 
 def _show(result: PruneResult, stages: dict[str, float | None], latency: LatencyComparison) -> None:
@@ -247,7 +230,7 @@ def _show(result: PruneResult, stages: dict[str, float | None], latency: Latency
             ("parameters", result.before.parameters, result.after.parameters),
         )
     ]
-    for size in (1, 64):
+    for size in TIMED:
         old, new = (latency.row(name, size).median for name in ("before", "after"))
         rows.append((f"latency, batch {size}", f"{1e3 * old:.3g} ms", f"{1e3 * new:.3g} ms", f"{old / new:.2f}×"))
     first = stages["before"]

@@ -10,15 +10,14 @@ import typer
 from typer import Argument, Option
 
 from ..errors import ConfigError
-from .compare import FAILED, UNFINISHED, default_folder
-from .display import live, say, table
-from .options import DATA_HELP, DataOptions, Device, EngineOptions, Precision, Threads, listed, use_threads
+from .compare import default_folder, leave
+from .display import say, table
+from .options import DATA_HELP, DataOptions, EngineOptions, Precision, listed
 
 if TYPE_CHECKING:
     from ..bench.recipes import PruningRecipe
+    from ..bench.recipes.trials import Network
     from ..bench.report.table import Table
-    from ..bench.trials.recipe import Network
-    from ..bench.trials.runner import Outcome
 
 
 LIST_EXAMPLES = """
@@ -90,7 +89,7 @@ def show(name: Annotated[str, Argument(help=NAME_HELP)]) -> None:
 def run(
     name: Annotated[str, Argument(help=NAME_HELP)],
     images: RecipeData,
-    places: EngineOptions,
+    running: EngineOptions,
     epochs_scale: Annotated[float, Option(help="All numbers of epochs times this, at least one each.")] = 1.0,
     width: Annotated[float, Option(help="Multiplier on every layer's width.")] = 1.0,
     seeds: Annotated[str, Option(help="Comma-separated: one run of everything for each.")] = "0",
@@ -106,18 +105,15 @@ def run(
     compile_: Annotated[bool, Option("--compile", help="Use torch.compile.")] = False,
     batch_size: Annotated[int | None, Option(help="Images a step.", show_default="the recipe's")] = None,
     out: Annotated[Path | None, Option(help="Run folder.", show_default="runs/NAME-DATA")] = None,
-    stop_after: Annotated[str | None, Option(help="Stop in time, to be gone on with: 9m, 90s, 2h.")] = None,
-    device: Device = "auto",
-    threads: Threads = None,
 ) -> None:
     """Train, prune, retrain, and train the small twin from scratch; then the paper's table with ours beside it.
 
     Done a second time, it goes on from where it was. Exit code 3: stopped in time with work left.
     """
     from ..bench.recipes import load
-    from ..bench.trials.recipe import setting
+    from ..bench.recipes.trials import comparison, networks, setting
+    from ..bench.trials.context import RunContext
 
-    use_threads(threads)
     recipe = load(name)
     training: dict[str, Any] = {"precision": precision, "channels_last": channels_last, "compile": compile_}
     if batch_size is not None:
@@ -135,53 +131,21 @@ def run(
         training=training,
     )
     folder = out or default_folder(replace(chosen, model=recipe.name))
-    outcome, found = _run(
-        recipe, chosen, folder, listed(seeds, "--seeds", int), scratch, device, stop_after, images.cache_dir, places
-    )
-    if found:
+    trials = comparison(recipe, chosen, seeds=listed(seeds, "--seeds", int), scratch=scratch)
+    outcome = running.run(trials, folder, cache_dir=images.cache_dir)
+    context = RunContext(chosen, folder, running.device, cache_dir=images.cache_dir)
+    if found := networks(recipe, outcome.records, context):
         _show(_write(recipe, found, folder))
     for record in outcome.failed:
         say(f"failed: {record['label']} seed {record['seed']}: {record['reason']}")
     say(f"records, networks and table: {folder} (filterfold report {folder} makes a page with plots and tests)")
     if not outcome.complete:
         say("stopped in time; the same command goes on from here" if not outcome.failed else "some trials failed")
-        raise typer.Exit(FAILED if outcome.failed and outcome.timed else UNFINISHED)
-
-
-def _run(
-    recipe: PruningRecipe,
-    chosen: Any,
-    folder: Path,
-    seeds: list[int],
-    scratch: bool,
-    device: str,
-    stop_after: str | None,
-    cache_dir: Path | None,
-    places: EngineOptions,
-) -> tuple[Outcome, list[Network]]:
-    from ..bench.trials.context import RunContext
-    from ..bench.trials.deadline import seconds
-    from ..bench.trials.recipe import comparison, networks
-    from ..bench.trials.runner import compare
-    from ..utils.environment import command
-
-    how = places.keywords()
-    with live():
-        outcome = compare(
-            comparison(recipe, chosen, seeds=seeds, scratch=scratch),
-            folder,
-            device=device,
-            stop_after=seconds(stop_after) if stop_after else None,
-            command=command(),
-            cache_dir=cache_dir,
-            **how,
-        )
-        bench = RunContext(chosen, folder, device, cache_dir=cache_dir)
-        return outcome, networks(recipe, outcome.records, bench)
+    leave(outcome)
 
 
 def _write(recipe: PruningRecipe, found: list[Network], folder: Path) -> Table:
-    from ..bench.report.table import Measured, paper_table
+    from ..bench.report.paper_table import Measured, paper_table
     from ..utils.io import write_text
 
     result = paper_table(recipe, [Measured(dict(one.record), one.macs, one.weights) for one in found])

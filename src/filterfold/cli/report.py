@@ -14,17 +14,15 @@ from .display import live, prose, say, table
 
 def show(records: Iterable[Mapping[str, Any]], margin: float, control: str = "dense") -> None:
     """Print one table for each model and data set, what it means, and which trials failed."""
-    from ..bench.report.build import verdict
-    from ..bench.report.tables import HEADINGS, summary
+    from ..bench.report import verdict
+    from ..bench.report.study import studies
+    from ..bench.report.tables import comparison
 
     records = list(records)
-    rows = summary(records, control)
-    for study in dict.fromkeys(row.study for row in rows):
-        table(
-            f"{study or 'Comparison'} (mean ± sd over trials)",
-            HEADINGS,
-            [row.texts for row in rows if row.study == study],
-        )
+    for study in studies(records, control):
+        found = comparison(study)
+        title = f"{study.title or 'Comparison'} (mean ± sd over trials)"
+        table(title, found.columns, [[cell.text for cell in row] for row in found.rows])
     for line in verdict(records, margin=margin, control=control):
         prose(line)
     for record in records:
@@ -33,8 +31,8 @@ def show(records: Iterable[Mapping[str, Any]], margin: float, control: str = "de
 
 
 def write(records: Iterable[Mapping[str, Any]], folder: Path, margin: float, control: str = "dense") -> Path:
-    """Write the HTML page, plots and tables of a run folder."""
-    from ..bench.report.build import build
+    """Write the HTML page, plots and tables to a folder; returns the page."""
+    from ..bench.report import build
 
     return build(records, folder, margin=margin, control=control)
 
@@ -49,11 +47,8 @@ Examples:
   filterfold report --table results.csv --column top1=score --column seed=run
 """
 
-
 MARGIN_HELP = "The largest loss of top-1, in points, that counts as 'no worse'; to be fixed beforehand."
-
-
-CONTROL_HELP = "Method that all others are held against."
+CONTROL_HELP = "Method that all others are compared with."
 
 
 def report(
@@ -71,7 +66,7 @@ def report(
         raise ConfigError("--column says how to read a --table; records need none")
     with live():
         if table is not None:
-            from ..bench.report.study import read_table
+            from ..bench.report import read_table
 
             records, place = read_table(table, _columns(column or [])), out or Path(f"{table.stem}-report")
         else:

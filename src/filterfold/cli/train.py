@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,15 +16,13 @@ from .options import (
     WEIGHTS_HELP,
     DataOptions,
     Device,
-    Log,
     ModelOptions,
     OnlineOptions,
     Overwrite,
     Precision,
-    StopAfter,
+    RunOptions,
     Threads,
     TrainingOptions,
-    listed,
     settings,
     use_threads,
     with_weights,
@@ -34,6 +31,7 @@ from .options import (
 if TYPE_CHECKING:
     from ..bench.trials.config import Trial
     from ..bench.trials.records import Record
+    from ..bench.trials.runner import Outcome
 
 
 EXAMPLES = """
@@ -56,6 +54,7 @@ def train(
     images: DataOptions,
     training: TrainingOptions,
     clustering: OnlineOptions,
+    running: RunOptions,
     method: Annotated[
         str, Option(help="dense; online: fold clusters of filters while training; or l1: train, cut once, retrain.")
     ] = "dense",
@@ -65,18 +64,13 @@ def train(
     seed: Annotated[int, Option(help="Of initial weights, batches and augmentation.")] = 0,
     out: Annotated[Path | None, Option(help="Run folder.", show_default="runs/METHOD-MODEL-DATA")] = None,
     overwrite: Overwrite = False,
-    stop_after: StopAfter = None,
-    log: Log = None,
-    device: Device = "auto",
-    threads: Threads = None,
 ) -> None:
     """Train a network from fresh weights, and evaluate it on the test images.
 
     A run that was stopped (Ctrl-C, kill, --stop-after) goes on with the same command and ends with the same weights.
     """
-    from ..bench.trials.config import Setting, Trial
+    from ..bench.trials.config import Comparison, Setting, Trial
 
-    use_threads(threads)
     setting = Setting(
         model=chosen.model,
         data=images.data,
@@ -89,7 +83,8 @@ def train(
     trial = Trial(method, seed, setting, clusters, keep)
     folder = out or default_folder(setting, method)
     _make_room(folder, overwrite)
-    _run(trial, folder, overwrite, device, stop_after, images.cache_dir, listed(log, "--log", str))
+    outcome = running.run(Comparison(setting, (trial,)), folder, cache_dir=images.cache_dir, fresh=overwrite)
+    _show_outcome(trial, outcome, folder)
 
 
 def _make_room(folder: Path, overwrite: bool) -> None:
@@ -105,32 +100,10 @@ def _make_room(folder: Path, overwrite: bool) -> None:
         )
 
 
-def _run(
-    trial: Trial,
-    folder: Path,
-    overwrite: bool,
-    device: str,
-    stop_after: str | None,
-    cache_dir: Path | None,
-    trackers: Sequence[str],
-) -> None:
-    from ..bench.trials.config import Comparison
-    from ..bench.trials.deadline import seconds
-    from ..bench.trials.runner import compare
-    from ..utils.environment import command
+def _show_outcome(trial: Trial, outcome: Outcome, folder: Path) -> None:
+    """Copy the network to its place, and show what the trial came to."""
     from ..utils.io import write_atomically
 
-    with live():
-        outcome = compare(
-            Comparison(trial.setting, (trial,)),
-            folder,
-            device=device,
-            stop_after=seconds(stop_after) if stop_after else None,
-            command=command(),
-            cache_dir=cache_dir,
-            fresh=overwrite,
-            trackers=trackers,
-        )
     if outcome.failed:
         if bug := outcome.failed[0]["environment"].get("traceback"):
             typer.echo(bug, err=True)

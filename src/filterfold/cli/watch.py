@@ -15,7 +15,7 @@ from typer import Argument, Option
 from .display import console, count, drawn
 
 if TYPE_CHECKING:
-    from ..bench.trials.watching import Standing
+    from ..bench.trials.records import TrialStatus
 
 
 EXAMPLES = """
@@ -52,27 +52,27 @@ def watch(
     It reads the run folder and disturbs nobody. Top-1 is of the validation images while a trial runs, of the test
     images when it is finished. It ends when all trials have; Ctrl-C ends it before.
     """
-    from ..bench.trials.watching import standings
+    from ..bench.trials.records import statuses
 
-    now = standings(run)
+    now = statuses(run)
     if once or not console.is_terminal:
         console.print(_picture(now, None))
         return
     with Live(_picture(now, console.height), console=console, auto_refresh=False) as screen:
-        while any(one.status not in ("finished", "failed") for one in now):
+        while any(one.state not in ("finished", "failed") for one in now):
             time.sleep(every)
-            now = standings(run)
+            now = statuses(run)
             screen.update(_picture(now, console.height), refresh=True)
 
 
-def _picture(now: list[Standing], height: int | None) -> Group:
-    noted = [one for one in now if one.note and one.status != "finished"]
+def _picture(now: list[TrialStatus], height: int | None) -> Group:
+    noted = [one for one in now if one.note and one.state != "finished"]
     beside = console.width >= WIDE
     below = [] if beside else noted[:NOTES]
     shown = now if height is None else now[: max(1, height - AROUND - len(below))]
-    totals = Counter(one.status for one in now)
+    totals = Counter(one.state for one in now)
     line = f"{totals['finished']} of {len(now)} trials finished"
-    line += "".join(f", {totals[status]} {status}" for status in ("running", "interrupted", "failed") if totals[status])
+    line += "".join(f", {totals[state]} {state}" for state in ("running", "interrupted", "failed") if totals[state])
     if len(shown) < len(now):
         line += f"; {len(now) - len(shown)} more don't fit on the screen"
     rows = [_row(one) + ([one.note] if beside else []) for one in shown]
@@ -80,11 +80,11 @@ def _picture(now: list[Standing], height: int | None) -> Group:
     return Group(Text(line), drawn((*HEADINGS, "") if beside else HEADINGS, rows), *notes)
 
 
-def _row(one: Standing) -> list[str]:
+def _row(one: TrialStatus) -> list[str]:
     epoch = "" if one.epoch is None else f"{one.phase} {one.epoch}" + (f"/{one.epochs}" if one.epochs else "")
     figures = [
         "" if value is None else form.format(value) for value, form in ((one.loss, "{:.3f}"), (one.top1, "{:.2f}"))
     ]
     macs = "" if one.macs is None else count(one.macs)
     seconds = "" if one.seconds is None else f"{one.seconds:.1f}"
-    return [one.label, str(one.seed), one.status, epoch, *figures, macs, seconds]
+    return [one.label, str(one.seed), one.state, epoch, *figures, macs, seconds]

@@ -1,4 +1,4 @@
-"""Image-classification data: found, decoded once, held out honestly, and batched on the device.
+"""Image-classification data: finding, decoding and splitting it, and batches on the device.
 
 `load` finds a data set and splits it; `batches` runs over one of its splits.
 """

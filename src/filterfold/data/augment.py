@@ -1,4 +1,4 @@
-"""Random crops and flips on whole uint8 batches, on whatever device the batch lives."""
+"""Random crops and flips on whole uint8 batches, on the device of the batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images to arrays: decoding, fitting to a size, and the cache of what was decoded."""
+"""Decoding images to arrays of one size, and the cache of decoded data sets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from ..errors import CheckpointError, DataError
 from ..utils.io import read_safetensors, write_atomically
 from ..utils.progress import track
 from .sources import Place
-from .splits import Normalization
+from .splits import Split
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -33,7 +32,7 @@ _CHUNK = 512
 
 
 _THREADS_PAY_ABOVE = 16384
-"""Encoded bytes above which threads help: smaller images hold the interpreter lock longer than they decode."""
+"""Encoded bytes above which threads help: with smaller images they mostly wait for the interpreter lock."""
 
 
 def open_image(entry: Mapping[str, Any] | None, hint: tuple[str, ...] | None = None) -> Any:
@@ -85,7 +84,7 @@ def fit(image: Any, size: int) -> Any:
 
 
 def unreadable(name: str, split: str, row: int, entry: Any, error: Exception) -> DataError:
-    """The one line for an image that can't be decoded."""
+    """The error for an image that can't be decoded."""
     path = entry.get("path") if isinstance(entry, Mapping) else None
     where = f" ({path})" if path else ""
     reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -144,25 +143,13 @@ logger = logging.getLogger(__name__)
 FORMAT = "filterfold-images-1"
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """A data set in memory: role ("train", "validation", "test") → (uint8 images, labels).
-
-    `statistics` are the training split's mean and standard deviation.
-    """
-
-    classes: tuple[str, ...]
-    splits: dict[str, tuple[Tensor, Tensor]]
-    statistics: Normalization
-
-
 def folder(given: Path | str | None) -> Path:
     """Where decoded data is kept: the argument, `$FILTERFOLD_CACHE`, or `~/.cache/filterfold`."""
     return Path(given or os.environ.get("FILTERFOLD_CACHE") or "~/.cache/filterfold").expanduser()
 
 
 def file_for(place: Place, options: dict[str, Any], given: Path | str | None) -> Path:
-    """The cache file for a place and the options that decide what its pixels become.
+    """The cache file for a data set, and the options that its pixels depend on.
 
     Local data is known by its files' names, sizes and modification times, hub data by id and
     revision: what was cached from the hub is used without asking it again.
@@ -180,27 +167,29 @@ def file_for(place: Place, options: dict[str, Any], given: Path | str | None) ->
     return folder(given) / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', place.name)}-{digest}.safetensors"
 
 
-def read(path: Path) -> Decoded | None:
-    """What is cached in a file, or None if there is nothing that can be used."""
+def read(path: Path) -> tuple[tuple[str, ...], dict[str, Split]] | None:
+    """The classes and splits in a cache file, or None if it is missing or damaged."""
     if not path.is_file():
         return None
     try:
         header, tensors = read_safetensors(path)
         described = json.loads(header[FORMAT])
-        splits = {role: (tensors[f"{role}.images"], tensors[f"{role}.labels"]) for role in described["splits"]}
         mean, deviation = described["statistics"]
+        statistics = tuple(mean), tuple(deviation)
+        roles = described["splits"]
+        splits = {role: Split(tensors[f"{role}.images"], tensors[f"{role}.labels"], statistics) for role in roles}
+        return tuple(described["classes"]), splits
     except (CheckpointError, KeyError, ValueError) as error:
         logger.warning("%s is damaged and will be written anew (%s)", path, error)
         return None
-    return Decoded(tuple(described["classes"]), splits, (tuple(mean), tuple(deviation)))
 
 
-def write(path: Path, decoded: Decoded) -> None:
-    """Keep decoded data; a cache that can't be written only costs time, so it is logged and let be."""
+def write(path: Path, classes: tuple[str, ...], splits: Mapping[str, Split]) -> None:
+    """Cache decoded data. A cache that can't be written only costs time, so that is logged and not raised."""
     tensors = {}
-    for role, (images, labels) in decoded.splits.items():
-        tensors[f"{role}.images"], tensors[f"{role}.labels"] = images.contiguous(), labels
-    described = {"classes": decoded.classes, "splits": list(decoded.splits), "statistics": decoded.statistics}
+    for role, split in splits.items():
+        tensors[f"{role}.images"], tensors[f"{role}.labels"] = split.images.contiguous(), split.labels
+    described = {"classes": classes, "splits": list(splits), "statistics": splits["train"].normalization}
     try:
         write_atomically(path, lambda temporary: save_file(tensors, temporary, {FORMAT: json.dumps(described)}))
     except OSError as error:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ TEST = 0.2
 
 
 Held = Split | StreamedSplit
+
+
+S = TypeVar("S", Split, StreamedSplit)
 
 
 MEMORY_LIMIT = 2 << 30
@@ -108,9 +111,8 @@ def load(
         raise ConfigError(f"image_size={image_size} makes no image; give at least 1")
     names = Columns(image_column, label_column, train_split, validation_split, test_split)
     if source == "digits":
-        name, pool = source, _digits()
-        classes = pool.classes
-        parts: dict[str, Held] = {role: Split(*both, pool.statistics) for role, both in pool.splits.items()}
+        name, classes = source, tuple(map(str, range(10)))
+        parts: Mapping[str, Held] = _digits()
         if image_size not in (None, 8) or channels not in (None, 1):
             raise DataError("digits: the images are 1x8x8; leave image_size and channels out")
     else:
@@ -121,16 +123,10 @@ def load(
     return _assemble(name, classes, parts, augment)
 
 
-def _assemble(name: str, classes: tuple[str, ...], parts: dict[str, Held], augment: str | None) -> ImageData:
+def _assemble(name: str, classes: tuple[str, ...], parts: Mapping[str, Held], augment: str | None) -> ImageData:
     train = parts["train"]
-    if isinstance(train, Split):
-        channels, size = train.images.shape[1:3]
-        policy = "crop" if channels == 1 else "crop-flip"
-    else:
-        channels, size, policy = train.channels, train.image_size, "resized-crop-flip"
-    return ImageData(
-        name, classes, channels, size, train, parts["validation"], parts["test"], augment if augment else policy
-    )
+    usual = "resized-crop-flip" if isinstance(train, StreamedSplit) else "crop" if train.channels == 1 else "crop-flip"
+    return ImageData(name, classes, train.channels, train.image_size, **parts, augment=augment or usual)
 
 
 def _pools(
@@ -142,23 +138,24 @@ def _pools(
     memory_limit: int,
     workers: int | None,
     cache_dir: Path | str | None,
-) -> tuple[tuple[str, ...], dict[str, Held]]:
-    """The splits as the data set has them, decoded from the cache or from the files."""
+) -> tuple[tuple[str, ...], Mapping[str, Held]]:
+    """Classes and splits as the data set has them: from the cache, decoded, or to be streamed."""
     options = {**asdict(names), "revision": revision, "channels": channels, "size": size}
     file = decode.file_for(place, options, cache_dir)
-    decoded = decode.read(file)
-    if decoded is None or sum(images.numel() for images, _ in decoded.splits.values()) > memory_limit:
-        opened = open_place(place, names, revision)
-        _check_classes(place.name, opened)
-        depth, side = _shape(place.name, opened, channels, size)
-        count = sum(len(table.labels) for table in opened.splits.values())
-        if count * depth * (side or STREAMED_SIZE) ** 2 > memory_limit:
-            return opened.classes, _streamed(place.name, opened, depth, size or STREAMED_SIZE, workers)
-        if side is None:
-            raise DataError(f"{place.name}: the images are not squares of one size; say which size with image_size")
-        decoded = _decode(place.name, opened, depth, side)
-        decode.write(file, decoded)
-    return decoded.classes, {role: Split(*both, decoded.statistics) for role, both in decoded.splits.items()}
+    cached = decode.read(file)
+    if cached is not None and sum(split.images.numel() for split in cached[1].values()) <= memory_limit:
+        return cached
+    opened = open_place(place, names, revision)
+    _check_classes(place.name, opened)
+    depth, side = _shape(place.name, opened, channels, size)
+    count = sum(len(table.labels) for table in opened.splits.values())
+    if count * depth * (side or STREAMED_SIZE) ** 2 > memory_limit:
+        return opened.classes, _streamed(place.name, opened, depth, size or STREAMED_SIZE, workers)
+    if side is None:
+        raise DataError(f"{place.name}: the images are not squares of one size; say which size with image_size")
+    decoded = _decoded(place.name, opened, depth, side)
+    decode.write(file, opened.classes, decoded)
+    return opened.classes, decoded
 
 
 def _check_classes(name: str, opened: Opened) -> None:
@@ -187,26 +184,36 @@ def _shape(name: str, opened: Opened, channels: int | None, size: int | None) ->
     return channels or (1 if modes <= {"L", "1", "LA"} else 3), side
 
 
-def _decode(name: str, opened: Opened, channels: int, size: int) -> decode.Decoded:
-    splits: dict[str, tuple[Tensor, Tensor]] = {}
+def _decoded(name: str, opened: Opened, channels: int, size: int) -> dict[str, Split]:
+    splits = {}
     for role, table in opened.splits.items():
 
         def entries(start: int, stop: int, table: Any = table) -> Any:
             return table.rows[start:stop][table.image_column]
 
         images = decode_all(name, role, entries, len(table.labels), channels=channels, size=size)
-        splits[role] = images, table.labels
-    return _with_test(name, opened.classes, splits)
+        splits[role] = Split(images, table.labels, _neutral(channels))
+    return _measured(_with_test(name, splits, len(opened.classes)))
 
 
-def _with_test(name: str, classes: tuple[str, ...], splits: dict[str, tuple[Tensor, Tensor]]) -> decode.Decoded:
+def _with_test(name: str, splits: dict[str, S], classes: int) -> dict[str, S]:
     """Hold a test split out where there is none, before the training statistics are taken."""
-    if "test" not in splits:
-        logger.info("%s has no test split: a fifth of its training images is held out, always the same", name)
-        images, labels = splits["train"]
-        kept, held = hold_out(labels, TEST, len(classes), seed=0)
-        splits = {**splits, "train": (images[kept], labels[kept]), "test": (images[held], labels[held])}
-    return decode.Decoded(classes, splits, _statistics(splits["train"][0]))
+    if "test" in splits:
+        return splits
+    logger.info("%s has no test split: a fifth of its training images is held out, always the same", name)
+    train = splits["train"]
+    kept, held = hold_out(train.labels, TEST, classes, seed=0)
+    return {**splits, "train": train.take(kept), "test": train.take(held)}
+
+
+def _neutral(channels: int) -> Normalization:
+    return (0.0,) * channels, (1.0,) * channels
+
+
+def _measured(splits: dict[str, Split]) -> dict[str, Split]:
+    """The splits with the statistics of the training split as their normalization."""
+    statistics = _statistics(splits["train"].images)
+    return {role: replace(split, normalization=statistics) for role, split in splits.items()}
 
 
 def _statistics(images: Tensor) -> Normalization:
@@ -224,25 +231,20 @@ def _statistics(images: Tensor) -> Normalization:
     return tuple(means), tuple(deviations)
 
 
-def _streamed(name: str, opened: Opened, channels: int, size: int, workers: int | None) -> dict[str, Held]:
-    parts: dict[str, Held] = {}
-    neutral: Normalization = ((0.0,) * channels, (1.0,) * channels)
+def _streamed(name: str, opened: Opened, channels: int, size: int, workers: int | None) -> dict[str, StreamedSplit]:
+    splits = {}
     for role, table in opened.splits.items():
-        places = torch.arange(len(table.labels))
-        parts[role] = StreamedSplit(
+        places, neutral = torch.arange(len(table.labels)), _neutral(channels)
+        splits[role] = StreamedSplit(
             name, role, table.rows, table.image_column, places, table.labels, channels, size, neutral, workers
         )
-    if "test" not in parts:
-        train = parts["train"]
-        kept, held = hold_out(train.labels, TEST, len(opened.classes), seed=0)
-        parts = {**parts, "train": train.take(kept), "test": train.take(held)}
-    return parts
+    return _with_test(name, splits, len(opened.classes))
 
 
-def _normalised(parts: dict[str, Held], asked: str | Sequence[Sequence[float]]) -> dict[str, Held]:
+def _normalised(parts: Mapping[str, Held], asked: str | Sequence[Sequence[float]]) -> dict[str, Held]:
     """The splits with the normalization that was asked for; "dataset" is measured on the training split."""
     train = parts["train"]
-    channels = train.images.shape[1] if isinstance(train, Split) else train.channels
+    channels = train.channels
     chosen: Normalization
     if isinstance(asked, str):
         if asked not in ("dataset", "imagenet"):
@@ -261,7 +263,7 @@ def _normalised(parts: dict[str, Held], asked: str | Sequence[Sequence[float]]) 
 
 
 def _divided(
-    parts: dict[str, Held], classes: int, validation: float | None, train_limit: int | None, seed: int
+    parts: Mapping[str, Held], classes: int, validation: float | None, train_limit: int | None, seed: int
 ) -> dict[str, Held]:
     """Hold the validation split out of the training split, then take what the limit allows."""
     train = parts["train"]
@@ -275,11 +277,11 @@ def _divided(
     return {"train": train, "validation": held_out, "test": parts["test"]}
 
 
-def _digits() -> decode.Decoded:
+def _digits() -> dict[str, Split]:
     """Scikit-learn's 1,797 handwritten digits (Alpaydin & Kaynak 1998): 8×8, values 0 … 16 scaled to 0 … 255."""
     from sklearn.datasets import load_digits
 
     found = load_digits()
     images = torch.as_tensor(found.images).mul(255 / 16).round().to(torch.uint8)[:, None]
     labels = torch.as_tensor(found.target, dtype=torch.int64)
-    return _with_test("digits", tuple(map(str, range(10))), {"train": (images, labels)})
+    return _measured(_with_test("digits", {"train": Split(images, labels, _neutral(1))}, 10))

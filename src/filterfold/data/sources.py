@@ -182,15 +182,21 @@ def _image_column(name: str, features: Mapping[str, Any], given: str | None) -> 
 
     images = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
     if given is not None:
-        if given not in features:
-            raise DataError(f"{name}: no column {given!r}; there are {_listed(features)}")
-        if given not in images and not _encoded(features[given]):
-            raise DataError(f"{name}: column {given!r} holds no images but {features[given]}")
+        kind = _given(name, features, given)
+        if given not in images and not _encoded(kind):
+            raise DataError(f"{name}: column {given!r} holds no images but {kind}")
         return given
     usual = [column for column in IMAGE_COLUMNS if column in images or _encoded(features.get(column))]
     if len(images) == 1 or usual:
         return images[0] if len(images) == 1 else usual[0]
     raise DataError(f"{name}: which column holds the images? There are {_listed(features)}; name it with image_column")
+
+
+def _given(name: str, features: Mapping[str, Any], column: str) -> Any:
+    """The kind of a column that the user names."""
+    if column not in features:
+        raise DataError(f"{name}: no column {column!r}; there are {_listed(features)}")
+    return features[column]
 
 
 def _encoded(kind: Any) -> bool:
@@ -202,8 +208,7 @@ def _label_column(name: str, features: Mapping[str, Any], given: str | None) -> 
     import datasets
 
     if given is not None:
-        if given not in features:
-            raise DataError(f"{name}: no column {given!r}; there are {_listed(features)}")
+        _given(name, features, given)
         return given
     usual = [column for column in LABEL_COLUMNS if column in features]
     labels = [column for column, kind in features.items() if isinstance(kind, datasets.ClassLabel)]

@@ -17,7 +17,7 @@ Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 Part = Callable[[int], slice]
-"""Which images of a batch are wanted, by their number: a slice with both ends."""
+"""Number of images in a batch → the slice of them that is wanted, with both ends."""
 
 
 BLOCKS = {"cuda": 2048}
@@ -76,7 +76,7 @@ class Split:
     normalization: Normalization
 
     def __post_init__(self) -> None:
-        """Refuse tensors that do not belong together."""
+        """Refuse tensors of wrong types or shapes."""
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:
             raise DataError(
                 f"images must be uint8 of shape (n, channels, height, width), not {self.images.dtype} "
@@ -92,6 +92,16 @@ class Split:
                 f"the normalization has {len(self.normalization[0])} means and {len(self.normalization[1])} "
                 f"deviations for images of {self.images.shape[1]} channels; give one for each channel"
             )
+
+    @property
+    def channels(self) -> int:
+        """Channels of an image."""
+        return self.images.shape[1]
+
+    @property
+    def image_size(self) -> int:
+        """Height of an image in pixels."""
+        return self.images.shape[2]
 
     def __len__(self) -> int:
         """Number of images."""
@@ -217,31 +227,23 @@ def batches(
     chunks = [order[start : start + batch_size] for start in range(0, count, batch_size)]
     if drop_last and len(chunks[-1]) < batch_size:
         chunks.pop()
-    return _normalised(split, chunks, augment, seed, epoch, torch.device(device), dtype, channels_last, part)
 
+    def normalised() -> Iterator[tuple[Tensor, Tensor]]:
+        mean, deviation = (
+            torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1) for values in split.normalization
+        )
+        factor = (1 / (255 * deviation)).to(device, torch.float32)
+        shift = (-mean / deviation).to(device, torch.float32)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        wanted = [chunk[part(len(chunk))] for chunk in chunks]
+        # All labels at once: one copy to the device for an epoch, not one for each batch.
+        labels = split.labels[torch.cat(wanted).to(split.labels.device)].to(device)
+        answered = torch.split(labels, [len(chunk) for chunk in wanted])
+        for answers, pixels in zip(answered, split.pixels(chunks, augment, seed, epoch, part), strict=True):
+            images = pixels.to(device, torch.float32, non_blocking=True).mul_(factor).add_(shift)
+            yield images.to(dtype=dtype, memory_format=layout), answers
 
-def _normalised(
-    split: AnySplit,
-    chunks: list[Tensor],
-    augment: str,
-    seed: int,
-    epoch: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    channels_last: bool,
-    part: Part,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    mean, deviation = (torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1) for values in split.normalization)
-    factor = (1 / (255 * deviation)).to(device, torch.float32)
-    shift = (-mean / deviation).to(device, torch.float32)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    wanted = [chunk[part(len(chunk))] for chunk in chunks]
-    # All labels at once: one copy to the device for an epoch, not one for each batch.
-    labels = split.labels[torch.cat(wanted).to(split.labels.device)].to(device)
-    answered = torch.split(labels, [len(chunk) for chunk in wanted])
-    for answers, pixels in zip(answered, split.pixels(chunks, augment, seed, epoch, part), strict=True):
-        images = pixels.to(device, torch.float32, non_blocking=True).mul_(factor).add_(shift)
-        yield images.to(dtype=dtype, memory_format=layout), answers
+    return normalised()
 
 
 def hold_out(labels: Tensor, amount: float, classes: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -18,8 +18,8 @@ from .decode import convert, fit, open_image, to_array, unreadable
 from .splits import Normalization, Part, whole
 
 POLICIES = ("none", "resized-crop-flip", "torchvision")
-"""`resized-crop-flip` needs Pillow only; `torchvision` is the same with torchvision's v2 transforms, which scale and
-crop to whole pixels and smooth where they shrink: for comparisons with figures that were made so."""
+"""`resized-crop-flip` needs Pillow only; `torchvision` is the same with torchvision's v2 transforms, which crop to
+whole pixels and antialias: for comparisons with figures that were made with them."""
 
 
 AREA = (0.08, 1.0)

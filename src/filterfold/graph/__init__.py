@@ -3,7 +3,22 @@
 from __future__ import annotations
 
 from ..plan import ChannelGroup
+from .dispatch import Call, Tracer
+from .labels import FIXED, FREE
+from .rules.custom import tracing_rule
 from .stale_sizes import UnrepairableError, rewrite_stale_sizes
 from .trace import Traced, trace, trace_and_measure
 
-__all__ = ["ChannelGroup", "Traced", "UnrepairableError", "rewrite_stale_sizes", "trace", "trace_and_measure"]
+__all__ = [
+    "FIXED",
+    "FREE",
+    "Call",
+    "ChannelGroup",
+    "Traced",
+    "Tracer",
+    "UnrepairableError",
+    "rewrite_stale_sizes",
+    "trace",
+    "trace_and_measure",
+    "tracing_rule",
+]

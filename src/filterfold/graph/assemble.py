@@ -49,40 +49,46 @@ class _Members:
     makers: list[str]
 
 
-def assemble(ledger: LabelTable) -> Assembly:
+def assemble(table: LabelTable) -> Assembly:
     """All groups, in the order in which the model registers their first layers."""
-    blocks = list(ledger.blocks)
+    blocks = list(table.blocks)
+    # Blocks that must keep equally many units (the groups of a group norm) are a constraint on a group's units. Where
+    # they can't be written as one partition of them, the blocks' labels are joined instead, and all begins again.
     extra: list[tuple[Ints, Ints]] = []
     while True:
-        component, count = _connect([*ledger.joins, *extra], ledger.size)
-        members = _gather(ledger, component, count, _filters(ledger, component, count))
+        component, count = _connect([*table.joins, *extra], table.size)
+        members = _gather(table, component, count, _filters(table, component, count))
         parts, conflicts = _balance(members, blocks)
         if not conflicts:
             break
         extra += [(rows[:1], rows) for rows in conflicts]
         blocks = [rows for rows in blocks if not any(rows is conflict for conflict in conflicts)]
-    frozen = _reasons(ledger.frozen, members)
-    inexact = _reasons(ledger.inexact, members)
-    ordered = {group for vector in ledger.ordered for group in np.unique(members.group_of[vector]).tolist()}
+    frozen = _reasons(table.frozen, members)
+    inexact = _reasons(table.inexact, members)
+    ordered = {group for vector in table.ordered for group in np.unique(members.group_of[vector]).tolist()}
     names = _names(members.makers)
     for group, size in enumerate(members.sizes):
         if size == 1 and frozen.get(group) != OUTPUT:
             frozen.pop(group, None)  # the last unit of a class always stays
-    groups = tuple(
-        _describe(
-            ledger,
-            members,
-            group,
-            parts[group],
-            frozen.get(group),
-            inexact.get(group),
-            group not in ordered,
-            names[group],
+    groups = []
+    for group, size in enumerate(members.sizes):
+        producers, consumers, classes = _slices(table, members, group)
+        groups.append(
+            ChannelGroup(
+                name=names[group],
+                size=size,
+                producers=producers,
+                consumers=consumers,
+                exact=group not in inexact,
+                frozen=frozen.get(group),
+                classes=classes,
+                blocks=tuple(parts[group].tolist()),
+                symmetric=group not in ordered,
+                remark=inexact.get(group),
+            )
         )
-        for group in range(len(members.axes))
-    )
-    constant = ledger.is_constant(np.arange(ledger.size))
-    return Assembly(groups, members.group_of, members.unit_of, constant)
+    constant = table.is_constant(np.arange(table.size))
+    return Assembly(tuple(groups), members.group_of, members.unit_of, constant)
 
 
 def _connect(joins: list[tuple[Ints, Ints]], size: int) -> tuple[Ints, int]:
@@ -98,21 +104,23 @@ def _connect(joins: list[tuple[Ints, Ints]], size: int) -> tuple[Ints, int]:
     return component.astype(np.int64), int(count)
 
 
-def _filters(ledger: LabelTable, component: Ints, count: int) -> list[AxisLabels]:
+def _filters(table: LabelTable, component: Ints, count: int) -> list[AxisLabels]:
     """The axes that make channels. A raw parameter's axis that can't shrink stands for something else."""
     frozen = np.zeros(count, dtype=bool)
-    for vector, _ in ledger.frozen if ledger.maybe else ():
+    for vector, _ in table.frozen if table.maybe else ():
         frozen[component[vector]] = True
     return [
         entry
-        for entry in ledger.axes
-        if ledger.roles.get(entry.start) == "filter"
-        and not (entry.start in ledger.maybe and frozen[component[_span(entry)]].any())
+        for entry in table.axes
+        if table.roles.get(entry.start) == "filter"
+        and not (entry.start in table.maybe and frozen[component[_span(entry)]].any())
     ]
 
 
-def _gather(ledger: LabelTable, component: Ints, count: int, filters: list[AxisLabels]) -> _Members:
+def _gather(table: LabelTable, component: Ints, count: int, filters: list[AxisLabels]) -> _Members:
     """Components that share a filter axis make a group; units are numbered in filter order."""
+    # A graph again: its nodes are the components and, after them, the filter axes; an axis is joined with the
+    # components of its positions.
     joins = [(np.array([count + place]), component[_span(entry)]) for place, entry in enumerate(filters)]
     bucket, buckets = _connect(joins, count + len(filters))
     numbers = np.full(buckets, NOWHERE, np.int64)
@@ -132,7 +140,7 @@ def _gather(ledger: LabelTable, component: Ints, count: int, filters: list[AxisL
         sizes[group] += len(fresh)
     group_of = np.where(unit[component] == NOWHERE, NOWHERE, numbers[bucket[:count]][component])
     axes: list[list[AxisLabels]] = [[] for _ in sizes]
-    for entry in ledger.axes:
+    for entry in table.axes:
         touched = group_of[_span(entry)]
         if not touched.size or (first := touched[0]) == (last := touched[-1]) == NOWHERE == touched.max():
             continue
@@ -170,10 +178,12 @@ def _balance(members: _Members, blocks: list[Ints]) -> tuple[list[Ints], list[In
         group = int(groups.flat[0])
         if (groups == NOWHERE).all() or (np.sort(units, 1) == np.sort(units[:1], 1)).all():
             continue
-        wanted = np.full(members.sizes[group], NOWHERE, np.int64)
-        wanted[units] = np.arange(len(rows))[:, None]
         once = (groups == group).all() and len(np.unique(units)) == units.size == members.sizes[group]
-        finer = _finer(parts[group], wanted) if once else None
+        finer = None
+        if once:  # the rows hold every unit of one group once
+            wanted = np.empty(units.size, np.int64)
+            wanted[units] = np.arange(len(rows))[:, None]
+            finer = _finer(parts[group], wanted)
         if finer is None:
             conflicts.append(rows)
         else:
@@ -198,17 +208,10 @@ def _kinds(counts: list[Ints]) -> Ints:
     return kinds
 
 
-def _describe(
-    ledger: LabelTable,
-    members: _Members,
-    group: int,
-    blocks: Ints,
-    frozen: str | None,
-    inexact: str | None,
-    symmetric: bool,
-    name: str,
-) -> ChannelGroup:
-    """One group with its slices."""
+def _slices(
+    table: LabelTable, members: _Members, group: int
+) -> tuple[tuple[Slice, ...], tuple[Slice, ...], tuple[int, ...]]:
+    """The slices that make a group's units, those that read them, and the class of each unit."""
     size = members.sizes[group]
     producers: list[Slice] = []
     consumers: list[Slice] = []
@@ -217,26 +220,14 @@ def _describe(
     for entry in members.axes[group]:
         here = members.group_of[_span(entry)] == group
         units = np.where(here, members.unit_of[_span(entry)], NOWHERE)
-        role: Role = ledger.roles.get(entry.start, "scale")
+        role: Role = table.roles.get(entry.start, "scale")
         key = units.tobytes()
         if key not in vectors:
             vectors[key] = tuple(units.tolist())
             counts.append(np.bincount(units[here], minlength=size))
         (consumers if role == "kernel" else producers).append(Slice(entry.tensor, entry.axis, vectors[key], role))
-    for piece in ledger.pieces:
+    for piece in table.pieces:
         mine = members.unit_of[piece][members.group_of[piece] == group]
         if mine.size:
             counts.append(np.bincount(mine, minlength=size))
-    classes = _kinds(counts)
-    return ChannelGroup(
-        name=name,
-        size=size,
-        producers=tuple(producers),
-        consumers=tuple(consumers),
-        exact=inexact is None,
-        frozen=frozen,
-        classes=tuple(classes.tolist()),
-        blocks=tuple(blocks.tolist()),
-        symmetric=symmetric,
-        remark=inexact,
-    )
+    return tuple(producers), tuple(consumers), tuple(_kinds(counts).tolist())

@@ -1,39 +1,30 @@
-"""The walk: run the model once on real inputs and see every operation that it calls.
-
-Under `torch.inference_mode()` the dispatcher hands over operations as the user wrote them
-(`conv2d`, `flatten`, `chunk`, a `view` with its -1), before autograd would take them apart. The
-walk runs each one for real and lets the rule for it say how the labels go through.
-"""
+"""Following labels through a network: one real forward pass, with a rule for every operation that it calls."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from .labels import FIXED, FREE, Axis, LabelTable, Layout, Vector
+from ..utils.dispatch import Function, OperationMode, signature, tensors_in
+from .labels import FIXED, LabelTable, Layout, Vector
+from .views import Region, remember_base, write_in_place
 
-_MARK = "_filterfold_mark"
-
-
-Region = tuple[NDArray[np.int64] | None, ...]
-"""For each axis of a base tensor the positions that a view of it shows; None where it shows all."""
+_LABELS = "_filterfold_labels"
+"""Attribute in which a tensor made by the network carries its labels; it goes away with the tensor."""
 
 
 @dataclass(slots=True)
-class Mark:
-    """What the walk knows about one tensor.
+class TensorLabels:
+    """What is known about one tensor.
 
     `weight`: made from parameters and buffers only. `base`, `region`, `axes`: the tensor that it is
-    a view of, the part that it shows, and the base's axis behind each of its own axes.
+    a view of, the part that it shows, and the base's axis behind each of its own axes (see `views.py`).
     """
 
     layout: Layout
@@ -45,19 +36,39 @@ class Mark:
 
 @dataclass(slots=True)
 class Call:
-    """One operation: its name without overload, its arguments by name, its result, and where it was called."""
+    """One call of an operation, as a rule sees it: `call["weight"]` is the argument of that name, or None.
+
+    **Arguments:**
+
+    - `op`: the operation's name without overload, such as `conv2d`, `add_` or `mylib::scale`.
+    - `args`: all arguments by name, defaults filled in.
+    - `out`: the result, a tensor or a tuple or list of them.
+    - `where`: qualified name of the module that called it.
+    - `tensors`, `outputs`: all tensors among the arguments and among the results, in order.
+    """
 
     op: str
     args: dict[str, Any]
     out: Any
     where: str
+    tensors: list[Tensor] = field(init=False)
+    outputs: list[Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Collect the tensors."""
+        self.tensors, self.outputs = list(tensors_in(self.args.values())), list(tensors_in([self.out]))
 
     def __getitem__(self, name: str) -> Any:
         return self.args.get(name)
 
+    @property
+    def site(self) -> str:
+        """The operation and its module, for reasons."""
+        return f"{self.op} in {self.where}" if self.where else self.op
+
 
 @dataclass(frozen=True, slots=True)
-class Shaped:
+class SizedLayout:
     """Shape and layout of one tensor."""
 
     shape: tuple[int, ...]
@@ -66,7 +77,7 @@ class Shaped:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What is needed to tell later whether an operation of the pruned network has the sizes it should have.
+    """What is needed to tell later whether an operation of the pruned network has the sizes that it should have.
 
     `stack`: qualified names of the running modules, outermost first; `numbers`: the integers among the
     arguments, by name; `source`: the first tensor argument; `outputs`: the results.
@@ -75,8 +86,8 @@ class Step:
     op: str
     stack: tuple[str, ...]
     numbers: dict[str, Any]
-    source: Shaped | None
-    outputs: tuple[Shaped, ...]
+    source: SizedLayout | None
+    outputs: tuple[SizedLayout, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,83 +99,79 @@ class Split:
     chosen: int
 
 
-Rule = Callable[["Walk", Call], Any]
+Rule = Callable[["Tracer", Call], Any]
+"""Gives the layout of an operation's result: a `Layout`, a list of them for several results, None without labels."""
 
 
 @dataclass(slots=True)
-class Walk:
-    """The state of one walk: the ledger, what is known about each tensor, and the module stack.
+class Tracer:
+    """What is known during a trace: the table of labels, those of each tensor, and the running modules.
 
     Some reshapes split an axis so that either part could shrink. `splits` lists them in the order in
     which they are met; `choices` says for some of them, by place in that list, which part to take instead
     of the best guess.
     """
 
-    ledger: LabelTable
     rules: Mapping[str, Rule]
     choices: Mapping[int, int] = field(default_factory=dict)
+    table: LabelTable = field(default_factory=LabelTable)
     splits: list[Split] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     stack: list[str] = field(default_factory=list)
-    known: dict[int, tuple[Tensor, Mark]] = field(default_factory=dict)
+    known: dict[int, tuple[Tensor, TensorLabels]] = field(default_factory=dict)
     met: set[int] = field(default_factory=set)
-    saved: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    returned: dict[str, list[SizedLayout]] = field(default_factory=dict)
 
     @property
     def where(self) -> str:
         """Qualified name of the module that is running."""
         return self.stack[-1] if self.stack else ""
 
-    def know(self, tensor: Tensor, mark: Mark) -> None:
-        """Register a tensor that exists before the walk."""
-        self.known[id(tensor)] = (tensor, mark)
+    def know(self, tensor: Tensor, labels: TensorLabels) -> None:
+        """Register a tensor that the network did not make: a parameter, a buffer, an input."""
+        self.known[id(tensor)] = (tensor, labels)
 
-    def mark(self, tensor: Tensor) -> Mark:
-        """What is known about a tensor; one that was not made during the walk has a fixed size."""
+    def labels_of(self, tensor: Tensor) -> TensorLabels:
+        """What is known about a tensor; one that was not made during the trace has a fixed size."""
         entry = self.known.get(id(tensor))
         if entry is not None:
             self.met.add(id(tensor))
             return entry[1]
-        mark: Mark | None = getattr(tensor, _MARK, None)
-        if mark is None or len(mark.layout) != tensor.ndim:
-            mark = Mark((FIXED,) * tensor.ndim)
-            self.know(tensor, mark)
-        return mark
+        labels: TensorLabels | None = getattr(tensor, _LABELS, None)
+        if labels is None or len(labels.layout) != tensor.ndim:
+            labels = TensorLabels((FIXED,) * tensor.ndim)
+            self.know(tensor, labels)
+        return labels
 
     def layout(self, tensor: Tensor | None) -> Layout:
         """The layout of a tensor; empty for None."""
-        return () if tensor is None else self.mark(tensor).layout
+        return () if tensor is None else self.labels_of(tensor).layout
 
     def is_weight(self, tensor: Tensor) -> bool:
         """Whether a tensor was made from parameters and buffers only."""
-        return self.mark(tensor).weight
+        return self.labels_of(tensor).weight
 
-    def put(self, tensor: Tensor, mark: Mark) -> None:
-        """Remember the mark of a result."""
-        entry = self.known.get(id(tensor))
-        if entry is not None:
-            self.known[id(tensor)] = (tensor, mark)
+    def note(self, module: str, output: Any) -> None:
+        """Remember what a module returns, once for each of its calls; a shape of () where it is no tensor."""
+        tensor = isinstance(output, Tensor)
+        found = SizedLayout(tuple(output.shape), self.layout(output)) if tensor else SizedLayout((), ())
+        self.returned.setdefault(module, []).append(found)
+
+    def put(self, tensor: Tensor, labels: TensorLabels) -> None:
+        """Remember the labels of a result."""
+        if id(tensor) in self.known:
+            self.know(tensor, labels)
         else:
-            setattr(tensor, _MARK, mark)
-
-    @contextmanager
-    def undoing_writes(self) -> Iterator[None]:
-        """Give the tensors in `saved` their old values back on leaving."""
-        try:
-            yield
-        finally:
-            for tensor, value in self.saved.values():
-                with torch.no_grad():
-                    tensor.copy_(value)
+            setattr(tensor, _LABELS, labels)
 
     def freeze(self, layout: Layout, reason: str) -> None:
-        """Freeze every label of a layout."""
+        """Freeze every label of a layout: none of its channels can be cut, for that reason."""
         for axis in layout:
-            self.ledger.freeze(axis, reason)
+            self.table.freeze(axis, reason)
 
 
-def find_rule(func: torch._ops.OpOverload, rules: Mapping[str, Rule]) -> tuple[str, Rule | None]:
-    """An operation's name without namespace and overload, and its rule, if there is one."""
+def find_rule(func: Function, rules: Mapping[str, Rule]) -> tuple[str, Rule | None]:
+    """An operation's name without overload (and without `aten::`), and its rule, if there is one."""
     op = func._schema.name.removeprefix("aten::")
     found = rules.get(op) or rules.get(op.removesuffix("_"))
     if found is None and torch.Tag.pointwise in func.tags:
@@ -172,76 +179,53 @@ def find_rule(func: torch._ops.OpOverload, rules: Mapping[str, Rule]) -> tuple[s
     return op, found
 
 
-class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # the base class has no annotations
-    """Runs every operation, then the rule for it."""
+class Recorder(OperationMode):
+    """Runs every operation, then the rule for it, and records the step."""
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing here is compiled, and the default imports torch._dynamo (over a second)
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
 
-    def __init__(self, walk: Walk) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.walk = walk
+    def rule_for(self, func: Function) -> Rule | None:
+        """The rule in the tracer's table."""
+        return find_rule(func, self.tracer.rules)[1]
 
-    def __torch_dispatch__(
-        self, func: torch._ops.OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Called by PyTorch for every operation."""
-        walk, kwargs = self.walk, kwargs or {}
-        op, rule = find_rule(func, walk.rules)
-        if rule is None:
-            with self:
-                pieces = func.decompose(*args, **kwargs)
-            if pieces is not NotImplemented:
-                return pieces
-            rule = walk.rules["unknown"]
-        bound = bind(func, args, kwargs)
-        tensors = list(tensors_in(bound.values()))
-        before = [walk.mark(tensor) for tensor in tensors]
-        written = self._written(func, op, bound)
+    def run(self, func: Function, rule: Rule | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the operation, give its result the layout that the rule says, and record a `Step`."""
+        tracer = self.tracer
+        bound = signature(func).bind(args, kwargs)
+        before = [tracer.labels_of(tensor) for tensor in tensors_in(bound.values())]
+        self.save_written(func, bound, lambda tensor: id(tensor) in tracer.known)
         out = func(*args, **kwargs)
-        call = Call(op, bound, out, walk.where)
-        result = rule(walk, call)
-        weight = bool(before) and all(mark.weight for mark in before)
-        self._store(func, call, result, weight, written)
+        call = Call(func._schema.name.removeprefix("aten::"), bound, out, tracer.where)
+        layouts = (rule or tracer.rules["unknown"])(tracer, call)
+        source = SizedLayout(tuple(call.tensors[0].shape), tracer.layout(call.tensors[0])) if before else None
+        weight = bool(before) and all(labels.weight for labels in before)
+        outputs = self._store(func, call, layouts, weight)
+        tracer.steps.append(Step(call.op, tuple(tracer.stack), numbers_in(bound), source, outputs))
         return out
 
-    def _written(self, func: torch._ops.OpOverload, op: str, bound: dict[str, Any]) -> Tensor | None:
-        """The argument that the operation writes to, if any; what belongs to the model is saved first."""
-        names = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-        if op in ("batch_norm", "instance_norm", "cudnn_batch_norm"):
-            names += [name for name in ("running_mean", "running_var") if bound.get("training", True)]
-        target = None
-        for name in names:
-            tensor = bound.get(name)
-            if isinstance(tensor, Tensor):
-                if id(tensor) in self.walk.known and id(tensor) not in self.walk.saved:
-                    self.walk.saved[id(tensor)] = (tensor, tensor.clone())
-                if not name.startswith("running_"):
-                    target = tensor
-        return target
-
-    def _store(
-        self, func: torch._ops.OpOverload, call: Call, result: Any, weight: bool, written: Tensor | None
-    ) -> None:
-        walk = self.walk
-        outputs: list[Shaped] = []
-        arguments = list(tensors_in(call.args.values()))
-        source = Shaped(tuple(arguments[0].shape), walk.layout(arguments[0])) if arguments else None
+    def _store(self, func: Function, call: Call, result: Any, weight: bool) -> tuple[SizedLayout, ...]:
+        """Give every result its labels, and what an in-place operation wrote to its new ones."""
+        tracer, arguments = self.tracer, call.tensors
         layouts = result if isinstance(result, list) else [result]
-        for place, tensor in enumerate(tensors_in([call.out])):
+        written = [call[name] for name in signature(func).written]
+        returns = func._schema.returns
+        is_view = bool(returns) and returns[0].alias_info is not None
+        outputs = []
+        for place, tensor in enumerate(call.outputs):
             layout = layouts[place] if place < len(layouts) else None
             if layout is None or len(layout) != tensor.ndim:
                 layout = (FIXED,) * tensor.ndim
-            outputs.append(Shaped(tuple(tensor.shape), layout))
-            if written is not None and tensor is written:
-                _write(walk, tensor, layout)
+            outputs.append(SizedLayout(tuple(tensor.shape), layout))
+            if any(tensor is argument for argument in written):
+                write_in_place(tracer, tensor, layout)
             elif not any(tensor is argument for argument in arguments):
-                mark = Mark(layout, weight)
-                if func._schema.returns and func._schema.returns[0].alias_info is not None:
-                    _link(walk, mark, call, tensor, place)
-                walk.put(tensor, mark)
-        walk.steps.append(Step(call.op, tuple(walk.stack), numbers_in(call.args), source, tuple(outputs)))
+                labels = TensorLabels(layout, weight)
+                if is_view:
+                    remember_base(tracer, labels, call, place)
+                tracer.put(tensor, labels)
+        return tuple(outputs)
 
 
 def numbers_in(args: Mapping[str, Any]) -> dict[str, Any]:
@@ -256,136 +240,18 @@ def numbers_in(args: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def bind(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments by name, defaults filled in."""
-    schema = func._schema.arguments
-    bound = {argument.name: value for argument, value in zip(schema, args, strict=False)}
-    for argument in schema[len(args) :]:
-        bound[argument.name] = kwargs.get(argument.name, argument.default_value)
-    return bound
-
-
-def tensors_in(values: Any) -> Iterator[Tensor]:
-    """All tensors in nested lists and tuples."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from tensors_in(value)
-
-
-def _link(walk: Walk, mark: Mark, call: Call, view: Tensor, place: int) -> None:
-    """Note which part of which tensor a view shows, where that is simple enough to say."""
-    source = next((value for value in call.args.values() if isinstance(value, Tensor)), None)
-    if source is None:
-        return
-    parent = walk.mark(source)
-    base: Tensor
-    region: Region
-    if parent.base is None:
-        base, region, axes = source, (None,) * source.ndim, tuple(range(source.ndim))
-    elif parent.region is None:
-        mark.base = parent.base
-        return
-    else:
-        base, region, axes = parent.base, parent.region, parent.axes
-    mark.base = base
-    shown = _show(call, source, view, region, axes, base.shape, place)
-    if shown is not None:
-        mark.region, mark.axes = shown
-
-
-def _show(
-    call: Call,
-    source: Tensor,
-    view: Tensor,
-    region: Region,
-    axes: tuple[int, ...],
-    shape: Sequence[int],
-    place: int,
-) -> tuple[Region, tuple[int, ...]] | None:
-    if call.op in ("alias", "detach", "view_as") or (call.op == "view" and view.shape == source.shape):
-        return region, axes
-    if call.op not in ("slice", "select", "narrow", "chunk", "split", "split_with_sizes", "tensor_split"):
-        return None
-    dim = (call["dim"] or 0) % source.ndim
-    positions = np.arange(source.shape[dim])
-    if call.op == "slice":
-        positions = positions[call["start"] : call["end"] : call["step"] or 1]
-    elif call.op == "select":
-        positions = positions[[call["index"]]]
-    elif call.op == "narrow":
-        positions = positions[call["start"] :][: call["length"]]
-    else:
-        before = sum(piece.shape[dim] for piece in call.out[:place])
-        positions = positions[before : before + view.shape[dim]]
-    axis = axes[dim]
-    shown = region[axis]
-    whole = np.arange(shape[axis]) if shown is None else shown
-    part: NDArray[np.int64] | None = whole[positions]
-    if part is not None and len(part) == shape[axis]:
-        part = None
-    kept = tuple(a for d, a in enumerate(axes) if not (call.op == "select" and d == dim))
-    return tuple(part if a == axis else r for a, r in enumerate(region)), kept
-
-
-def _write(walk: Walk, tensor: Tensor, layout: Layout) -> None:
-    """An in-place operation gave `tensor` a new layout; what it is a view of gets it too."""
-    mark = walk.mark(tensor)
-    before, mark.layout = mark.layout, layout
-    mark.weight = False
-    if mark.base is None or _same(before, layout):
-        return
-    base = walk.mark(mark.base)
-    if mark.region is None:
-        reason = f"written in place through a view at {walk.where or 'the model'}"
-        walk.freeze(base.layout, reason)
-        walk.freeze(layout, reason)
-        return
-    merged = list(base.layout)
-    for axis, part in enumerate(mark.region):
-        new = layout[mark.axes.index(axis)] if axis in mark.axes else FIXED
-        if part is None:
-            merged[axis] = walk.ledger.join_axes([merged[axis], new], walk.where)
-        elif axis in mark.axes:
-            merged[axis] = _overwrite(walk, merged[axis], new, part, mark.base.shape[axis])
-    base.layout = tuple(merged)
-
-
-def _overwrite(walk: Walk, axis: Axis, new: Axis, part: NDArray[np.int64], size: int) -> Axis:
-    ledger = walk.ledger
-    if not new and not axis:
-        return FIXED if FIXED in (axis, new) else FREE
-    reason = f"positions that are never written at {walk.where or 'the model'}"
-    old = axis or (ledger.constants(size, reason),)
-    values = new or (ledger.constants(len(part), f"made by no layer at {walk.where or 'the model'}"),)
-    if len(old) != 1 or len(values) != 1:
-        ledger.freeze(old, "written in place where two axes were merged")
-        ledger.freeze(values, "written in place where two axes were merged")
-        return old
-    replaced = old[0][part]
-    real = ~ledger.is_constant(replaced)
-    if real.any():
-        ledger.join(replaced[real], values[0][real])
-    vector = old[0].copy()
-    vector[part] = values[0]
-    return (vector,)
-
-
-def _same(first: Layout, second: Layout) -> bool:
-    return all(a is b or (a == FIXED and b == FIXED) for a, b in zip(first, second, strict=True))
-
-
 @contextmanager
-def module_stack(model: nn.Module, stack: list[str]) -> Iterator[None]:
-    """Keep the qualified name of the running module on top of `stack`."""
+def module_stack(model: nn.Module, stack: list[str], note: Callable[[str, Any], None] | None = None) -> Iterator[None]:
+    """Keep the qualified name of the running module on top of `stack`; tell `note` what each module returns."""
     names = {id(module): name for name, module in model.named_modules()}
 
     def enter(module: nn.Module, _inputs: Any) -> None:
         stack.append(names.get(id(module), stack[-1] if stack else ""))
 
-    def leave(_module: nn.Module, _inputs: Any, _outputs: Any) -> None:
+    def leave(module: nn.Module, _inputs: Any, outputs: Any) -> None:
         stack.pop()
+        if note is not None and id(module) in names:
+            note(names[id(module)], outputs)
 
     handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
     try:

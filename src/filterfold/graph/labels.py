@@ -1,12 +1,11 @@
 """Labels: which unit every position along every axis of a tensor belongs to.
 
 Every position along every axis of every parameter and buffer gets a label, a fresh integer. An
-activation's *layout* says, for each of its axes, which labels its positions carry. Walking the
-network only ever writes down pairs of labels that must go together; the connected components of
-those pairs are the units.
+activation's *layout* says, for each of its axes, which labels its positions carry. Tracing only
+collects pairs of labels that must go together; the connected components of those pairs are the units.
 
-Because a tensor is rectangular, a unit can only leave it as whole hyperplanes; so one label vector
-per axis says everything, and what would make an axis ragged ties labels instead.
+A tensor stays rectangular, so a unit is removed from it as whole slices along an axis. That is why one
+label vector per axis says everything; what would make an axis ragged joins labels instead.
 """
 
 from __future__ import annotations
@@ -42,6 +41,11 @@ Layout = tuple[Axis, ...]
 """One `Axis` for each axis of a tensor."""
 
 
+def same_layout(first: Layout, second: Layout) -> bool:
+    """Whether two layouts of equally many axes are the same: the very same label vectors, or all fixed."""
+    return all(a is b or (a == FIXED and b == FIXED) for a, b in zip(first, second, strict=True))
+
+
 @dataclass(frozen=True, slots=True)
 class AxisLabels:
     """The labels `start … start + size - 1` stand for the positions along `tensor`'s `axis`."""
@@ -54,10 +58,12 @@ class AxisLabels:
 
 @dataclass(slots=True)
 class LabelTable:
-    """Everything that the walk finds out about labels.
+    """Everything that a trace finds out about labels.
 
-    `pieces`: labels that were cut out of an axis by position; they go another way from there, so they are
-    of another kind than the rest. `maybe`: axes of raw parameters that were multiplied like filters, but may
+    `joins`: labels at equal places go together; `frozen`, `inexact`: labels and why; `ordered`: labels whose order
+    matters; `blocks`: rows of labels that must keep equally many each; `roles`: by an axis's first label.
+    `pieces`: labels that were cut out of an axis by position; the units in it are of another class than
+    the rest. `maybe`: axes of raw parameters that were multiplied like filters, but may
     as well stand for positions in an image; those that turn out frozen are no channels.
     """
 
@@ -74,7 +80,7 @@ class LabelTable:
     _starts: list[int] = field(default_factory=list)
     _constants: list[tuple[int, int]] = field(default_factory=list)
 
-    def open(self, tensor: str, shape: Sequence[int]) -> Layout:
+    def add(self, tensor: str, shape: Sequence[int]) -> Layout:
         """Fresh labels for all axes of a parameter or buffer."""
         layout: list[Axis] = []
         for axis, size in enumerate(shape):
@@ -139,14 +145,14 @@ class LabelTable:
         for vector in axis or ():
             self.frozen.append((vector, reason))
 
-    def soften(self, axis: Axis, reason: str, *, ordered: bool = False) -> None:
+    def mark_inexact(self, axis: Axis, reason: str, *, ordered: bool = False) -> None:
         """Removing the axis's labels is not the same as masking them (`ordered`: their order matters too)."""
         for vector in axis or ():
             self.inexact.append((vector, reason))
             if ordered:
                 self.ordered.append(vector)
 
-    def balance(self, vector: Vector, parts: int) -> None:
+    def keep_balanced(self, vector: Vector, parts: int) -> None:
         """The `parts` equal stretches of the vector must keep equally many positions each."""
         self.blocks.append(vector.reshape(parts, -1))
 
@@ -164,4 +170,4 @@ class LabelTable:
                     self.roles[entry.start] = role
                 elif "kernel" in (before, role):
                     self.roles[entry.start] = role if before == "kernel" else before
-                    self.soften(axis, f"{entry.tensor} both makes and reads them")
+                    self.mark_inexact(axis, f"{entry.tensor} both makes and reads them")

@@ -1,4 +1,4 @@
-"""Which sizes every operation of the pruned network should see: the labels know them beforehand."""
+"""Which sizes every operation of the pruned network should see, computed from the labels before it runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..plan import DROPPED, Plan
 from .assemble import Assembly
-from .dispatch import Shaped, Step
+from .dispatch import SizedLayout, Step
 from .labels import FREE, Axis
 
 
@@ -31,6 +31,7 @@ class PredictedSizes:
         for row, group in enumerate(assembly.groups):
             if group.name in cuts:
                 table[row, : group.size] = cuts[group.name].assignment
+        # per label, the unit that it ends up in; labels of no group stay
         self._ends_in = np.where(assembly.group_of < 0, 0, table[assembly.group_of, assembly.unit_of])
         self._folds = any(cut.folds for cut in plan.cuts)
         self._survivors: dict[tuple[int, ...], tuple[Axis, NDArray[np.bool_]]] = {}
@@ -49,6 +50,8 @@ class PredictedSizes:
             kept &= end != DROPPED
             if not self._folds:
                 continue
+            # Folded units leave one position each per slice: of the positions that end in one unit, those of the
+            # first old unit stay. There is nothing to do where the axis holds no two units that are folded together.
             unit = self._assembly.unit_of[vector]
             first: dict[tuple[int, int], int] = {}
             if len(np.unique(np.stack([group, end], 1), axis=0)) < len(np.unique(np.stack([group, unit], 1), axis=0)):
@@ -67,7 +70,7 @@ class PredictedSizes:
             return None
         return int(self.survives(axis, size).sum()) if axis else size
 
-    def shape(self, tensor: Shaped) -> tuple[int | None, ...]:
+    def shape(self, tensor: SizedLayout) -> tuple[int | None, ...]:
         """The shape of a tensor after the cut, as far as it is known."""
         return tuple(self.size(axis, size) for axis, size in zip(tensor.layout, tensor.shape, strict=True))
 
@@ -95,9 +98,9 @@ class PredictedSizes:
 
 
 def _shapes(name: str) -> Callable[[PredictedSizes, Step], dict[str, Any]]:
-    def predict(forecast: PredictedSizes, step: Step) -> dict[str, Any]:
+    def predict(sizes: PredictedSizes, step: Step) -> dict[str, Any]:
         """Sizes of the result, with what was left open (-1) left open."""
-        wanted = forecast.shape(step.outputs[0])
+        wanted = sizes.shape(step.outputs[0])
         given = step.numbers.get(name, ())
         lead = len(wanted) - len(given)
         return {name: tuple(-1 if old == -1 else new for old, new in zip(given, wanted[lead:], strict=True))}
@@ -105,47 +108,47 @@ def _shapes(name: str) -> Callable[[PredictedSizes, Step], dict[str, Any]]:
     return predict
 
 
-def _unflatten(forecast: PredictedSizes, step: Step) -> dict[str, Any]:
+def _unflatten(sizes: PredictedSizes, step: Step) -> dict[str, Any]:
     given = step.numbers["sizes"]
     assert step.source is not None
     start = step.numbers["dim"] % len(step.source.shape)
-    wanted = forecast.shape(step.outputs[0])[start : start + len(given)]
+    wanted = sizes.shape(step.outputs[0])[start : start + len(given)]
     return {"sizes": tuple(-1 if old == -1 else new for old, new in zip(given, wanted, strict=True))}
 
 
-def _slice(forecast: PredictedSizes, step: Step) -> dict[str, Any]:
+def _slice(sizes: PredictedSizes, step: Step) -> dict[str, Any]:
     assert step.source is not None
     dim = step.numbers.get("dim", 0) % len(step.source.shape)
-    if not step.source.layout[dim] or not forecast.known(step.source.layout[dim]):
+    if not step.source.layout[dim] or not sizes.known(step.source.layout[dim]):
         return {}
     ends = ("start", "end") if step.op == "slice" else ("start",)
-    found = {n: forecast.position(step, dim, step.numbers[n]) for n in ends if n in step.numbers}
+    found = {n: sizes.position(step, dim, step.numbers[n]) for n in ends if n in step.numbers}
     if step.op == "narrow":
-        found["length"] = forecast.shape(step.outputs[0])[dim]
+        found["length"] = sizes.shape(step.outputs[0])[dim]
     return found
 
 
-def _split(forecast: PredictedSizes, step: Step) -> dict[str, Any]:
+def _split(sizes: PredictedSizes, step: Step) -> dict[str, Any]:
     assert step.source is not None
     dim = step.numbers.get("dim", 0) % len(step.source.shape)
-    pieces = tuple(forecast.shape(piece)[dim] for piece in step.outputs)
+    pieces = tuple(sizes.shape(piece)[dim] for piece in step.outputs)
     name = next((name for name in ("split_size", "split_sizes") if name in step.numbers), None)
     if name is None:
         return {}
     return {name: pieces[0] if isinstance(step.numbers[name], int) else pieces}
 
 
-def _groups(forecast: PredictedSizes, step: Step) -> dict[str, Any]:
+def _groups(sizes: PredictedSizes, step: Step) -> dict[str, Any]:
     assert step.source is not None
     channel = 1 if len(step.source.shape) == len(step.outputs[0].shape) and len(step.source.shape) > 2 else 0
     if step.numbers["groups"] == step.source.shape[channel] > 1:
-        return {"groups": forecast.shape(step.source)[channel]}
+        return {"groups": sizes.shape(step.source)[channel]}
     return {}
 
 
-def _normalized(forecast: PredictedSizes, step: Step) -> dict[str, Any]:
+def _normalized(sizes: PredictedSizes, step: Step) -> dict[str, Any]:
     count = len(step.numbers["normalized_shape"])
-    return {"normalized_shape": forecast.shape(step.outputs[0])[-count:]}
+    return {"normalized_shape": sizes.shape(step.outputs[0])[-count:]}
 
 
 _NUMBERS: dict[str, Callable[[PredictedSizes, Step], dict[str, Any]]] = {

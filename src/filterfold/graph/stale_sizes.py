@@ -1,9 +1,9 @@
-"""Sizes written into user code: found by comparing a pruned network with its forecast, and rewritten.
+"""Sizes that a model's own code keeps in attributes: found after a cut, and rewritten.
 
-A module may keep a channel count in an attribute of its own (`self.width`, a list of split sizes)
-and use it in a view, a slice, or a functional call. After a cut such a number is out of date. The
-forecast says what it should be; the pruned network is run with every wrong number put right on the
-way, and for each the attribute that it came from is looked for in the modules that were running.
+A module may keep a channel count in an attribute (`self.width`, a list of split sizes) and use it in a view, a slice,
+or a functional call. After a cut that number is out of date. `size_check.py` says which operations are called with
+wrong numbers, but not where a number comes from. So attributes that hold it, or a multiple or a part of it, are
+changed one after another, in the order of `_candidates`, and the network run again, until no number is wrong.
 """
 
 from __future__ import annotations
@@ -12,20 +12,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import TraceError
 from ..plan import AttributeChange, Plan
-from ..utils.inputs import call
-from ..utils.model_state import attention_in_steps, preserved, random_state_preserved
-from .dispatch import Step, Walk, bind, find_rule, module_stack, numbers_in, tensors_in
-from .predicted_sizes import PredictedSizes, replaced, settled
-from .rules import RULES
+from ..utils.modules import like
+from .dispatch import SizedLayout, Step
+from .predicted_sizes import PredictedSizes, replaced
+from .size_check import Attempt, WrongNumber, attempt
 from .trace import Traced
 
 _ROUNDS = 24
+
+
+_NEARBY = 64
+"""How many steps back a size may come from that makes the network stop."""
 
 
 _LARGEST_FACTOR = 16
@@ -36,39 +37,15 @@ _LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, n
 """Layers whose attributes surgery has set already."""
 
 
-_WHOLE, _PART = 2, 4
-"""Ranks of candidates: up to `_WHOLE` the attribute holds the number itself, up to `_PART` a multiple or a fraction.
+_HOLDS, _RELATED = 2, 4
+"""Ranks of candidates: up to `_HOLDS` the attribute holds the number itself, up to `_RELATED` a multiple or a part.
 The latter are tried only when none of the former is left: fixing those often explains the rest (`self.a + self.b`)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One operation of the pruned network that was called with a number that is out of date."""
+class UnrepairableError(TraceError):
+    """A size in the model's own code does not follow the cut; `groups` names those that it depends on."""
 
-    place: int
-    op: str
-    stack: tuple[str, ...]
-    given: Any
-    wanted: Any
-
-    @property
-    def key(self) -> tuple[int, str]:
-        """What stays the same from run to run."""
-        return self.place, self.op
-
-
-@dataclass(slots=True)
-class Run:
-    """What one run of the pruned network showed: findings, and where it stopped, if it did."""
-
-    findings: list[Finding] = field(default_factory=list)
-    place: int = 0
-    error: str | None = None
-    stack: tuple[str, ...] = ()
-
-
-class _Mismatch(Exception):
-    pass
+    groups: tuple[str, ...] = ()
 
 
 def rewrite_stale_sizes(
@@ -85,224 +62,175 @@ def rewrite_stale_sizes(
 
     **Returns:** the changes made; empty where everything already has the sizes that it should have.
 
-    **Raises:** `TraceError` naming the operation, its module and the groups, if a size can't be put right.
+    **Raises:** `UnrepairableError` naming the operation, its module and the groups, if a size can't be put right.
     """
-    search = _Search(model, PredictedSizes(traced.sizes.assembly, plan), traced, example_inputs)
+    search = _Search(model, PredictedSizes(traced.sizes.assembly, plan), traced.sizes.steps, example_inputs)
     try:
-        return search.go()
+        return search.search()
     except BaseException:
-        search.undo()
+        for key in list(search.changes):
+            search.take_back(key)
         raise
 
 
-class _Checker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # the base class has no annotations
-    """Runs the operations of the pruned network beside the forecast, putting numbers right on the way."""
-
-    def __init__(self, forecast: PredictedSizes, steps: Sequence[Step], stack: list[str], run: Run) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.forecast, self.steps, self.stack, self.run = forecast, steps, stack, run
-
-    def __torch_dispatch__(
-        self, func: torch._ops.OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Called by PyTorch for every operation."""
-        kwargs = kwargs or {}
-        op, rule = find_rule(func, RULES)
-        if rule is None:
-            with self:
-                pieces = func.decompose(*args, **kwargs)
-            if pieces is not NotImplemented:
-                return pieces
-        run = self.run
-        run.stack = tuple(self.stack)
-        step = self.steps[run.place] if run.place < len(self.steps) else None
-        if step is not None and (op, step.op) == ("alias", "slice"):
-            # Python indexing leaves a slice out when it takes everything, as a bound that is out of date may do now.
-            func, op = torch.ops.aten.slice.Tensor, "slice"
-            args = (args[0], *(step.numbers.get(name) for name in ("dim", "start", "end", "step")))
-        if step is None or (step.op != op and (op, step.op) != ("slice", "alias")):
-            raise _Mismatch(f"{op} is called where the unpruned network called something else")
-        wanted = self.forecast.numbers(step)
-        bound = bind(func, args, kwargs)
-        given = numbers_in(bound)
-        for name, value in ((name, settled(given.get(name), value)) for name, value in wanted.items()):
-            if name in given and given[name] != value and not _same_end(step, name, given[name], value):
-                run.findings.append(Finding(run.place, op, run.stack, given[name], value))
-                bound[name] = list(value) if isinstance(value, tuple) else value
-        if run.findings and run.findings[-1].place == run.place:
-            positional = [a.name for a in func._schema.arguments if not a.kwarg_only]
-            args = tuple(bound[name] for name in positional)
-            kwargs = {a.name: bound[a.name] for a in func._schema.arguments if a.kwarg_only}
-        out = func(*args, **kwargs)
-        for tensor, expected in zip(tensors_in([out]), step.outputs, strict=False):
-            shape = tuple(tensor.shape)
-            if len(shape) != len(expected.shape) or replaced(shape, self.forecast.shape(expected)):
-                raise _Mismatch(f"{op} gives {list(shape)} instead of {list(self.forecast.shape(expected))}")
-        run.place += 1
-        return out
+Key = tuple[str, str]
+"""A module's name and an attribute's."""
 
 
-def _same_end(step: Step, name: str, given: Any, wanted: Any) -> bool:
-    """A slice that runs to the end of an axis may name any larger number as its end."""
-    if step.op != "slice" or name != "end" or step.source is None:
-        return False
-    size = step.source.shape[step.numbers.get("dim", 0)]
-    return bool(step.numbers["end"] >= size and given >= wanted)
+@dataclass(slots=True)
+class _Guesses:
+    """What was tried for one wrong number.
+
+    `first`: as it was at the beginning; `wrong`: how many of its values were wrong last time; `tried`: attributes
+    that were changed for it since then; `last`: the latest of them; `given_up`: whether none is left.
+    """
+
+    first: WrongNumber
+    wrong: int
+    tried: set[Key] = field(default_factory=set)
+    last: Key | None = None
+    given_up: bool = False
 
 
 class _Search:
-    """The search for attributes: a first guess for every finding at once, then the next guess for what is left."""
+    """The search for attributes: in every round one guess for each wrong number, then a run with all of them.
 
-    def __init__(self, model: nn.Module, forecast: PredictedSizes, traced: Traced, example_inputs: Any) -> None:
-        self.model, self.forecast, self.traced, self.inputs = model, forecast, traced, example_inputs
+    Guessing for all numbers at once keeps the runs few: a network of 24 blocks with a width each takes two.
+    """
+
+    def __init__(self, model: nn.Module, predicted: PredictedSizes, steps: Sequence[Step], inputs: Any) -> None:
+        self.model, self.predicted, self.steps, self.inputs = model, predicted, steps, inputs
         self.modules = dict(model.named_modules())
-        self.changes: dict[tuple[str, str], AttributeChange] = {}
-        self.tried: dict[tuple[int, str], set[tuple[str, str]]] = {}
-        self.wrong: dict[tuple[int, str], int] = {}
-        self.first: dict[tuple[int, str], Finding] = {}
-        self.good: set[tuple[str, str]] = set()
-        self.banned: set[tuple[str, str]] = set()
-        self.stuck: dict[tuple[int, str], Finding] = {}
-        self.made: dict[tuple[int, str], tuple[str, str]] = {}
+        self.changes: dict[Key, AttributeChange] = {}
+        self.originals: dict[Key, Any] = {}
+        self.guesses: dict[tuple[int, str], _Guesses] = {}
+        self.kept: set[Key] = set()  # changes from before this round
+        self.harmful: set[Key] = set()  # changes that made the network fail
 
-    def go(self) -> tuple[AttributeChange, ...]:
+    def search(self) -> tuple[AttributeChange, ...]:
         """Guess, run, and guess again for what is still wrong."""
-        run = self.run()
+        found = self.run()
         for _ in range(_ROUNDS):
-            open_ = [finding for finding in run.findings if finding.key not in self.stuck]
-            if open_:
-                self.guess(open_)
-            elif self.stuck:
-                raise self.failure(list(self.stuck.values()), None)
-            elif run.error is not None:
-                run = self.creep(run)
-                continue
+            given_up = [guesses.first for guesses in self.guesses.values() if guesses.given_up]
+            wrong = [one for one in found.wrong if one.key not in {first.key for first in given_up}]
+            if wrong:
+                self.guess(wrong)
+                found = self.run_without_harm(found)
+            elif given_up:
+                raise self.failure(given_up, None)
+            elif found.error is not None:
+                found = self.get_further(found)
             else:
                 return tuple(self.changes.values())
-            run = self.after_guessing(run)
-        raise self.failure(run.findings, run)
+        raise self.failure(found.wrong, found)
 
-    def after_guessing(self, before: Run) -> Run:
-        """Run again; if guesses made the network fail, find out which, and never make them again."""
-        run = self.run()
-        if not _worse(run, before):
-            return run
-        guesses = [self.changes[key] for key in list(self.changes) if key not in self.good]
-        for change in guesses:
-            self.take_back((change.module, change.attribute))
-        for change in guesses:
-            self.change(change)
-            run = self.run()
-            if _worse(run, before):
-                self.take_back((change.module, change.attribute))
-                self.banned.add((change.module, change.attribute))
-        return self.run()
-
-    def guess(self, findings: Sequence[Finding]) -> None:
-        """Try the next candidate for every finding, taking back those that did not help."""
-        for finding in findings:
-            self.first.setdefault(finding.key, finding)
-            before, wrong = self.made.pop(finding.key, None), len(replaced(finding.given, finding.wanted))
-            if wrong < self.wrong.get(finding.key, wrong):
-                self.tried[finding.key] = set()
-            elif before is not None and before in self.changes:
-                self.take_back(before)
-            self.wrong[finding.key] = wrong
-        self.good = set(self.changes)
-        made_before = self.good | self.banned
-        lists = [_candidates(self.modules, f.stack, f.given, f.wanted) for f in findings]
-        lists = [[c for c in ranked if (c[1].module, c[1].attribute) not in made_before] for ranked in lists]
-        for weakest in (_WHOLE, _PART):
-            taken = [self.take(finding, ranked, weakest) for finding, ranked in zip(findings, lists, strict=True)]
-            if any(taken):
+    def guess(self, wrong: Sequence[WrongNumber]) -> None:
+        """Change the next candidate for every wrong number; take back the last one if it did not help."""
+        for one in wrong:
+            left = len(replaced(one.given, one.wanted))
+            guesses = self.guesses.setdefault(one.key, _Guesses(one, left))
+            if left < guesses.wrong:
+                guesses.tried = set()  # some of its values are right now: the others may be in the same attribute
+            elif guesses.last in self.changes:
+                self.take_back(guesses.last)
+            guesses.wrong, guesses.last = left, None
+        self.kept = set(self.changes)
+        excluded = self.kept | self.harmful
+        lists = [
+            [c for c in _candidates(self.modules, one.stack, one.given, one.wanted) if _key(c[1]) not in excluded]
+            for one in wrong
+        ]
+        for weakest in (_HOLDS, _RELATED):
+            made = [self.try_next(one, ranked, weakest) for one, ranked in zip(wrong, lists, strict=True)]
+            if any(made):
                 return
-        self.stuck.update({finding.key: self.first[finding.key] for finding in findings})
+        for one in wrong:
+            self.guesses[one.key].given_up = True
 
-    def take(self, finding: Finding, ranked: Sequence[tuple[int, AttributeChange]], weakest: int) -> bool:
-        """Make the next change for a finding, unless another finding of this round has just made the same."""
-        tried = self.tried.setdefault(finding.key, set())
+    def try_next(self, one: WrongNumber, ranked: Sequence[tuple[int, AttributeChange]], weakest: int) -> bool:
+        """Make the next change for a wrong number, unless another one of this round has just made the same."""
+        guesses = self.guesses[one.key]
         for rank, candidate in ranked:
-            key = candidate.module, candidate.attribute
+            key = _key(candidate)
             present = self.changes.get(key)
-            if rank > weakest or key in tried or (present is not None and present.new != candidate.new):
+            if rank > weakest or key in guesses.tried or (present is not None and present.new != candidate.new):
                 continue
             if present is None:
                 self.change(candidate)
-                self.made[finding.key] = key
-            tried.add(key)
+                guesses.last = key
+            guesses.tried.add(key)
             return True
         return False
 
-    def creep(self, run: Run) -> Run:
-        """The run stopped although all numbers were right: try attributes until it gets further."""
-        step = self.traced.sizes.steps[min(run.place, len(self.traced.sizes.steps) - 1)]
+    def run_without_harm(self, before: Attempt) -> Attempt:
+        """Run again; if this round's guesses made the network fail, find out which, and never make them again."""
+        found = self.run()
+        if not found.worse_than(before):
+            return found
+        guesses = [change for key, change in self.changes.items() if key not in self.kept]
+        for change in guesses:
+            self.take_back(_key(change))
+        for change in guesses:
+            self.change(change)
+            if self.run().worse_than(before):
+                self.take_back(_key(change))
+                self.harmful.add(_key(change))
+        return self.run()
+
+    def get_further(self, stopped: Attempt) -> Attempt:
+        """The network stops although all numbers are right (`if x.shape[1] != self.width: raise`).
+
+        Nothing says which number is meant: try attributes that hold any size from nearby, until a run gets further.
+        """
+        step = self.steps[min(stopped.place, len(self.steps) - 1)]
         pairs = []
-        for tensor in (*self._nearby(run), *((step.source,) if step.source else ()), *step.outputs):
-            pairs += replaced(tensor.shape, self.forecast.shape(tensor))
+        for tensor in (*self._recent(stopped), *_tensors_of(step)):
+            pairs += replaced(tensor.shape, self.predicted.shape(tensor))
         for old, new in dict.fromkeys(pairs):
-            for _, change in _candidates(self.modules, run.stack, old, new):
-                if (change.module, change.attribute) in self.changes:
+            for _, change in _candidates(self.modules, stopped.stack, old, new):
+                if _key(change) in self.changes:
                     continue
                 self.change(change)
-                again = self.run()
-                if again.error is None or again.place > run.place:
-                    return again
-                self.take_back((change.module, change.attribute))
-        raise self.failure([], run)
+                found = self.run()
+                if found.error is None or found.place > stopped.place:
+                    return found
+                self.take_back(_key(change))
+        raise self.failure([], stopped)
 
-    def _nearby(self, run: Run) -> Iterator[Any]:
-        """What the innermost module's operations so far resulted in."""
-        for step in reversed(self.traced.sizes.steps[max(0, run.place - 64) : run.place]):
-            if step.stack == run.stack:
+    def _recent(self, stopped: Attempt) -> Iterator[SizedLayout]:
+        """What the last operations of the innermost module resulted in."""
+        for step in reversed(self.steps[max(0, stopped.place - _NEARBY) : stopped.place]):
+            if step.stack == stopped.stack:
                 yield from step.outputs
 
     def change(self, change: AttributeChange) -> None:
-        setattr(self.modules[change.module], change.attribute, change.new)
-        self.changes[(change.module, change.attribute)] = change
+        module, key = self.modules[change.module], _key(change)
+        self.originals[key] = getattr(module, change.attribute)
+        setattr(module, change.attribute, like(self.originals[key], change.new))
+        self.changes[key] = change
 
-    def take_back(self, key: tuple[str, str]) -> None:
-        change = self.changes.pop(key)
-        setattr(self.modules[change.module], change.attribute, change.old)
+    def take_back(self, key: Key) -> None:
+        del self.changes[key]
+        setattr(self.modules[key[0]], key[1], self.originals.pop(key))
 
-    def undo(self) -> None:
-        """Put every attribute back."""
-        for key in list(self.changes):
-            self.take_back(key)
+    def run(self) -> Attempt:
+        return attempt(self.model, self.inputs, self.steps, self.predicted)
 
-    def run(self) -> Run:
-        """Run the pruned network once beside the forecast."""
-        run, stack = Run(), list[str]()
-        walk = Walk(None, RULES)  # type: ignore[arg-type]  # only its list of saved tensors is used
-        with preserved(self.model), random_state_preserved(self.model), walk.undoing_writes():
-            for tensor in self.model.buffers():
-                walk.saved[id(tensor)] = (tensor, tensor.clone())
-            checker = _Checker(self.forecast, self.traced.sizes.steps, stack, run)
-            try:
-                with torch.inference_mode(), attention_in_steps(), module_stack(self.model, stack), checker:
-                    call(self.model, self.inputs)
-            except Exception as error:
-                run.error = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return run
-
-    def failure(self, findings: Sequence[Finding], run: Run | None) -> TraceError:
+    def failure(self, wrong: Sequence[WrongNumber], stopped: Attempt | None) -> UnrepairableError:
         """The error that names the first operation, and every group that the sizes depend on."""
-        steps = self.traced.sizes.steps
-        last = min(run.place, len(steps) - 1) if run is not None else 0
-        places = [finding.place for finding in findings] or [last]
+        last = min(stopped.place, len(self.steps) - 1) if stopped is not None else 0
+        places = [one.place for one in wrong] or [last]
         names: dict[str, None] = {}
-        for step in (steps[place] for place in places):
-            for tensor in (*((step.source,) if step.source else ()), *step.outputs):
-                for axis, old in zip(tensor.layout, tensor.shape, strict=True):
-                    if self.forecast.size(axis, old) not in (old, None):
-                        names.update(dict.fromkeys(self.forecast.groups_of(axis)))
-        for finding in findings:
-            stale = {given for given, _ in replaced(finding.given, finding.wanted)}
-            names.update(dict.fromkeys(self._groups_of_size(stale, steps[finding.place].stack)))
-        step = steps[places[0]]
+        for tensor in (tensor for place in places for tensor in _tensors_of(self.steps[place])):
+            for axis, old in zip(tensor.layout, tensor.shape, strict=True):
+                if self.predicted.size(axis, old) not in (old, None):
+                    names.update(dict.fromkeys(self.predicted.groups_of(axis)))
+        for one in wrong:
+            stale = {given for given, _ in replaced(one.given, one.wanted)}
+            names.update(dict.fromkeys(self._groups_of_size(stale, self.steps[one.place].stack)))
+        step = self.steps[places[0]]
         where = f"{step.op} in {step.stack[-1]!r}" if step.stack and step.stack[-1] else step.op
-        what = str(run and run.error)
-        if findings:
-            what = f"uses {findings[0].given} where {findings[0].wanted} is right"
+        what = f"uses {wrong[0].given} where {wrong[0].wanted} is right" if wrong else str(stopped and stopped.error)
         error = UnrepairableError(
             f"a size in the model's own code does not follow the cut: {where}: {what}; "
             f"leave {', '.join(names) or 'its groups'} out (ignore=)"
@@ -312,29 +240,27 @@ class _Search:
 
     def _groups_of_size(self, sizes: set[int], stack: tuple[str, ...]) -> Iterator[str]:
         """Groups that have one of these sizes after the cut, somewhere in a running module."""
-        for step in self.traced.sizes.steps:
+        for step in self.steps:
             if step.stack[: len(stack)] == stack and step.source is not None:
                 for axis, old in zip(step.source.layout, step.source.shape, strict=True):
-                    if axis and self.forecast.size(axis, old) in sizes - {old}:
-                        yield from self.forecast.groups_of(axis)
+                    if axis and self.predicted.size(axis, old) in sizes - {old}:
+                        yield from self.predicted.groups_of(axis)
 
 
-class UnrepairableError(TraceError):
-    """A size in user code that does not follow the cut; `groups` names those that it depends on."""
-
-    groups: tuple[str, ...] = ()
+def _key(change: AttributeChange) -> Key:
+    return change.module, change.attribute
 
 
-def _worse(after: Run, before: Run) -> bool:
-    return after.error is not None and (before.error is None or after.place < before.place)
+def _tensors_of(step: Step) -> tuple[SizedLayout, ...]:
+    return (*((step.source,) if step.source else ()), *step.outputs)
 
 
 def _candidates(
     modules: Mapping[str, nn.Module], stack: Sequence[str], given: Any, wanted: Any
 ) -> list[tuple[int, AttributeChange]]:
-    """Attributes that the number may have come from, likeliest first.
+    """Attributes that the number may have come from, likeliest first, with their ranks.
 
-    The same value comes before one inside of a sequence, and that before a multiple or a fraction; the
+    The same value comes before one inside of a sequence, and that before a multiple or a part; the
     innermost module comes first, and those inside of it, which may have been used without being called, last.
     """
     ranked: list[tuple[int, int, AttributeChange]] = []
@@ -348,20 +274,20 @@ def _candidates(
         for attribute, value in vars(modules[name]).items():
             if attribute.startswith("_") or isinstance(value, bool | Tensor):
                 continue
-            found = _rewrite(value, given, wanted, pairs)
+            found = _rewritten(value, given, wanted, pairs)
             if found is not None:
                 new, rank = found
                 ranked.append((rank, depth, AttributeChange(name, attribute, value, new)))
     return [(rank, change) for rank, _, change in sorted(ranked, key=lambda entry: entry[:2])]
 
 
-def _rewrite(value: Any, given: Any, wanted: Any, pairs: Mapping[int, int]) -> tuple[Any, int] | None:
-    """An attribute's new value, and how unlikely it is that this attribute is meant."""
+def _rewritten(value: Any, given: Any, wanted: Any, pairs: Mapping[int, int]) -> tuple[Any, int] | None:
+    """An attribute's new value, and its rank: how unlikely it is that this attribute is meant."""
     if isinstance(value, list | tuple):
         if tuple(value) == given:
-            return type(value)(wanted), 0
+            return wanted, 0
         if value and all(type(item) is int for item in value) and any(item in pairs for item in value):
-            return type(value)(pairs.get(item, item) for item in value), 2
+            return tuple(pairs.get(item, item) for item in value), 2
         return None
     if type(value) is not int or value < 2:
         return None

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import TraceError
+from ..errors import TraceError, one_line
 from ..plan import ChannelGroup
 from ..profiling.macs import Cost, Counting, measure
 from ..utils.inputs import batch_of, call
-from ..utils.model_state import attention_in_steps, preserved, random_state_preserved
+from ..utils.model_state import preserved, random_state_preserved
 from ..utils.modules import leaves
 from .assemble import Assembly, assemble
-from .dispatch import Mark, Recorder, Split, Step, Walk, module_stack
-from .labels import FIXED, OUTPUT, LabelTable
+from .dispatch import Recorder, SizedLayout, Split, Step, TensorLabels, Tracer, module_stack
+from .labels import FIXED, OUTPUT
 from .rules import RULES, indexing, layers, math, shape
 
 _LOG = logging.getLogger(__name__)
 
 
+# Which part of a split axis could shrink instead of the best guess, in the order in which they are tried.
 _PREFERENCES: tuple[Callable[[Split], int], ...] = (
     lambda split: split.options[(split.options.index(split.chosen) + 1) % len(split.options)],
     lambda split: sorted(split.options)[-2],  # the heads of (heads, size of a head)
@@ -36,15 +37,19 @@ _WHOLE = (nn.MultiheadAttention, nn.RNNBase, nn.EmbeddingBag)
 """Layers that surgery can't resize (see `filterfold.surgery.layer_attributes.refresh_attributes`)."""
 
 
-_RULE_FILES = (layers, math, indexing, shape)
+_RULE_FILES = (layers, math, indexing, shape)  # importing them fills RULES
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sizes:
-    """What every operation's result measures, and which labels its axes carry: for predicting a cut's sizes."""
+    """The shapes and labels of every operation's results: what is needed to predict sizes after a cut.
+
+    `returned`: the same of what each module returns, by its name, once for each of its calls in evaluation mode.
+    """
 
     steps: tuple[Step, ...]
     assembly: Assembly
+    returned: Mapping[str, Sequence[SizedLayout]]
 
 
 class Traced(tuple[ChannelGroup, ...]):
@@ -65,6 +70,10 @@ class Traced(tuple[ChannelGroup, ...]):
         traced.sizes = sizes
         traced.unmet = tuple(unmet)
         return traced
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copy and pickle, which know only a tuple's items."""
+        return Traced, (tuple(self), self.sizes, self.unmet)
 
 
 def trace(model: nn.Module, example_inputs: Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]) -> Traced:
@@ -108,11 +117,11 @@ def trace_and_measure(model: nn.Module, example_inputs: Any) -> tuple[Traced, Co
 
 
 def _trace(model: nn.Module, example_inputs: Any, watch: AbstractContextManager[Any]) -> Traced:
-    traced, splits = _walk(model, example_inputs, {}, watch)
+    traced, splits = _trace_once(model, example_inputs, {}, watch)
     for prefer in _PREFERENCES:
         choices = _other_choices(traced, splits, prefer)
         if choices:
-            again, others = _walk(model, example_inputs, choices, nullcontext())
+            again, others = _trace_once(model, example_inputs, choices, nullcontext())
             if _locked(again) < _locked(traced):
                 traced, splits = again, others
     if traced.unmet:
@@ -120,23 +129,23 @@ def _trace(model: nn.Module, example_inputs: Any, watch: AbstractContextManager[
     return traced
 
 
-def _walk(
+def _trace_once(
     model: nn.Module, example_inputs: Any, choices: Mapping[int, int], watch: AbstractContextManager[Any]
 ) -> tuple[Traced, list[Split]]:
-    """One walk through the network, with `watch` around its run in evaluation mode."""
-    walk = Walk(LabelTable(), RULES, choices)
-    names = _register(model, walk)
-    with preserved(model) as added, random_state_preserved(model), walk.undoing_writes():
+    """One trace, with `watch` around its run in evaluation mode."""
+    tracer = Tracer(RULES, choices)
+    names = _register(model, tracer)
+    with preserved(model) as added, random_state_preserved(model):
         with watch:
-            _run(model, walk, example_inputs)
+            _run(model, tracer, example_inputs)
         for tensor in added():
-            walk.freeze(walk.layout(tensor), "kept by the model from one call to the next")
-        unmet = [name for key, name in names.items() if key not in walk.met]
-        steps = tuple(walk.steps)
+            tracer.freeze(tracer.layout(tensor), "kept by the model from one call to the next")
+        unmet = [name for key, name in names.items() if key not in tracer.met]
+        steps, returned = tuple(tracer.steps), {name: tuple(calls) for name, calls in tracer.returned.items()}
         if unmet:
-            unmet = _train_pass(model, walk, names, example_inputs)
-    assembly = assemble(walk.ledger)
-    return Traced(assembly.groups, Sizes(steps, assembly), unmet), walk.splits
+            unmet = _train_pass(model, tracer, names, example_inputs)
+    assembly = assemble(tracer.table)
+    return Traced(assembly.groups, Sizes(steps, assembly, returned), unmet), tracer.splits
 
 
 def _locked(traced: Traced) -> int:
@@ -149,57 +158,57 @@ def _other_choices(traced: Traced, splits: list[Split], prefer: Callable[[Split]
 
     Attention with a head size that fixes the scale is the usual case: there, whole heads can go.
     """
-    choices = {place: split.chosen for place, split in enumerate(splits)}
-    before = dict(choices)
-    for place, split in enumerate(splits):
+
+    def is_frozen(split: Split) -> bool:
         groups = set(traced.sizes.assembly.group_of[split.labels].tolist()) - {-1}
-        if any(traced[group].frozen not in (None, OUTPUT) for group in groups):
-            choices[place] = prefer(split)
-    return choices if choices != before else {}
+        return any(traced[group].frozen not in (None, OUTPUT) for group in groups)
+
+    choices = [prefer(split) if is_frozen(split) else split.chosen for split in splits]
+    return dict(enumerate(choices)) if choices != [split.chosen for split in splits] else {}
 
 
-def _register(model: nn.Module, walk: Walk) -> dict[int, str]:
-    """Open labels for every parameter and buffer; returns the names of the parameters by identity."""
+def _register(model: nn.Module, tracer: Tracer) -> dict[int, str]:
+    """Give labels to every parameter and buffer; returns the names of the parameters by identity."""
     names = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if nn.parameter.is_lazy(tensor):
             raise TraceError(f"{name} has no shape yet: run the model once before tracing it")
-        walk.know(tensor, Mark(walk.ledger.open(name, tensor.shape), weight=True))
+        tracer.know(tensor, TensorLabels(tracer.table.add(name, tensor.shape), weight=True))
         if isinstance(tensor, nn.Parameter):
             names[id(tensor)] = name
     for module in model.modules():
         if isinstance(module, _WHOLE):
             for tensor in module.parameters(recurse=False):
-                walk.freeze(
-                    walk.known[id(tensor)][1].layout, f"belongs to a {type(module).__name__}, which stays whole"
+                tracer.freeze(
+                    tracer.known[id(tensor)][1].layout, f"belongs to a {type(module).__name__}, which stays whole"
                 )
     return names
 
 
-def _run(model: nn.Module, walk: Walk, inputs: Any) -> None:
+def _run(model: nn.Module, tracer: Tracer, inputs: Any) -> None:
     """One forward pass under the recorder; what comes out of the model is frozen."""
     for tensor in leaves(inputs):
-        walk.know(tensor, Mark((FIXED,) * tensor.ndim))
+        tracer.know(tensor, TensorLabels((FIXED,) * tensor.ndim))
     try:
-        with torch.inference_mode(), attention_in_steps(), module_stack(model, walk.stack), Recorder(walk):
+        with torch.inference_mode(), module_stack(model, tracer.stack, tracer.note), Recorder(tracer):
             outputs = call(model, inputs)
+    except TraceError:
+        raise
     except Exception as error:
-        reason = str(error).strip().splitlines()
-        message = f"the model does not run on the example inputs: {type(error).__name__}: {reason[0] if reason else ''}"
-        raise TraceError(message) from error
+        raise TraceError(f"the model does not run on the example inputs: {one_line(error)}") from error
     for tensor in leaves(outputs):
-        walk.freeze(walk.layout(tensor), OUTPUT)
+        tracer.freeze(tracer.layout(tensor), OUTPUT)
 
 
-def _train_pass(model: nn.Module, walk: Walk, names: dict[int, str], inputs: Any) -> list[str]:
+def _train_pass(model: nn.Module, tracer: Tracer, names: dict[int, str], inputs: Any) -> list[str]:
     """Run again in training mode, for branches that exist only there; norms and dropout stay in evaluation mode."""
-    before = len(walk.met)
+    before = len(tracer.met)
     for module in model.modules():
         if not isinstance(module, nn.modules.batchnorm._NormBase | nn.modules.dropout._DropoutNd):
             module.training = True
     try:
-        _run(model, walk, inputs)
+        _run(model, tracer, inputs)
     except TraceError as error:
         _LOG.warning("training mode could not be traced, branches that exist only there are unknown: %s", error)
-    _LOG.debug("training mode met %d more tensors", len(walk.met) - before)
-    return [name for key, name in names.items() if key not in walk.met]
+    _LOG.debug("training mode met %d more tensors", len(tracer.met) - before)
+    return [name for key, name in names.items() if key not in tracer.met]

@@ -6,6 +6,7 @@ from .assign import ClusterRow
 from .callbacks import OnlineCallback
 from .cosine_pull import averager, pull
 from .cut import CutResult
+from .distillation import Distillation
 from .online_clustering import OnlineFilterClustering
 from .options import CutOptions, Pull, Target
 from .schedule import Schedule
@@ -14,6 +15,7 @@ __all__ = [
     "ClusterRow",
     "CutOptions",
     "CutResult",
+    "Distillation",
     "OnlineCallback",
     "OnlineFilterClustering",
     "Pull",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
-from .distillation import Teacher
+from .distillation import Distillation, check_temperature
 from .online_clustering import OnlineFilterClustering
 from .options import as_objects
 from .schedule import Schedule
@@ -25,7 +26,7 @@ class OnlineCallback:
     - `schedule`: "gradual", "early", "document" or "plateau" (see `Schedule`; epochs are the run's, the loss is that of
       training), a `Schedule`, or its `to_dict()`.
     - `distill`: weight of a second loss from the first cut on, in which the network as it was before teaches the
-      smaller one (see `Teacher`); 0: none. `temperature`: of both their logits.
+      smaller one (see `Distillation.loss`); 0: none. `temperature`: of both their logits.
     - `options`: everything else that `OnlineFilterClustering` takes besides model, inputs and optimizer; also the
       fields of its `Pull`, `CutOptions` and `Target` by their names.
 
@@ -46,12 +47,13 @@ class OnlineCallback:
         **options: Any,
     ) -> None:
         Schedule.of(schedule, 1)  # refuses unknown names now
-        if distill < 0 or temperature <= 0:
-            raise ConfigError(f"distill={distill} must be at least 0, and temperature={temperature} above it")
+        if not (math.isfinite(distill) and distill >= 0):
+            raise ConfigError(f"distill={distill}: must be a number of 0 or more")
+        check_temperature(temperature)
         self.schedule, self.options = schedule, as_objects(options)
         self.distill, self.temperature = distill, temperature
         self.online: OnlineFilterClustering | None = None
-        self.teacher: Teacher | None = None
+        self.teacher: Distillation | None = None
         self._run: Any = None
 
     def on_start(self, run: Any) -> None:
@@ -77,7 +79,8 @@ class OnlineCallback:
         """Do what the schedule says and tell the run."""
         online = self._started()
         cuts = len(online.cuts)
-        teacher = Teacher(run.model, self.temperature) if self.distill and not online.plans else None
+        first = self.distill > 0 and not online.plans
+        teacher = Distillation(run.model, temperature=self.temperature) if first else None
         for event in online.step(run.epoch, run.loss):
             run.event(event)
         if len(online.cuts) > cuts:
@@ -94,9 +97,11 @@ class OnlineCallback:
         """Go on from a state."""
         self._started().load_state_dict(state)
         if self.distill and "teacher" in state:
-            self._teach(Teacher.revived(state["teacher"], self._run.model, self.temperature))
+            teacher = Distillation(self._run.model, temperature=self.temperature)
+            teacher.load_state_dict(state["teacher"])
+            self._teach(teacher)
 
-    def _teach(self, teacher: Teacher) -> None:
+    def _teach(self, teacher: Distillation) -> None:
         self.teacher = teacher
         self._run.extra_macs += teacher.macs(self._run.example)
 

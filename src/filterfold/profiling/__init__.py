@@ -7,7 +7,7 @@ timed a second time under another name: that A/A control must give 1.00, or the 
 
 from __future__ import annotations
 
-from .latency import MODES, Mode, Timer, inference_seconds, measure_latency, threads_set
+from .latency import MODES, Mode, Timer, in_turn, inference_seconds, measure_latency, threads_set
 from .latency_results import CONTROL, Latency, LatencyComparison, median_interval
 from .layer_latency import LayerCall, LayerTimes, friendly_step, layer_calls, wasted_widths
 
@@ -21,6 +21,7 @@ __all__ = [
     "Mode",
     "Timer",
     "friendly_step",
+    "in_turn",
     "inference_seconds",
     "layer_calls",
     "measure_latency",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import os
-import platform
 import statistics
 import tempfile
 import timeit
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import ConfigError
+from ..utils.environment import processor
 from ..utils.inputs import call, examples
 from ..utils.model_state import preserved
 from ..utils.progress import track
@@ -83,10 +84,7 @@ def hardware_name(device: torch.device) -> str:
     """The name of the GPU or of the CPU: what a cached time belongs to."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(errors="replace").splitlines() if info.exists() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
+    return processor()
 
 
 def load_average() -> float | None:
@@ -207,7 +205,7 @@ def measure_latency(
     - `timer`: runs a callable so many times and gives the seconds; None: the device's clock (events
       on a GPU, wall time elsewhere).
 
-    **Returns:** a `Comparison`, with the A/A control.
+    **Returns:** a `LatencyComparison`, with the A/A control.
 
     **Raises:** `ConfigError` for no networks, networks on several devices, an unknown mode, or counts
     below 1.
@@ -225,7 +223,7 @@ def measure_latency(
     device, dtype = _check(models, batch_sizes, repeats, mode)
     example = _moved(examples(example_inputs), device)
     rows: list[Latency] = []
-    timer = timer or timer_for(device)
+    rounds = _Rounds(timer or timer_for(device), repeats, warmup, block_seconds, max_seconds)
     macs = {name: measure(model, example).macs for name, model in models.items()} if count_macs else {}
     with threads_set(threads), preserved(*models.values()), compiling(mode):
         runners: list[tuple[str, Runner]] = [(name, prepare(model, mode, example)) for name, model in models.items()]
@@ -241,7 +239,8 @@ def measure_latency(
         with torch.inference_mode():
             for batch_size in track(batch_sizes, f"timing, {mode}", len(batch_sizes)):
                 batch = examples(example, batch_size)
-                rows += _in_turn(runners, batch, batch_size, timer, repeats, warmup, block_seconds, max_seconds)
+                times = rounds.times([runner(batch) for _, runner in runners])
+                rows += [Latency(name, batch_size, tuple(own)) for (name, _), own in zip(runners, times, strict=True)]
     return LatencyComparison(tuple(rows), conditions, macs)
 
 
@@ -311,34 +310,43 @@ def _check(
     return place_of(next(iter(models.values())))
 
 
+def in_turn(count: int, turn: int) -> range:
+    """The order in which one of several rounds takes so many networks: forwards, then backwards, and so on.
+
+    >>> list(in_turn(3, 0)), list(in_turn(3, 1))
+    ([0, 1, 2], [2, 1, 0])
+    """
+    return range(count) if turn % 2 == 0 else range(count - 1, -1, -1)
+
+
 def _moved(inputs: Any, device: torch.device) -> Any:
     return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, inputs)
 
 
-def _in_turn(
-    runners: Sequence[tuple[str, Runner]],
-    batch: Any,
-    batch_size: int,
-    timer: Timer,
-    repeats: int,
-    warmup: int,
-    block_seconds: float,
-    max_seconds: float,
-) -> list[Latency]:
-    runs = [runner(batch) for _, runner in runners]
-    counts = []
-    for run in runs:
-        timer(run, max(1, warmup))
-        counts.append(max(1, round(block_seconds / max(timer(run, 1), 1e-9))))
-    counts[-1] = counts[0]  # the control is the reference once more, in every respect
-    seconds: list[list[float]] = [[] for _ in runs]
-    spent = 0.0
-    for repeat in range(repeats):
-        if spent > max_seconds and repeat >= _LEAST_REPEATS:
-            break
-        order = range(len(runs)) if repeat % 2 == 0 else reversed(range(len(runs)))
-        for index in order:
-            taken = timer(runs[index], counts[index])
-            seconds[index].append(taken / counts[index])
-            spent += taken
-    return [Latency(name, batch_size, tuple(own)) for (name, _), own in zip(runners, seconds, strict=True)]
+@dataclass(frozen=True, slots=True)
+class _Rounds:
+    """How often, and for how long, networks are timed in turn; see `measure_latency`."""
+
+    timer: Timer
+    repeats: int
+    warmup: int
+    block_seconds: float
+    max_seconds: float
+
+    def times(self, runs: Sequence[Callable[[], Any]]) -> list[list[float]]:
+        """For every network the seconds per call in each round; the last one is the control of the first."""
+        counts = []
+        for run in runs:
+            self.timer(run, max(1, self.warmup))
+            counts.append(max(1, round(self.block_seconds / max(self.timer(run, 1), 1e-9))))
+        counts[-1] = counts[0]  # the control is the reference once more, in every respect
+        seconds: list[list[float]] = [[] for _ in runs]
+        spent = 0.0
+        for repeat in range(self.repeats):
+            if spent > self.max_seconds and repeat >= _LEAST_REPEATS:
+                break
+            for index in in_turn(len(runs), repeat):
+                taken = self.timer(runs[index], counts[index])
+                seconds[index].append(taken / counts[index])
+                spent += taken
+        return seconds

@@ -21,7 +21,7 @@ from ..utils.io import write_json
 from ..utils.model_state import preserved, random_state_preserved
 from ..utils.progress import track
 from .latency import Timer, hardware_name, place_of, threads_set, timer_for
-from .macs import WeightOps
+from .weight_ops import WeightOps, WeightUse
 
 _LOG = logging.getLogger("filterfold.profiling")
 
@@ -86,37 +86,6 @@ class LayerCall:
         return replace(self, weight=weight, data=(self.data[0], channels, *self.data[2:]), options=options)
 
 
-class _Recorder(WeightOps):  # type: ignore[no-untyped-call]
-    """Notes every convolution and linear op on a whole parameter, with its arguments."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model, self._note)
-        self.calls: list[LayerCall] = []
-        self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        self._current: tuple[Any, tuple[Any, ...], Mapping[str, Any]] = (None, (), {})
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._current = (func, args, kwargs or {})
-        return super().__torch_dispatch__(func, types, args, kwargs)
-
-    def _note(self, op: Any, data: Tensor, weight: Tensor, name: str | None, _macs: int, _output: Tensor) -> None:
-        func, args, kwargs = self._current
-        known = op.__name__ == "linear" or op.__name__.startswith("conv")
-        if name is None or not known or tuple(weight.shape) != self._shapes.get(name):
-            return
-        given = {
-            argument.name: args[place] if place < len(args) else kwargs.get(argument.name, argument.default_value)
-            for place, argument in enumerate(func._schema.arguments)
-        }
-        bias = given.pop("bias", None) is not None
-        options = tuple(
-            (key, tuple(value) if isinstance(value, list) else value)
-            for key, value in given.items()
-            if key not in ("input", "weight")
-        )
-        self.calls.append(LayerCall(name, op.__name__, tuple(data.shape), tuple(weight.shape), bias, options))
-
-
 def layer_calls(model: nn.Module, example_inputs: Any) -> tuple[LayerCall, ...]:
     """The convolutions and linear layers that a model calls, in order.
 
@@ -134,10 +103,20 @@ def layer_calls(model: nn.Module, example_inputs: Any) -> tuple[LayerCall, ...]:
 
     ```
     """
-    recorder = _Recorder(model)
-    with preserved(model), random_state_preserved(model), torch.inference_mode(), recorder:
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    calls: list[LayerCall] = []
+
+    def note(use: WeightUse) -> None:
+        op, name = use.op.__name__, use.name or ""
+        if (op == "linear" or op.startswith("conv")) and tuple(use.weight.shape) == shapes.get(name):
+            arguments = {key: tuple(v) if isinstance(v, list) else v for key, v in use.arguments.items()}
+            options = tuple(item for item in arguments.items() if item[0] not in ("input", "weight", "bias"))
+            bias = arguments["bias"] is not None
+            calls.append(LayerCall(name, op, tuple(use.data.shape), tuple(use.weight.shape), bias, options))
+
+    with preserved(model), random_state_preserved(model), torch.inference_mode(), WeightOps(model, note):
         call(model, examples(example_inputs))
-    return tuple(recorder.calls)
+    return tuple(calls)
 
 
 class LayerTimes:

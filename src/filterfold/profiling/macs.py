@@ -8,22 +8,19 @@ functional convolutions, standardised weights and shared layers are counted like
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 
-from ..errors import ModelError
+from ..errors import ModelError, one_line
 from ..utils.inputs import call, examples
-from ..utils.model_state import attention_in_steps, preserved, random_state_preserved
+from ..utils.model_state import preserved, random_state_preserved
 from ..utils.modules import named_tensors
-
-aten = torch.ops.aten
+from .weight_ops import WeightOps, WeightUse
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,262 +117,12 @@ def measure(model: nn.Module, example_inputs: Any) -> Cost:
         try:
             call(model, examples(example_inputs))
         except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ModelError(f"{type(model).__name__} can't be run on one example of the inputs: {reason}") from error
+            name = type(model).__name__
+            raise ModelError(f"{name} can't be run on one example of the inputs: {one_line(error)}") from error
     return counting.cost()
 
 
-# --- which op multiplies which operand how often -------------------------------------------------
-
-Use = tuple[Tensor, Tensor, int]
-"""(data, weight, multiply-accumulates)."""
-
-
-def _convolution(output: Tensor, data: Tensor, weight: Tensor, *_: Any, **__: Any) -> Use:
-    return data, weight, weight.numel() * (output.numel() // max(1, weight.shape[0]))
-
-
-def _transposed(_output: Tensor, data: Tensor, weight: Tensor, *_: Any, **__: Any) -> Use:
-    return data, weight, weight.numel() * (data.numel() // max(1, weight.shape[0]))
-
-
-def _linear(_output: Tensor, data: Tensor, weight: Tensor, *_: Any, **__: Any) -> Use:
-    return data, weight, weight.numel() * (data.numel() // max(1, weight.shape[-1]))
-
-
-def _product(_output: Tensor, left: Tensor, right: Tensor, *_: Any, **__: Any) -> Use:
-    columns = right.shape[-1] if right.dim() > 1 else 1
-    return left, right, left.numel() * columns
-
-
-def _sum_product(output: Tensor, _sum: Tensor, left: Tensor, right: Tensor, *_: Any, **__: Any) -> Use:
-    return _product(output, left, right)
-
-
-def _bilinear(output: Tensor, left: Tensor, _right: Tensor, weight: Tensor, *_: Any, **__: Any) -> Use:
-    return left, weight, weight.numel() * (output.numel() // max(1, weight.shape[0]))
-
-
-def _attention(_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Use:
-    heads = query.numel() // max(1, query.shape[-1])
-    return query, key, heads * key.shape[-2] * (query.shape[-1] + value.shape[-1])
-
-
-LAYERS: dict[Any, Callable[..., Use]] = {
-    aten.conv1d: _convolution,
-    aten.conv2d: _convolution,
-    aten.conv3d: _convolution,
-    aten.conv_transpose1d: _transposed,
-    aten.conv_transpose2d: _transposed,
-    aten.conv_transpose3d: _transposed,
-    aten.linear: _linear,
-    aten.bilinear: _bilinear,
-}
-"""Ops with a weight of their own: counted whenever that comes from a parameter or buffer."""
-
-
-PRODUCTS: dict[Any, Callable[..., Use]] = {
-    aten.mm: _product,
-    aten.bmm: _product,
-    aten.mv: _product,
-    aten.addmm: _sum_product,
-    aten.baddbmm: _sum_product,
-    aten.addmv: _sum_product,
-    aten.scaled_dot_product_attention: _attention,
-}
-"""Products of two operands of equal standing: the weight is the one that comes from a parameter."""
-
-
-IGNORED = {
-    aten.cat,
-    aten.stack,
-    aten.embedding,
-    aten.index,
-    aten.index_put_,
-    aten.native_layer_norm,
-    aten.native_group_norm,
-    aten.native_batch_norm,
-    aten.layer_norm,
-    aten.group_norm,
-    aten.batch_norm,
-    aten.instance_norm,
-    aten.copy_,
-    aten.copy,
-    aten.where,
-    aten.addcmul,
-    aten._prelu_kernel,
-    aten.grid_sampler_2d,
-    aten.expand_as,
-    aten.view_as,
-}
-"""Ops that may read large parameters without a product per weight."""
-
-
-WHOLE = {
-    aten.batch_norm,
-    aten.layer_norm,
-    aten.group_norm,
-    aten.instance_norm,
-    aten.max_pool2d,
-    aten.adaptive_avg_pool2d,
-    aten.avg_pool2d,
-    aten.dropout,
-    aten.relu,
-    aten.relu_,
-    aten.relu6,
-    aten.silu,
-    aten.silu_,
-    aten.hardtanh_,
-    aten.hardswish,
-    aten.hardswish_,
-    aten.gelu,
-    aten.sigmoid,
-    aten.add,
-    aten.add_,
-    aten.mul,
-    aten.cat,
-    aten.mean,
-    aten.flatten,
-    aten.reshape,
-    aten.view,
-    aten.permute,
-    aten.transpose,
-    aten.contiguous,
-    aten.chunk,
-    aten.split,
-}
-"""Ops that often occur and hold no product: not worth the time to look into them."""
-
-
-class WeightOps(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Watches a model's ops and tells which parameter or buffer each product multiplies with.
-
-    A tensor computed from parameters and buffers alone belongs to the one among them that has its
-    shape, or to the largest. To be entered together with `torch.inference_mode()`.
-
-    **Arguments:**
-
-    - `model`: the model whose parameters and buffers are followed.
-    - `seen`: called for every product as `seen(op, data, weight, name, macs, output)`; `op` is the
-      op's packet (`torch.ops.aten.conv2d`), `name` is None where the weight is an activation.
-    """
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing here is compiled, and the default imports torch._dynamo (over a second)
-
-    def __init__(self, model: nn.Module, seen: Callable[..., None]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.uncounted: set[str] = set()
-        self._seen = seen
-        # id -> (tensor, name): holding the tensor keeps its id from being used again
-        self._owners: dict[int, tuple[Tensor, str | None]] = {}
-        for name, tensor in named_tensors(model):
-            self._owners.setdefault(id(tensor), (tensor, name))
-        self._attention = ExitStack()
-        self._entered = 0
-
-    def __enter__(self) -> Any:
-        if self._entered == 0:
-            self._attention.enter_context(attention_in_steps())
-        self._entered += 1  # again for what an op is decomposed into
-        return super().__enter__()  # type: ignore[no-untyped-call]
-
-    def __exit__(self, *exc: Any) -> None:
-        self._entered -= 1
-        if self._entered == 0:
-            self._attention.close()
-        super().__exit__(*exc)  # type: ignore[no-untyped-call]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the op, report a product, and follow what is computed from parameters."""
-        kwargs = kwargs or {}
-        packet = func.overloadpacket
-        rule = LAYERS.get(packet) or PRODUCTS.get(packet)
-        if rule is None and packet not in WHOLE:
-            with self:
-                result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        output = func(*args, **kwargs)
-        tensors = list(_tensors_in((*args, *kwargs.values())))
-        owned = [self._owners[id(tensor)] for tensor in tensors if id(tensor) in self._owners]
-        if rule is not None:
-            self._report(packet, rule(output, *args, **kwargs), output)
-        elif owned and len(owned) < len(tensors):
-            self._note_uncounted(func, owned)
-        if len(owned) == len(tensors):
-            self._follow(output, owned)
-        return output
-
-    def _report(self, packet: Any, use: Use, output: Tensor) -> None:
-        data, weight, macs = use
-        name = self._name(weight)
-        if packet in PRODUCTS:
-            other = self._name(data)
-            if name is not None and other is not None:
-                return  # weights made from weights
-            if name is None and other is not None:
-                data, weight, name = weight, data, other
-        self._seen(packet, data, weight, name, macs, output)
-
-    def _name(self, tensor: Tensor) -> str | None:
-        return self._owners.get(id(tensor), (tensor, None))[1]
-
-    def _note_uncounted(self, func: Any, owned: list[tuple[Tensor, str | None]]) -> None:
-        large = any(name is not None and tensor.squeeze().dim() > 1 for tensor, name in owned)
-        if large and torch.Tag.pointwise not in func.tags and func.overloadpacket not in IGNORED:
-            self.uncounted.add(str(func.overloadpacket))
-
-    def _follow(self, output: Any, owned: list[tuple[Tensor, str | None]]) -> None:
-        named = [(tensor, name) for tensor, name in owned if name is not None]
-        for leaf in _tensors_in((output,)):
-            if id(leaf) not in self._owners:
-                alike = [entry for entry in named if entry[0].shape == leaf.shape]
-                best = max(alike or named, key=lambda entry: entry[0].numel(), default=(leaf, None))
-                self._owners[id(leaf)] = (leaf, best[1])
-
-
-def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
-    """All tensors among an op's arguments or results, which may be lists and tuples."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors_in(value)
-
-
-class _Counter:
-    """Adds up what `WeightOps` reports."""
-
-    def __init__(self) -> None:
-        self.macs: dict[tuple[str, str], dict[tuple[int, ...], list[int]]] = {}
-        self.activation_macs = 0
-
-    def count(self, op: Any, _data: Tensor, weight: Tensor, name: str | None, macs: int, _output: Tensor) -> None:
-        if name is None:
-            self.activation_macs += macs
-            return
-        # an expanded weight (stride 0) is one weight used more often
-        elements = prod(n for n, stride in zip(weight.shape, weight.stride(), strict=True) if stride or n == 1)
-        parts = self.macs.setdefault((name, op.__name__), {})
-        entry = parts.setdefault(tuple(weight.shape), [elements, 0])
-        entry[1] += macs // max(1, elements)
-
-    def layers(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[LayerCost, ...]:
-        """One entry per weight and kind; several where it is used in parts that don't make a whole."""
-        layers: list[LayerCost] = []
-        for (name, kind), parts in self.macs.items():
-            module, whole = name.rpartition(".")[0], prod(shapes[name])
-            macs = sum(elements * uses for elements, uses in parts.values())
-            if whole and macs % whole == 0:
-                layers.append(LayerCost(module, kind, name, shapes[name], macs, whole, macs // whole))
-                continue
-            layers += [LayerCost(module, kind, name, shape, n * uses, n, uses) for shape, (n, uses) in parts.items()]
-        return tuple(layers)
-
-
-class Counting(WeightOps):  # type: ignore[no-untyped-call]
+class Counting(WeightOps):
     """Counts what a model costs while it runs for another purpose: once, on one example, in inference mode.
 
     >>> model = nn.Linear(4, 2)
@@ -386,23 +133,47 @@ class Counting(WeightOps):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._counter = _Counter()
+        super().__init__(model, self._count)
         self._model = model
-        super().__init__(model, self._counter.count)
+        self._activation_macs = 0
+        # (tensor, kind) -> shape of the part that is used -> [its elements, how often each is used]
+        self._uses: dict[tuple[str, str], dict[tuple[int, ...], list[int]]] = {}
 
     def cost(self) -> Cost:
         """The cost so far, with the sizes that the model has now."""
-        model, counter = self._model, self._counter
-        first = {id(tensor): (name, tensor) for name, tensor in reversed(list(named_tensors(model)))}
+        first = {id(tensor): (name, tensor) for name, tensor in reversed(list(named_tensors(self._model)))}
         tensors = dict(reversed(list(first.values())))
         shapes = {name: tuple(t.shape) for name, t in tensors.items() if isinstance(t, nn.Parameter)}
-        layers = counter.layers({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        layers = self._layers({name: tuple(tensor.shape) for name, tensor in tensors.items()})
         return Cost(
             macs=sum(layer.macs for layer in layers),
             parameters=sum(prod(shape) for shape in shapes.values()),
             weights=sum(prod(shapes[name]) for name in {layer.tensor for layer in layers} if name in shapes),
             layers=layers,
-            activation_macs=counter.activation_macs,
+            activation_macs=self._activation_macs,
             shapes=shapes,
             uncounted=tuple(sorted(self.uncounted)),
         )
+
+    def _count(self, use: WeightUse) -> None:
+        if use.name is None:
+            self._activation_macs += use.macs
+            return
+        # an expanded weight (stride 0) is one weight used more often
+        sizes = zip(use.weight.shape, use.weight.stride(), strict=True)
+        elements = prod(size for size, stride in sizes if stride or size == 1)
+        parts = self._uses.setdefault((use.name, use.op.__name__), {})
+        entry = parts.setdefault(tuple(use.weight.shape), [elements, 0])
+        entry[1] += use.macs // max(1, elements)
+
+    def _layers(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[LayerCost, ...]:
+        """One entry per weight and kind; several where it is used in parts that don't make a whole."""
+        layers: list[LayerCost] = []
+        for (name, kind), parts in self._uses.items():
+            module, whole = name.rpartition(".")[0], prod(shapes[name])
+            macs = sum(elements * uses for elements, uses in parts.values())
+            if whole and macs % whole == 0:
+                layers.append(LayerCost(module, kind, name, shapes[name], macs, whole, macs // whole))
+                continue
+            layers += [LayerCost(module, kind, name, shape, n * uses, n, uses) for shape, (n, uses) in parts.items()]
+        return tuple(layers)

@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import FilterfoldError, PlanError, SurgeryError
+from ..errors import FilterfoldError, PlanError, SurgeryError, one_line
 from ..plan import AttributeChange, Plan
-from ..utils.modules import named_tensors, unwrap
+from ..utils.modules import like, named_tensors, unwrap
 from .cut_cache import CutCache
 from .index_maps import Edit, Kind, cut_tensor, edits_of
-from .layer_attributes import like, plain_sizes, refresh_attributes, sizes_of
+from .layer_attributes import plain_sizes, refresh_attributes, sizes_of
 
 MOMENTS = frozenset(
     {
@@ -147,8 +147,7 @@ def apply(
             journal.undo()
             if isinstance(error, FilterfoldError) or not isinstance(error, Exception):
                 raise
-            reason = str(error).splitlines()[0] if str(error) else "no reason given"
-            raise SurgeryError(f"the cut failed and was undone: {type(error).__name__}: {reason}") from error
+            raise SurgeryError(f"the cut failed and was undone: {one_line(error)}") from error
     return Receipt(tuple(edits), tuple(changed[0]), journal)
 
 

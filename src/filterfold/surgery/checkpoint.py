@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, PlanError
+from ..errors import CheckpointError, PlanError, one_line
 from ..plan import Plan
 from ..utils.io import read_safetensors, write_atomically
 from ..utils.modules import in_memory_order, memory_order, named_tensors, unwrap
@@ -130,7 +130,7 @@ def load(
         values = {name: tensors.get(aliases.get(name, name)) for name in structure["tensors"]}
         _check_values(path, structure, values)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: damaged header: {type(error).__name__}: {error}") from error
+        raise CheckpointError(f"{path}: damaged header: {one_line(error)}") from error
     if any(tensor.is_meta for _, tensor in named_tensors(target)):
         raise CheckpointError("the factory built a model without data (on the meta device): build it on a real one")
     try:
@@ -261,8 +261,7 @@ def _from_pickle(path: Path) -> dict[str, Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path}: not a plain state dict ({reason})") from error
+        raise CheckpointError(f"{path}: not a plain state dict ({one_line(error)})") from error
     while isinstance(found, Mapping) and not any(isinstance(value, Tensor) for value in found.values()):
         inner = next((found[key] for key in _NESTED if isinstance(found.get(key), Mapping)), None)
         if inner is None:

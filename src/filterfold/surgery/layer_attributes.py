@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..errors import CheckpointError, SurgeryError
-from ..utils.modules import named_tensors, unwrap
+from ..utils.modules import like, named_tensors, unwrap
 
 
 def shape_of(module: nn.Module, name: str) -> tuple[int, ...] | None:
@@ -146,23 +146,6 @@ def plain_sizes(value: Any) -> Any:
         items = tuple(plain_sizes(item) for item in value)
         return None if any(item is None for item in items) else items
     return None
-
-
-def like(old: Any, new: Any) -> Any:
-    """`new` (int or nested tuple) with the sequence types of `old`, so that a list stays a list.
-
-    >>> like([1, (2,)], (3, (4,)))
-    [3, (4,)]
-    """
-    if not isinstance(new, tuple | list):
-        return new
-    parts = old if isinstance(old, tuple | list) and len(old) == len(new) else [None] * len(new)
-    items = [like(part, item) for part, item in zip(parts, new, strict=True)]
-    if isinstance(old, list):
-        return items
-    if isinstance(old, tuple) and hasattr(old, "_fields"):
-        return type(old)(*items)
-    return type(old)(items) if isinstance(old, tuple) else tuple(items)
 
 
 def sizes_of(module: nn.Module) -> dict[str, Any]:

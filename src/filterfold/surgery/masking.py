@@ -1,4 +1,4 @@
-"""The two oracles of verification: networks of the old size that must compute what the cut one computes.
+"""Networks of the old size that must compute what the cut one computes: what verification compares with.
 
 `masked` imposes a plan on the uncut network: consumers of dropped units are zero, and every unit of
 a fold is made like the folded one, with its consumers times its gain. `permuted` shuffles units that

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from ..plan import AttributeChange
 from ..profiling.macs import Cost
@@ -94,32 +93,3 @@ def listed(names: Sequence[str]) -> str:
     """The first three names, and how many more there are."""
     shown = ", ".join(names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
-
-
-def difference(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> float:
-    """Largest max|a - b| / max|a| over the outputs; infinite where shapes, types or non-finite places differ.
-
-    >>> difference([torch.tensor([1.0, 2.0])], [torch.tensor([1.0, 2.5])])
-    0.25
-    """
-    if len(expected) != len(actual):
-        return float("inf")
-    return max((_relative(a, b) for a, b in zip(expected, actual, strict=True)), default=0.0)
-
-
-def _relative(expected: Tensor, actual: Tensor) -> float:
-    if expected.shape != actual.shape or expected.dtype != actual.dtype:
-        return float("inf")
-    if expected.numel() == 0:
-        return 0.0
-    if not (expected.is_floating_point() or expected.is_complex()):
-        return 0.0 if torch.equal(expected, actual) else 1.0
-    finite = torch.isfinite(expected)
-    if not torch.equal(finite, torch.isfinite(actual)):
-        return float("inf")
-    exact = torch.complex128 if expected.is_complex() else torch.float64
-    expected, actual = (value[finite].cpu().to(exact) for value in (expected, actual))
-    if expected.numel() == 0:
-        return 0.0
-    scale = float(expected.abs().max())
-    return float((expected - actual).abs().max()) / (scale or 1.0)

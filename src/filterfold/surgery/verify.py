@@ -18,17 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import FilterfoldError, VerificationError
+from ..errors import FilterfoldError, VerificationError, one_line
 from ..plan import ChannelGroup, Cut, Plan
 from ..profiling.macs import Cost, Counting
-from ..utils.inputs import batch_of, informative_inputs, outputs
+from ..utils.inputs import batch_of, difference, informative_inputs, outputs
 from ..utils.model_state import preserved
 from ..utils.modules import named_tensors, unwrap
 from .apply import Rewrite, apply, apply_with_sizes
 from .cut_cache import CutCache
 from .index_maps import edits_of
 from .masking import masked, permuted, rebased
-from .verdict import TOLERANCES, Errors, Verification, describe, difference
+from .verdict import TOLERANCES, Errors, Verification, describe
 
 _LOG = logging.getLogger("filterfold.verify")
 
@@ -89,7 +89,7 @@ def verify(
             try:
                 return Errors(_masking_error(expected, outputs(pruned, inputs)), permutation)
             except Exception as reason:
-                return Errors(None, permutation, _line(reason))
+                return Errors(None, permutation, one_line(reason))
 
     return comparison.decide(compare, tolerance)
 
@@ -239,7 +239,7 @@ class _Comparison:
             self.cost = counting.cost()
             return actual, None
         except Exception as reason:
-            failure = _line(reason)
+            failure = one_line(reason)
         finally:
             receipt.rollback()
         if self.rewrite is None or self.plan.attributes:
@@ -258,7 +258,7 @@ class _Comparison:
                 return None, failure
             actual = outputs(self.model, inputs)
         except Exception as reason:
-            return None, _line(reason)
+            return None, one_line(reason)
         finally:
             receipt.rollback()
         self.plan = plan
@@ -268,7 +268,7 @@ class _Comparison:
         try:
             uncut = outputs(self.model, inputs)
         except Exception as reason:
-            raise VerificationError(f"the model fails before any cut: {_line(reason)}") from reason
+            raise VerificationError(f"the model fails before any cut: {one_line(reason)}") from reason
         self._check_finite(uncut)
         return uncut
 
@@ -289,7 +289,7 @@ class _Comparison:
         self._uncut_outputs(inputs)  # raises if the network does not run at all
         if not self.inexact:
             raise failure
-        _LOG.info("the groups beside those that aren't exact can't be masked: %s", _line(failure))
+        _LOG.info("the groups beside those that aren't exact can't be masked: %s", one_line(failure))
         return None
 
     @contextmanager
@@ -316,8 +316,3 @@ def _least_precise_type(model: nn.Module) -> torch.dtype:
     """The least precise floating-point type among the parameters and buffers."""
     kinds = {tensor.dtype for _, tensor in named_tensors(model) if tensor.is_floating_point()}
     return max(kinds, key=lambda kind: torch.finfo(kind).eps, default=torch.float32)
-
-
-def _line(reason: BaseException) -> str:
-    text = next((line.strip() for line in str(reason).splitlines() if line.strip()), "no reason given")
-    return f"{type(reason).__name__}: {text}"

@@ -1,4 +1,4 @@
-"""The checkpoint of a run: written after every epoch, taken up again only by the same run."""
+"""The checkpoint of a run: written after every epoch, and resumed only by the same run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .run import Callback, Run
 FORMAT = 1
 
 
-def identity(
+def identify(
     model: nn.Module,
     data: ImageData,
     recipe: Recipe,
@@ -28,9 +28,9 @@ def identity(
     optimizer: Optimizer | None,
     phase: str,
 ) -> dict[str, Any]:
-    """What must be the same for a checkpoint to be taken up: everything that the final weights depend on.
+    """What must be equal for a run to resume from a checkpoint: everything that the final weights depend on.
 
-    The network counts with the structure that it starts with.
+    Of the network it is the structure at the start of the run.
     """
     labels = hashlib.sha256(data.train.labels.cpu().numpy().tobytes()).hexdigest()[:16]
     return {
@@ -51,11 +51,11 @@ def identity(
     }
 
 
-def save(path: Path, run: Run, callbacks: Sequence[Callback], same: Mapping[str, Any]) -> None:
+def save(path: Path, run: Run, callbacks: Sequence[Callback], identity: Mapping[str, Any]) -> None:
     """Write the run's state after a whole epoch, atomically."""
     tree = {
         "format": FORMAT,
-        "identity": dict(same),
+        "identity": dict(identity),
         "epoch": run.epoch,
         "step": run.step,
         "history": run.history.rows,
@@ -68,16 +68,18 @@ def save(path: Path, run: Run, callbacks: Sequence[Callback], same: Mapping[str,
     save_tree(path, tree)
 
 
-def read(path: Path, same: Mapping[str, Any]) -> dict[str, Any]:
-    """Read a checkpoint and make sure that it is of the same run.
+def read(path: Path | None, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Read a checkpoint and make sure that it is of the same run; None if there is none.
 
     **Raises:** `CheckpointError` if it is damaged, `ConfigError` naming the first difference if it is of another run.
     """
+    if path is None or not path.exists():
+        return None
     tree = load_tree(path)
     parts = ("identity", "epoch", "step", "history", "structure", "model", "optimizer", "precision", "callbacks")
     if not isinstance(tree, dict) or tree.get("format") != FORMAT or any(part not in tree for part in parts):
         raise CheckpointError(f"{path}: not a training checkpoint of this version; delete it to start afresh")
-    difference = _difference(tree["identity"], dict(same))
+    difference = _difference(tree["identity"], dict(identity))
     if difference is not None:
         raise ConfigError(
             f"{path} is the checkpoint of another run: {difference}; give another path, or delete it to start afresh"
@@ -86,12 +88,12 @@ def read(path: Path, same: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def resize(model: nn.Module, tree: Mapping[str, Any]) -> None:
-    """Give the network the shapes that the checkpoint was written with."""
+    """Give the network the sizes that it had when the checkpoint was written."""
     restore(model, tree["structure"])
 
 
-def take_up(path: Path, run: Run, tree: Mapping[str, Any]) -> None:
-    """Put weights, optimizer, loss scaling and history back; the network has its shapes already."""
+def resume(path: Path | str, run: Run, tree: Mapping[str, Any]) -> None:
+    """Load weights, optimizer, loss scaling and history; the network has been resized already."""
     try:
         run.model.load_state_dict(tree["model"])
         run.optimizer.load_state_dict(tree["optimizer"])

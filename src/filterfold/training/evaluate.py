@@ -21,7 +21,7 @@ from .recipe import AUTOCAST
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """What an evaluation came to.
+    """The result of an evaluation.
 
     **Arguments:**
 
@@ -55,7 +55,7 @@ def evaluate(
 
     **Arguments:**
 
-    - `model`: maps images (b, channels, height, width) to logits (b, classes). Its mode is given back.
+    - `model`: maps images (b, channels, height, width) to logits (b, classes). It is left in the mode it was in.
     - `split`: of `data.ImageData`.
     - `batch_size`: images at a time; it changes speed and memory only.
     - `device`: where to compute; None: where the network is. It is not moved: give the device it is on.
@@ -63,8 +63,8 @@ def evaluate(
     - `channels_last`: memory format of the images.
     - `classes`: number of outputs that the network must have; None: at least as many as the labels need.
     - `description`: of the progress bar.
-    - `together`: for processes that train together: each takes its part of every batch, and all get
-      the figures of the whole split. All must call it. Otherwise whoever calls looks at all images.
+    - `together`: for processes that train together, all of which must call it: each takes its part of every batch,
+      and all get the figures of the whole split. Otherwise the process that calls evaluates all images.
 
     **Returns:** top-1 and top-5 in percent, loss, number of images, seconds.
 

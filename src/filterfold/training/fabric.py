@@ -1,10 +1,10 @@
-"""Lightning Fabric for our training: devices, precision, several processes, and commands that all of them run."""
+"""Lightning Fabric as `train` needs it, and commands of which torchrun starts several processes."""
 
 from __future__ import annotations
 
 import inspect
-import io
 import logging
+import pickle
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,13 +25,13 @@ from .recipe import Recipe
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
-    from lightning_fabric.plugins.environments import ClusterEnvironment
-    from lightning_fabric.strategies import DDPStrategy
+    from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
+    from lightning_fabric.strategies.ddp import DDPStrategy
 
 
 def _joined() -> ClusterEnvironment:
-    """Ranks as `torch.distributed` has them, however the processes were started."""
-    from lightning_fabric.plugins.environments import TorchElasticEnvironment
+    """Tell Fabric the ranks that `torch.distributed` has, however the processes were started."""
+    from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
     class Joined(TorchElasticEnvironment):
         def world_size(self) -> int:
@@ -56,7 +56,7 @@ def _strategy(*, unreached: bool) -> DDPStrategy:
 
     - `unreached`: whether some parameters get no gradient.
     """
-    from lightning_fabric.strategies import DDPStrategy
+    from lightning_fabric.strategies.ddp import DDPStrategy
 
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
@@ -65,7 +65,7 @@ def _strategy(*, unreached: bool) -> DDPStrategy:
 
 
 def make(device: str, recipe: Recipe, model: nn.Module, example: Tensor) -> Fabric:
-    """Fabric for a device, with data-parallel training if processes have joined.
+    """Make a Fabric for a device, with data-parallel training if several processes train together.
 
     **Arguments:**
 
@@ -144,10 +144,14 @@ PATIENCE = timedelta(minutes=1)
 
 
 _waiting = False
+"""Whether the other ranks wait for this one to hand out work."""
 
 
 def lead_or_follow(command: Callable[[], object], work: Callable[[Any], object]) -> None:
-    """Meet the other ranks; run the command on rank 0, and on the others the work that it hands out, until it ends.
+    """Join the other ranks; rank 0 runs the command, the others do the work that it hands out until it ends.
+
+    Only training is shared: rank 0 alone reads and writes files, cuts, times and reports, so no other part of a command
+    needs to know that there are several processes.
 
     **Arguments:**
 
@@ -172,16 +176,29 @@ def lead_or_follow(command: Callable[[], object], work: Callable[[Any], object])
 
 @contextmanager
 def handed_out(job: Any) -> Iterator[None]:
-    """Let the waiting ranks, if there are any, do in a `with` block what this one does in it.
+    """Hand a job to the waiting ranks, if there are any; they do it while this one does it in the `with` block.
 
-    **Raises:** `TrainingError` if the job can't be sent; `SystemExit` if another rank is gone: nothing can be done but
-    to start again from the checkpoint.
+    **Arguments:** `job`: something that can be pickled, with its tensors on the CPU.
+
+    **Raises:** `TrainingError` if the job can't be sent; `SystemExit` if another rank is gone: only a new start from
+    the checkpoint helps.
     """
     global _waiting
     if not _waiting:
         yield
         return
-    distributed.agreed(_packed(job))
+    # A follower must know the modules of a user's own files before it can take a job with classes from them.
+    files = [str(module.__file__) for name, module in sys.modules.items() if name.startswith(FILE_MODULE)]
+    distributed.agreed((files, torch.get_num_threads()))
+    try:
+        distributed.agreed(job)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:  # nothing has been sent yet
+        distributed.agreed(None)
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TrainingError(
+            f"the work can't be sent to the other processes ({reason}); train by a script that calls "
+            "filterfold.training.train in every process"
+        ) from error
     try:
         yield
     except Exception as error:
@@ -197,35 +214,22 @@ def handed_out(job: Any) -> Iterator[None]:
 
 
 def _follow(work: Callable[[Any], object]) -> None:
-    nothing: tuple[list[str], int, bytes] | None = None
-    while (packed := distributed.agreed(nothing)) is not None:
-        files, threads, job = packed
+    nothing: Any = None
+    while (about := distributed.agreed(nothing)) is not None:
+        files, threads = about
         torch.set_num_threads(threads)
         for path in files:
             load_file(Path(path))
+        if (job := distributed.agreed(nothing)) is None:
+            continue
         try:
-            work(torch.load(io.BytesIO(job), map_location="cpu", weights_only=False))
+            work(job)
         except Exception as error:
             _LOG.debug("rank %d gave up", distributed.rank(), exc_info=error)
             try:
                 _all_gave_up()
             except RuntimeError:  # the others go on, and would wait for this one: end, and torchrun ends them
                 raise error from None
-
-
-def _packed(job: Any) -> tuple[list[str], int, bytes]:
-    """The files of a user's own that a job's classes are from, the CPU threads to compute with, and the job."""
-    files = [str(module.__file__) for name, module in sys.modules.items() if name.startswith(FILE_MODULE)]
-    buffer = io.BytesIO()
-    try:
-        torch.save(job, buffer)
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise TrainingError(
-            f"the work can't be sent to the other processes ({reason}); train by a script that calls "
-            "filterfold.training.train in every process"
-        ) from error
-    return files, torch.get_num_threads(), buffer.getvalue()
 
 
 def _all_gave_up() -> None:

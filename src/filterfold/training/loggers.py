@@ -1,7 +1,7 @@
-"""Handing a run's figures to TensorBoard or MLflow, epoch by epoch.
+"""Logging the figures of a run to TensorBoard or MLflow, epoch by epoch.
 
-Both are asked for by name and imported only then. They look on: with or without them a run is the same run, ends with
-the same weights, and can be taken up again.
+Both are asked for by name and imported only then. They do not change a run: with or without them it ends with the same
+weights, and can be resumed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ..errors import ConfigError
 from .run import Row
@@ -27,20 +27,38 @@ MLRUNS = "mlruns"
 SERVER = "MLFLOW_TRACKING_URI"
 
 
-class Tracker(Protocol):
-    """Something that figures are handed to."""
+class Tracker:
+    """Logs the figures of one trial; TensorBoard and MLflow derive from it."""
 
-    def row(self, row: Row) -> None:
-        """An epoch is over."""
+    def scalar(self, name: str, value: float, step: int) -> None:
+        """Log one figure."""
+        raise NotImplementedError
 
-    def final(self, figures: Mapping[str, float]) -> None:
-        """All is over; these are the results."""
+    def text(self, name: str, text: str, step: int) -> None:
+        """Log a text, where the tracker has texts."""
 
     def close(self) -> None:
         """Write what is not written yet."""
 
+    def row(self, row: Row) -> None:
+        """Log an epoch: scalars by phase (`train/loss`, `retrain/macs`, …), and the cuts as text."""
+        phase, epoch = row["phase"], row["epoch"]
+        self.scalar(f"{phase}/loss", row["train_loss"], epoch)
+        if row["validation_top1"] is not None:
+            self.scalar(f"{phase}/validation_top1", row["validation_top1"], epoch)
+        self.scalar(f"{phase}/learning_rate", row["learning_rate"], epoch)
+        self.scalar(f"{phase}/macs", row["macs"], epoch)
+        self.scalar(f"{phase}/seconds", row["seconds"], epoch)
+        if row["events"]:
+            self.text(f"{phase}/events", "\n\n".join(row["events"]), epoch)
 
-class TensorBoard:
+    def final(self, figures: Mapping[str, float]) -> None:
+        """Log the results at the end: scalars `final/…`."""
+        for name, value in figures.items():
+            self.scalar(f"final/{name}", value, 0)
+
+
+class TensorBoard(Tracker):
     """Event files for TensorBoard.
 
     **Arguments:**
@@ -53,27 +71,23 @@ class TensorBoard:
 
         self.writer: Any = SummaryWriter(str(folder / LOGS / name))
 
-    def row(self, row: Row) -> None:
-        """Scalars by phase (`train/loss`, `retrain/macs`, …) and the cuts as text, at the epoch."""
-        for tag, value in _scalars(row).items():
-            self.writer.add_scalar(tag, value, row["epoch"])
-        if row["events"]:
-            self.writer.add_text(f"{row['phase']}/events", "\n\n".join(row["events"]), row["epoch"])
+    def scalar(self, name: str, value: float, step: int) -> None:
+        """Write a scalar."""
+        self.writer.add_scalar(name, value, step)
 
-    def final(self, figures: Mapping[str, float]) -> None:
-        """Scalars `final/…`."""
-        for name, value in figures.items():
-            self.writer.add_scalar(f"final/{name}", value, 0)
+    def text(self, name: str, text: str, step: int) -> None:
+        """Write a text."""
+        self.writer.add_text(name, text, step)
 
     def close(self) -> None:
         """Write what is not written yet."""
         self.writer.close()
 
 
-class MLflow:
+class MLflow(Tracker):
     """A run in MLflow: on the server that `MLFLOW_TRACKING_URI` names, else in a store in the run folder.
 
-    An interrupted trial goes on in its own run.
+    A trial that is resumed logs to the run that it had.
 
     **Arguments:**
 
@@ -94,19 +108,14 @@ class MLflow:
         run = found[0] if found else self.client.create_run(experiment, tags=tags, run_name=name)
         self.run = run.info.run_id
 
-    def row(self, row: Row) -> None:
-        """Metrics by phase (`train/loss`, `retrain/macs`, …), at the epoch."""
-        for tag, value in _scalars(row).items():
-            self.client.log_metric(self.run, tag, value, step=row["epoch"])
+    def scalar(self, name: str, value: float, step: int) -> None:
+        """Log a metric."""
+        self.client.log_metric(self.run, name, float(value), step=step)
 
     def final(self, figures: Mapping[str, float]) -> None:
-        """Metrics `final/…`; the run is finished."""
-        for name, value in figures.items():
-            self.client.log_metric(self.run, f"final/{name}", value)
+        """Log the results; the run is finished."""
+        super().final(figures)
         self.client.set_terminated(self.run)
-
-    def close(self) -> None:
-        """Nothing is left to write."""
 
 
 TRACKERS: dict[str, Callable[[Path, str], Tracker]] = {"tensorboard": TensorBoard, "mlflow": MLflow}
@@ -142,14 +151,3 @@ def tracking(names: Sequence[str], folder: Path, name: str) -> Iterator[list[Tra
             stack.callback(tracker.close)
             made.append(tracker)
         yield made
-
-
-def _scalars(row: Row) -> dict[str, float]:
-    values = {
-        "loss": row["train_loss"],
-        "validation_top1": row["validation_top1"],
-        "learning_rate": row["learning_rate"],
-        "macs": row["macs"],
-        "seconds": row["seconds"],
-    }
-    return {f"{row['phase']}/{name}": float(value) for name, value in values.items() if value is not None}

@@ -47,15 +47,15 @@ def train(
 ) -> History:
     """Train a network in place.
 
-    With a checkpoint path the run can be killed at any time: the same call goes on from the last whole epoch and
-    ends, on a CPU, with the same weights to the bit. Order, augmentation and dropout of an epoch depend on
+    With a checkpoint path the run can be killed at any time: the same call resumes after the last whole epoch and
+    ends, on a CPU, with bit-identical weights. Order, augmentation and dropout of an epoch depend on
     `(recipe.seed, epoch)` only.
 
     Called in every process of a program that torchrun started (or in which `torch.distributed` is initialised), all
-    train this one network: every step each takes its part of the batch, which is as large as with one process, and
+    train this one network: in every step each takes its part of the batch, which is as large as with one process, and
     gradients are averaged (DDP). Batch norm sees each process's part by itself, and its running statistics are averaged
-    after every epoch. Rank 0 writes and reads the checkpoint, calls `check` and the observers; the weights that rank 0
-    begins with are everybody's.
+    after every epoch. Rank 0 writes and reads the checkpoint, and calls `check` and the observers; all start with
+    the weights of rank 0.
 
     **Arguments:**
 
@@ -64,8 +64,8 @@ def train(
     - `data`: trained on `data.train`, watched on `data.validation`; `data.test` is not touched.
     - `recipe`: see `Recipe`; None: its defaults.
     - `callbacks`: see `Callback`, called in this order.
-    - `observers`: each called with every new row of the history. They only look on: unlike callbacks they may come
-      and go when a run is taken up again.
+    - `observers`: each called with every new row of the history. They do not change the run: unlike callbacks they may
+      differ when a run is resumed.
     - `optimizer`: over the model's parameters, instead of the recipe's SGD. The schedule scales its groups' own
       learning rates, taken as those for `recipe.lr`.
     - `checkpoint`: file to write after each epoch and to go on from if it exists. A finished one is just loaded.
@@ -91,17 +91,20 @@ def train(
 
     ```
     """
-    every = (recipe or Recipe()).validate_every if validate_every is None else validate_every
-    job = Job(model, data, recipe or Recipe(), tuple(callbacks), optimizer, every, device, phase)
-    path = Path(checkpoint) if checkpoint is not None else None
+    recipe = recipe or Recipe()
+    every = recipe.validate_every if validate_every is None else validate_every
+    job = Job(model, data, recipe, tuple(callbacks), optimizer, every, device, phase)
+    leading = Leading(observers, Path(checkpoint) if checkpoint is not None else None, checkpoint_seconds, check)
     distributed.join()
+    if distributed.count() > 1:
+        model.cpu()  # to be sent; each process moves it to its own device
     with handed_out(job):
-        return work(job, observers=observers, path=path, checkpoint_seconds=checkpoint_seconds, check=check)
+        return work(job, leading)
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What all processes of a run must know; see `train`."""
+    """The arguments of `train` that every process of a run needs."""
 
     model: nn.Module
     data: ImageData
@@ -113,16 +116,20 @@ class Job:
     phase: str
 
 
-def work(
-    job: Job,
-    *,
-    observers: Sequence[Callable[[Row], object]] = (),
-    path: Path | None = None,
-    checkpoint_seconds: float = 0.0,
-    check: Callable[[float], None] | None = None,
-) -> History:
-    """Do a job; all but the job itself matters in rank 0 only. See `train`."""
+@dataclass(frozen=True, slots=True)
+class Leading:
+    """The arguments of `train` that only rank 0 needs: what it does after an epoch."""
+
+    observers: Sequence[Callable[[Row], object]] = ()
+    checkpoint: Path | None = None
+    checkpoint_seconds: float = 0.0
+    check: Callable[[float], None] | None = None
+
+
+def work(job: Job, leading: Leading | None = None) -> History:
+    """Train in this process; `leading` is used in rank 0 only. See `train`."""
     model, data, recipe, callbacks = job.model, job.data, job.recipe, job.callbacks
+    leading = leading or Leading()
     if min(recipe.batch_size, len(data.train)) < distributed.count():
         raise ConfigError(f"batches of {recipe.batch_size} images can't be shared by {distributed.count()} processes")
     with _given_back(model, recipe):
@@ -130,14 +137,14 @@ def work(
         model.to(fabric.device)
         distributed.shared(tensor.detach() for tensor in (*model.parameters(), *model.buffers()))
         check_fit(model, data.example.to(fabric.device), len(data.classes))
-        same = checkpoint.identity(model, data, recipe, callbacks, job.optimizer, job.phase)
-        tree = distributed.decided(lambda: checkpoint.read(path, same) if path is not None and path.exists() else None)
+        identity = checkpoint.identify(model, data, recipe, callbacks, job.optimizer, job.phase)
+        tree = distributed.decided(lambda: checkpoint.read(leading.checkpoint, identity))
         if tree is not None:
             checkpoint.resize(model, tree)
         run = Run(model, job.optimizer or recipe.optimizer(model), data, recipe, fabric, job.phase)
-        loop = Loop(run, callbacks, observers, path, checkpoint_seconds, check, job.validate_every, same)
+        loop = Loop(run, job, leading, identity)
         if tree is not None:
-            checkpoint.take_up(path or Path("the checkpoint"), run, tree)
+            checkpoint.resume(leading.checkpoint or "the checkpoint", run, tree)
         for callback in callbacks:
             callback.on_start(run)
         if tree is not None:
@@ -154,20 +161,9 @@ def work(
 class Loop:
     """The epochs of one call of `train`."""
 
-    def __init__(
-        self,
-        run: Run,
-        callbacks: Sequence[Callback],
-        observers: Sequence[Callable[[Row], object]],
-        path: Path | None,
-        checkpoint_seconds: float,
-        check: Callable[[float], None] | None,
-        validate_every: int,
-        same: dict[str, Any],
-    ) -> None:
-        self.run, self.callbacks, self.observers, self.path = run, callbacks, observers, path
-        self.checkpoint_seconds, self.check, self.validate_every = checkpoint_seconds, check, validate_every
-        self.same = same
+    def __init__(self, run: Run, job: Job, leading: Leading, identity: dict[str, Any]) -> None:
+        self.run, self.leading, self.identity = run, leading, identity
+        self.callbacks, self.validate_every = job.callbacks, job.validate_every
         self.split = run.data.train.to(run.device)
         self.validation = run.data.validation.to(run.device)
         self.stepper: Any = run.fabric.setup_optimizers(run.optimizer)
@@ -177,11 +173,11 @@ class Loop:
         self.steps = len(self.split) // run.recipe.batch_size if self.whole else 1
         self.images = min(len(self.split), run.recipe.batch_size)
         self.part = distributed.part if distributed.count() > 1 else whole
-        self.hooked = [c for c in callbacks if type(c).after_backward is not Callback.after_backward]
+        self.hooked = [c for c in job.callbacks if type(c).after_backward is not Callback.after_backward]
         self.written = time.monotonic()
 
     def go(self) -> None:
-        """All epochs that are left."""
+        """Run the epochs that are left."""
         run, epochs = self.run, self.run.recipe.epochs
         for epoch in track(range(run.epoch + 1, epochs + 1), run.phase, epochs - run.epoch):
             run.epoch = epoch
@@ -192,7 +188,7 @@ class Loop:
             distributed.decided(lambda row=row: self._tell_and_save(row))  # type: ignore[misc]
 
     def epoch(self) -> Row:
-        """The run's present epoch, without validation; its row."""
+        """Run the present epoch, without validation, and return its row."""
         run, recipe = self.run, self.run.recipe
         _seed(recipe.seed, run.epoch, distributed.rank())
         started = time.perf_counter()
@@ -237,7 +233,7 @@ class Loop:
         return row | {"extra_macs": extra} if extra else row
 
     def _batch(self, images: Tensor, labels: Tensor, rate: float) -> Tensor:
-        """One step. What it returns is detached, so no graph outlives it: surgery needs that."""
+        """Take one step; return its loss, detached, because surgery needs that no autograd graph outlives the step."""
         run = self.run
         for group, relative in zip(run.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * relative
@@ -282,23 +278,23 @@ class Loop:
         ).top1
 
     def _tell_and_save(self, row: Row) -> None:
-        for observer in self.observers:
+        for observer in self.leading.observers:
             observer(row)
-        last, seconds = row["epoch"] == self.run.recipe.epochs, row["seconds"]
-        due = last or time.monotonic() - self.written >= self.checkpoint_seconds
+        last, check = row["epoch"] == self.run.recipe.epochs, self.leading.check
+        due = last or time.monotonic() - self.written >= self.leading.checkpoint_seconds
         if due:
             self._save()
         try:
-            if self.check is not None and not last:
-                self.check(seconds)
+            if check is not None and not last:
+                check(row["seconds"])
         except BaseException:
             if not due:
                 self._save()
             raise
 
     def _save(self) -> None:
-        if self.path is not None:
-            checkpoint.save(self.path, self.run, self.callbacks, self.same)
+        if self.leading.checkpoint is not None:
+            checkpoint.save(self.leading.checkpoint, self.run, self.callbacks, self.identity)
             self.written = time.monotonic()
 
 

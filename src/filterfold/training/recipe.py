@@ -1,4 +1,4 @@
-"""The recipe: every number that training follows, in one immutable value."""
+"""The training recipe: all hyperparameters in one immutable value."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 
 AUTOCAST: dict[str, torch.dtype | None] = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-"""What a precision is to `torch.autocast`."""
+"""Precision → type for `torch.autocast`, or None for no autocast."""
 
 
 _LATER = ("cuda_graphs", "validate_every")
-"""Fields that came later: left out of `to_dict` where they say what was done before."""
+"""Fields that were added later: `to_dict` leaves them out where they have their defaults."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How to train: SGD with momentum. The defaults are the recipe of the document that this project checks.
+    """How to train: SGD with momentum. The defaults are those of the document that this project reproduces.
 
     **Arguments:**
 
@@ -105,7 +105,9 @@ class Recipe:
                 raise ConfigError(f"recipe: {name}={getattr(self, name)!r} makes no sense; it must be {wanted}")
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain values; the later ones only where they say something new, so that a trial keeps its name.
+        """All fields as plain values; those added later only where they differ from their defaults.
+
+        The id of a trial is made from these values, and must not change because a field was added.
 
         >>> sorted(set(Recipe(cuda_graphs=True).to_dict()) - set(Recipe().to_dict()))
         ['cuda_graphs']

@@ -1,4 +1,4 @@
-"""One training run: its state, its steps (as CUDA graphs where wanted), what callbacks see, its history."""
+"""One training run: its state, what callbacks see of it, its history, and CUDA graphs of its network."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 class Graphed(nn.Module):
-    """Records a network for one batch size.
+    """A network recorded as CUDA graphs for one batch size.
 
-    In eval mode the network runs as it is. Nothing is done to the network itself, so after a cut it can be recorded
-    again.
+    In eval mode the network runs as it is. The network itself is not changed, so it can be recorded again
+    after a cut.
 
     **Arguments:**
 
@@ -35,7 +35,7 @@ class Graphed(nn.Module):
         super().__init__()
         self.model = model
         self.training = model.training  # not train(), which would wake frozen batch norms
-        kept = [(buffer, buffer.clone()) for buffer in model.buffers()]  # the rehearsals move running statistics
+        kept = [(buffer, buffer.clone()) for buffer in model.buffers()]  # recording changes running statistics
         autocast: AbstractContextManager[object] = nullcontext()
         if dtype is not None:  # casts that are remembered outside a graph are gone when it is replayed
             autocast = torch.autocast(images.device.type, dtype=dtype, cache_enabled=False)
@@ -101,7 +101,7 @@ class History:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The batch that is being learnt from: images (b, channels, size, size), labels (b,), logits (b, classes)."""
+    """The present training batch: images (b, channels, size, size), labels (b,), logits (b, classes)."""
 
     images: Tensor
     labels: Tensor
@@ -109,20 +109,20 @@ class Batch:
 
 
 class Callback(Protocol):
-    """Something that takes part in a run; derive from it and override what is needed, or have all its methods.
+    """A part of a run of one's own: derive from it and override what is needed, or have all its methods.
 
     A callback may change the network physically, as long as every parameter stays the same object (`surgery.apply`
     does so) and it calls `run.structure_changed()` afterwards. Cut between batches: in `on_epoch_end`.
     """
 
     def on_start(self, run: Run) -> None:
-        """Called once in each process, with model and optimizer in the state they start or go on from.
+        """Called once in each process, with model and optimizer in the state that they start or resume from.
 
         After an interruption the network is pruned already; `load_state_dict` follows.
         """
 
     def on_batch_loss(self, run: Run) -> Tensor | None:  # noqa: ARG002  # what overrides it needs the run
-        """A scalar to add to the batch's loss, or None; `run.batch` is what the network has just seen and said."""
+        """A scalar to add to the batch's loss, or None; `run.batch` holds the inputs and outputs of this batch."""
         return None
 
     def after_backward(self, run: Run) -> None:
@@ -132,15 +132,15 @@ class Callback(Protocol):
         """Called after the epoch's last batch, before validation and the checkpoint.
 
         With several processes it is called in each, with the same weights and random state; what rank 0 decides by
-        anything else must be made known to the others (`filterfold.utils.distributed.agreed`).
+        anything else must be sent to the others (`filterfold.utils.distributed.agreed`).
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """What must survive an interruption: nested dicts, lists and tuples of tensors and plain values."""
+        """What the checkpoint must hold: nested dicts, lists and tuples of tensors and plain values."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
 
 
 class Run:
@@ -194,7 +194,7 @@ class Run:
         return self.data.example.to(self.device)
 
     def event(self, text: str) -> None:
-        """Note something in the present epoch's row."""
+        """Add a text to the events in the row of the present epoch."""
         self._events.append(text)
 
     def take_events(self) -> list[str]:
@@ -203,7 +203,7 @@ class Run:
         return events
 
     def structure_changed(self) -> None:
-        """Tell the run that the network's shapes have changed: lay it out anew, wrap it again, count its cost."""
+        """Tell the run that the sizes of the network have changed: set memory formats, wrap it, count its cost."""
         layout = torch.channels_last if self.recipe.channels_last else torch.contiguous_format
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             form = layout if tensor.ndim == 4 else torch.contiguous_format
@@ -221,7 +221,7 @@ class Run:
         self.macs = measure(self.model, self.example).macs
 
     def _graphed(self, layout: torch.memory_format) -> nn.Module:
-        """The network recorded for batches as they will come."""
+        """The network recorded for the size and type of the training batches."""
         dtype = AUTOCAST[self.recipe.precision]
         count = min(self.recipe.batch_size, len(self.data.train))
         images = self.example.to(dtype or torch.float32).repeat(count, 1, 1, 1).contiguous(memory_format=layout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import io
 import logging
 import warnings
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..errors import ExportError
-from .inputs import call
+from ..errors import ExportError, one_line
+from .inputs import arguments, batch_of, difference, examples, outputs
 from .io import write_atomically
 from .model_state import preserved
 from .modules import unwrap
@@ -52,14 +53,19 @@ def to_program(
     ```
     """
     model = unwrap(model)
-    arguments, keywords = _arguments(_doubled(example_inputs) if dynamic else example_inputs)
-    shapes = _dynamic_shapes(model, arguments, keywords) if dynamic else None
+    positional, keywords, shapes = *arguments(example_inputs), None
+    if dynamic:
+        # A batch of one becomes a batch of two: exporting takes sizes of 1 for constants.
+        positional, keywords = arguments(
+            examples(example_inputs, 2) if batch_of(example_inputs) == 1 else example_inputs
+        )
+        shapes = _dynamic_shapes(model, positional, keywords)
     with preserved(model), torch.no_grad(), _quiet():
         try:
-            program = torch.export.export(model, arguments, keywords, dynamic_shapes=shapes, strict=False)
+            program = torch.export.export(model, positional, keywords, dynamic_shapes=shapes, strict=False)
         except Exception as error:
             hint = "; dynamic=False fixes the batch size" if dynamic else ""
-            raise ExportError(f"{type(model).__name__} can't be exported: {_line(error)}{hint}") from error
+            raise ExportError(f"{type(model).__name__} can't be exported: {one_line(error)}{hint}") from error
     if path is not None:
         buffer = io.BytesIO()
         with _quiet():
@@ -92,7 +98,7 @@ def to_onnx(
         try:
             exported = torch.onnx.export(program, dynamo=True, verbose=False)
         except Exception as error:
-            raise ExportError(f"{type(model).__name__} has no ONNX form: {_line(error)}") from error
+            raise ExportError(f"{type(model).__name__} has no ONNX form: {one_line(error)}") from error
     assert exported is not None
     if exported.model_proto.ByteSize() > _LARGEST:
         raise ExportError(f"{type(model).__name__} is larger than the 2 GB that one ONNX file holds")
@@ -112,82 +118,39 @@ def _check(model: nn.Module, example_inputs: Any, data: bytes, batches: tuple[in
         tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
         if len(names) != len(tensors):
             raise ExportError(f"the ONNX graph reads {len(names)} of {len(tensors)} inputs: {', '.join(names)}")
-        with preserved(model), torch.inference_mode():
-            expected = [leaf for leaf in tree_leaves(call(model, inputs)) if isinstance(leaf, Tensor)]
+        with preserved(model):
+            expected = outputs(model, inputs)
         feed = {name: tensor.cpu().numpy() for name, tensor in zip(names, tensors, strict=True)}
         actual = [torch.from_numpy(value) for value in session.run(None, feed)]
-        error = _difference(expected, actual)
+        error = difference([value.cpu() for value in expected], actual)
         if not error <= TOLERANCE:
             where = f"with {batch} examples" if batch else "on the example inputs"
             raise ExportError(f"ONNX Runtime differs from PyTorch by {error:.1e} {where}; nothing was written")
 
 
-def _difference(expected: list[Tensor], actual: list[Tensor]) -> float:
-    """Largest max|a - b| / max|a| over the outputs."""
-    if [value.shape for value in expected] != [value.shape for value in actual]:
-        return float("inf")
-    worst = 0.0
-    for one, other in zip(expected, actual, strict=True):
-        a, b = one.cpu().double(), other.double()
-        if a.numel():
-            worst = max(worst, float((a - b).abs().max()) / (float(a.abs().max()) or 1.0))
-    return worst
-
-
 def _noise(inputs: Any, batch: int | None) -> Any:
     """Inputs of the same kinds and shapes as the example, floats random, with `batch` examples."""
     generator = torch.Generator().manual_seed(0)
-    size = _batch_size(inputs)
 
     def turn(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        if batch is not None and value.dim() and value.shape[0] == size:
-            value = value[:1].expand(batch, *value.shape[1:]).clone()
-        if value.is_floating_point():
-            value = torch.randn(value.shape, generator=generator).to(value)
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return torch.randn(value.shape, generator=generator).to(value)
         return value
 
-    return tree_map(turn, inputs)
+    return tree_map(turn, inputs if batch is None else examples(inputs, batch))
 
 
-def _doubled(inputs: Any) -> Any:
-    """A batch of one becomes a batch of two: exporting takes sizes of 1 for constants."""
-    size = _batch_size(inputs)
-    if size != 1:
-        return inputs
-
-    def turn(value: Any) -> Any:
-        has_batch = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == 1
-        return torch.cat([value, value]) if has_batch else value
-
-    return tree_map(turn, inputs)
-
-
-def _dynamic_shapes(model: nn.Module, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> Any:
-    size = _batch_size((arguments, keywords))
+def _dynamic_shapes(model: nn.Module, positional: tuple[Any, ...], keywords: Mapping[str, Any]) -> Any:
+    size = batch_of((*positional, *keywords.values()))
+    if size is None:
+        raise ExportError("the example inputs hold no tensor with a batch axis")
 
     def axes(value: Any) -> Any:
         has_batch = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == size
         return {0: torch.export.Dim.DYNAMIC} if has_batch else None
 
-    import inspect
-
-    names = inspect.signature(model.forward).bind(*arguments, **keywords).arguments
+    names = inspect.signature(model.forward).bind(*positional, **keywords).arguments
     return {name: tree_map(axes, value) for name, value in names.items()}
-
-
-def _batch_size(inputs: Any) -> int:
-    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim()]
-    if not tensors:
-        raise ExportError("the example inputs hold no tensor with a batch axis")
-    return int(tensors[0].shape[0])
-
-
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
 
 
 def _need(*packages: str) -> None:
@@ -196,11 +159,6 @@ def _need(*packages: str) -> None:
             importlib.import_module(name)
         except ImportError as error:
             raise ExportError(f"to_onnx needs the package {name}: pip install 'filterfold[onnx]'") from error
-
-
-def _line(error: BaseException) -> str:
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
-    return f"{type(error).__name__}: {text}"
 
 
 @contextmanager

@@ -1,8 +1,8 @@
-"""Inputs and outputs of any shape: calling a model with them, making them larger, finding the tensors in them."""
+"""Inputs and outputs of a model: calling it, taking single examples, making noise, comparing outputs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,17 +13,25 @@ from .model_state import random_state_preserved
 from .modules import leaves
 
 
+def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments: a tuple is spread over the former, a mapping over the latter.
+
+    >>> arguments((1, 2)), arguments({"a": 1}), arguments([1, 2])
+    (((1, 2), {}), ((), {'a': 1}), (([1, 2],), {}))
+    """
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
+
+
 def call(model: nn.Module, inputs: Any) -> Any:
-    """Call a model on example inputs: a tuple is spread over the arguments, a mapping over the keywords.
+    """Call a model on example inputs.
 
     >>> call(nn.Identity(), (3,))
     3
     """
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, tuple):
-        return model(*inputs)
-    return model(inputs)
+    positional, keywords = arguments(inputs)
+    return model(*positional, **keywords)
 
 
 def examples(inputs: Any, count: int = 1) -> Any:
@@ -54,9 +62,8 @@ def batch_of(inputs: Any) -> int | None:
 
 
 def _values(inputs: Any) -> list[Any]:
-    if isinstance(inputs, Mapping):
-        return list(inputs.values())
-    return list(inputs) if isinstance(inputs, tuple) else [inputs]
+    positional, keywords = arguments(inputs)
+    return [*positional, *keywords.values()]
 
 
 def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
@@ -86,3 +93,32 @@ def informative_inputs(inputs: Any, dtype: torch.dtype | None = None) -> Any:
         return value.detach() if dtype is None else value.detach().to(dtype)
 
     return tree_map(turn, inputs)
+
+
+def difference(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> float:
+    """Largest max|a - b| / max|a| over the outputs; infinite where shapes, types or non-finite places differ.
+
+    >>> difference([torch.tensor([1.0, 2.0])], [torch.tensor([1.0, 2.5])])
+    0.25
+    """
+    if len(expected) != len(actual):
+        return float("inf")
+    return max((_relative(a, b) for a, b in zip(expected, actual, strict=True)), default=0.0)
+
+
+def _relative(expected: Tensor, actual: Tensor) -> float:
+    if expected.shape != actual.shape or expected.dtype != actual.dtype:
+        return float("inf")
+    if expected.numel() == 0:
+        return 0.0
+    if not (expected.is_floating_point() or expected.is_complex()):
+        return 0.0 if torch.equal(expected, actual) else 1.0
+    finite = torch.isfinite(expected)
+    if not torch.equal(finite, torch.isfinite(actual)):
+        return float("inf")
+    exact = torch.complex128 if expected.is_complex() else torch.float64
+    expected, actual = (value[finite].cpu().to(exact) for value in (expected, actual))
+    if expected.numel() == 0:
+        return 0.0
+    scale = float(expected.abs().max())
+    return float((expected - actual).abs().max()) / (scale or 1.0)

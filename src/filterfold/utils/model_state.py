@@ -177,14 +177,3 @@ def random_state_preserved(model: nn.Module, seed: int | None = None) -> Iterato
     finally:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
-
-
-@contextmanager
-def attention_in_steps() -> Iterator[None]:
-    """Have `nn.MultiheadAttention` and the layers around it run step by step, not as one opaque operation."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)

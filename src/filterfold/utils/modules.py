@@ -22,7 +22,7 @@ WRAPPERS = {
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """All parameters and buffers (persistent or not) under all their names: tied ones come twice.
 
-    The same as PyTorch's `named_parameters` and `named_buffers` without removing duplicates, in one walk.
+    The same as PyTorch's `named_parameters` and `named_buffers` without removing duplicates, but faster.
     """
     modules: list[tuple[str, nn.Module]] = []
 
@@ -78,8 +78,8 @@ def in_memory_order(tensor: Tensor, order: Sequence[int]) -> Tensor:
     (1, 2)
     """
     # clone, since contiguous() leaves the strides of axes of size 1 alone and kernels dispatch on them
-    ordered = tensor.permute(*order).clone(memory_format=torch.contiguous_format)
-    return ordered.permute(*sorted(range(len(order)), key=order.__getitem__))
+    ordered = tensor.permute(tuple(order)).clone(memory_format=torch.contiguous_format)
+    return ordered.permute(sorted(range(len(order)), key=order.__getitem__))
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -92,3 +92,20 @@ def unwrap(model: nn.Module) -> nn.Module:
     while type(model).__name__ in WRAPPERS:
         model = getattr(model, WRAPPERS[type(model).__name__])
     return model
+
+
+def like(old: Any, new: Any) -> Any:
+    """`new` (int or nested tuple) with the sequence types of `old`, so that a list stays a list.
+
+    >>> like([1, (2,)], (3, (4,)))
+    [3, (4,)]
+    """
+    if not isinstance(new, tuple | list):
+        return new
+    parts = old if isinstance(old, tuple | list) and len(old) == len(new) else [None] * len(new)
+    items = [like(part, item) for part, item in zip(parts, new, strict=True)]
+    if isinstance(old, list):
+        return items
+    if isinstance(old, tuple) and hasattr(old, "_fields"):
+        return type(old)(*items)
+    return type(old)(items) if isinstance(old, tuple) else tuple(items)

@@ -1,4 +1,4 @@
-"""Networks of the literature in the form that the papers prune, and the way to a user's own.
+"""Networks of the literature in the form that the papers prune, and networks of one's own, by name.
 
 `build` finds a network by name: `vgg16`, `vgg_small`, `resnet20|32|44|56|110`, `timm:NAME`,
 `torchvision:NAME`, `package.module:factory`, or `file.py:factory`.

@@ -143,7 +143,8 @@ def build(name: str, *, classes: int = 10, channels: int = 3, width: float = 1.0
     prefix, colon, rest = name.rpartition(":")
     if not colon:
         if name not in _FACTORIES:
-            raise ModelError(f"no model {name!r}{_near(name, names())}")
+            others = f"; known are {', '.join(names())}, timm:NAME, torchvision:NAME and file.py:factory"
+            raise ModelError(f"no model {name!r}{_near(name, names()) or others}")
         return _FACTORIES[name](classes=classes, channels=channels, width=width, image_size=image_size)
     if prefix in ("timm", "torchvision"):
         if width != 1.0:
@@ -154,11 +155,9 @@ def build(name: str, *, classes: int = 10, channels: int = 3, width: float = 1.0
 
 
 def _near(name: str, known: Iterable[str]) -> str:
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=3)
-    if close:
-        return f"; did you mean {' or '.join(close)}?"
-    return f"; known are {', '.join(known)}, timm:NAME, torchvision:NAME and file.py:factory" if len(known) < 20 else ""
+    """The end of an error message: the known names that are most like this one."""
+    close = difflib.get_close_matches(name, list(known), n=3)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 def _library(name: str, wanted: str) -> Any:
@@ -198,9 +197,7 @@ def _find(name: str, module_name: str, attribute: str) -> Callable[..., Any]:
     found = getattr(module, attribute, None)
     if found is None:
         public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        close = difflib.get_close_matches(attribute, public, n=3)
-        hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        raise ModelError(f"{name}: {module_name} has nothing called {attribute!r}{hint}")
+        raise ModelError(f"{name}: {module_name} has nothing called {attribute!r}{_near(attribute, public)}")
     if not callable(found):
         raise ModelError(f"{name}: {attribute} is a {type(found).__name__}, not a callable that returns the network")
     return found  # type: ignore[no-any-return]  # callable() does not narrow Any
@@ -262,7 +259,7 @@ def _on_path(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _one_line(name: str) -> Iterator[None]:
-    """Turn what a foreign factory raises into one line that names it; the cause stays attached."""
+    """Turn what a user's factory raises into one line that names it, with the cause attached."""
     try:
         yield
     except ModelError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import cast
 
 from torch import Tensor, nn
@@ -10,12 +11,13 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from .registry import check, check_widths, initialise, register, scale
 
-VGG16_BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-"""Channels of the 13 convolutions, one tuple between max-pools (Simonyan & Zisserman 2015, configuration D)."""
+SHAPES: dict[str, tuple[tuple[tuple[int, ...], ...], int]] = {
+    "vgg16": (((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)), 512),
+    "vgg_small": (((32, 32), (64, 64)), 64),
+}
+"""Name → channels of the convolutions, one tuple between max-pools, and the width of the first linear layer.
 
-
-SMALL_BLOCKS = ((32, 32), (64, 64))
-"""Channels of `vgg_small`, for the 8×8 digits."""
+`vgg16` is Simonyan & Zisserman 2015, configuration D; `vgg_small` is for the 8×8 digits."""
 
 
 class VGG(nn.Module):
@@ -98,13 +100,9 @@ def build_vgg(
     ```
     """
     check(name, classes=classes, channels=channels, width=width)
-    shapes: dict[str, tuple[tuple[tuple[int, ...], ...], int]] = {
-        "vgg16": (VGG16_BLOCKS, 512),
-        "vgg_small": (SMALL_BLOCKS, 64),
-    }
-    if name not in shapes:
-        raise ModelError(f"{name!r} is no VGG of the zoo; there are {', '.join(shapes)}")
-    blocks, hidden = shapes[name]
+    if name not in SHAPES:
+        raise ModelError(f"{name!r} is no VGG of the zoo; there are {', '.join(SHAPES)}")
+    blocks, hidden = SHAPES[name]
     flat = [scale(size, width) for block in blocks for size in block] + [scale(hidden, width)]
     if widths is not None:
         if width != 1.0:
@@ -115,11 +113,5 @@ def build_vgg(
     return VGG(scaled, next(rest), classes=classes, channels=channels, image_size=image_size)
 
 
-@register("vgg16")
-def _vgg16(*, classes: int, channels: int, width: float, image_size: int) -> nn.Module:
-    return build_vgg("vgg16", classes=classes, channels=channels, width=width, image_size=image_size)
-
-
-@register("vgg_small")
-def _vgg_small(*, classes: int, channels: int, width: float, image_size: int) -> nn.Module:
-    return build_vgg("vgg_small", classes=classes, channels=channels, width=width, image_size=image_size)
+for _name in SHAPES:
+    register(_name)(partial(build_vgg, _name))

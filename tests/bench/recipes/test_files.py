@@ -56,9 +56,11 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
         (GOOD.replace('name = "mine"', ""), "lacks 'name'"),
         (GOOD + "[sauce]\nhot = true\n", "an entry 'sauce' of no meaning"),
         (GOOD.replace("ratio = 0.5", "ratio = "), "not a recipe"),
-        (GOOD.replace("ratio = 0.5", ""), "not a recipe: 'ratio'"),
+        (GOOD.replace("ratio = 0.5", ""), "lacks 'ratio'"),
         (GOOD.replace('layers = ["features.*"]', "layers = []"), "names no layers"),
-        (GOOD.replace("[[prune]]", "image_size = 'big'\n[[prune]]"), "image_size must be a int"),
+        (GOOD + "[retrain]\npaper = 3\n", "retrain.paper must be a table"),
+        (GOOD + "criterium = 'l1'\n", "an entry 'criterium' of no meaning"),
+        (GOOD.replace("[[prune]]", "image_size = 'big'\n[[prune]]"), "image_size must be a whole number"),
     ],
 )
 def test_malformed_files_are_refused_in_one_line(text: str, message: str) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from filterfold import data
 from filterfold.bench import recipes
-from filterfold.bench.trials import recipe as recipe_runs
+from filterfold.bench.recipes import trials as recipe_runs
 from filterfold.bench.trials.context import RunContext
 from filterfold.bench.trials.runner import compare
 from filterfold.data import StreamedSplit

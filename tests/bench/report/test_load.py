@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from filterfold.bench.report import read_table, tables
-from filterfold.bench.report.study import MEASURES, studies
+from filterfold.bench.report.study import COMPARED, studies
 from filterfold.errors import RecordError
 
 
@@ -84,7 +84,7 @@ def test_our_own_table_of_trials_reads_back(records, tmp_path):
     path = tmp_path / "trials.csv"
     path.write_text(tables.trials(study).csv(), encoding="utf-8")
     [again] = studies(read_table(path))
-    for measure in MEASURES:
+    for measure in COMPARED:
         found, theirs = again.samples(measure), study.samples(measure)
         assert found == {label: pytest.approx(values) for label, values in theirs.items()}
         assert len(found) == 7

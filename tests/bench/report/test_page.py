@@ -13,7 +13,7 @@ import pytest
 
 from filterfold.bench import report
 from filterfold.bench.report.curves import cut_epochs
-from filterfold.bench.report.figure import looks
+from filterfold.bench.report.figure import COLOURS, CONTROL, COOL, INK, METHODS, PAPER, WARM, group_styles
 from filterfold.bench.report.study import studies
 from filterfold.errors import ConfigError
 
@@ -79,7 +79,7 @@ def test_the_page_is_self_contained(page):
 def test_all_sections_are_there_verdict_first(page):
     headings = re.findall(r"<h2>(.*?)</h2>", page.read_text(encoding="utf-8"))
     assert headings == [
-        "Verdict", "What follows, and what does not", "Comparison", "Speed", "Training cost", "Tests", "While training",
+        "Verdict", "Warnings", "Comparison", "Speed", "Training cost", "Tests", "While training",
         "Widths", "Clusters", "Every trial", "Failed trials", "Provenance",
     ]  # fmt: skip
 
@@ -121,18 +121,38 @@ def test_files_beside_the_page(page):
 def test_plots_follow_the_theme(page, records):
     text = page.read_text(encoding="utf-8")
     svg = "".join(re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL))
-    for look in looks(studies(records)[0]).values():
-        assert f"var(--{look.colour.name})" in svg
-        assert look.colour.light not in svg
-        assert text.count(f"--{look.colour.name}: ") == 2
+    for style in group_styles(studies(records)[0]).values():
+        assert f"var(--{style.colour.name})" in svg
+    for colour in COLOURS:
+        assert text.count(f"--{colour.name}: ") >= 2
     left = set(re.findall(r"#[0-9a-f]{6}\b", svg))
     assert left <= {"#000000", "#ffffff"}
 
 
-def test_groups_never_share_a_colour(records):
+def _contrast(first: str, second: str) -> float:
+    """WCAG 2.2: (L + .05) / (l + .05) of relative luminances."""
+    light = []
+    for colour in (first, second):
+        channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        light.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
+    return (max(light) + 0.05) / (min(light) + 0.05)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_marks_stand_out_from_the_paper(theme):
+    for colour in (CONTROL, *METHODS, *COOL, *WARM):
+        assert _contrast(getattr(colour, theme), getattr(PAPER, theme)) >= 3, colour.name
+    assert _contrast(getattr(INK, theme), getattr(PAPER, theme)) >= 7
+
+
+def test_groups_never_look_the_same(records):
     many = [r | {"method": f"m{i}", "label": f"m{i}"} for i in range(20) for r in records[:1]]
-    colours = [look.colour.light for look in looks(studies(records + many)[0]).values()]
-    assert len(colours) == len(set(colours)) == 27
+    series = [
+        r | {"method": "other", "label": f"other k={k}", "clusters": k} for k in range(1, 19) for r in records[:1]
+    ]
+    looks = [(style.colour, style.marker) for style in group_styles(studies(records + many + series)[0]).values()]
+    assert len(looks) == len(set(looks)) == 45
 
 
 @pytest.mark.slow
@@ -165,7 +185,7 @@ def test_several_studies_on_one_page(make, tmp_path):
     records = [make(m, s) | {"data": data} for data in ("cifar10", "digits") for m in ("dense", "l1") for s in (0, 1)]
     page = report.build(records, tmp_path)
     reader = _read(page)
-    assert {"study-0", "study-1"} <= set(reader.ids)
+    assert {"s0-study", "s1-study"} <= set(reader.ids)
     assert len(reader.ids) == len(set(reader.ids))
     assert (tmp_path / "tables" / "2-vgg16-on-digits-comparison.csv").exists()
 
@@ -185,12 +205,11 @@ def test_thin_material_still_gives_a_page(make, tmp_path, case):
         "equal values": [make(m, s, top1=90.0, top5=99.0, inference_seconds=1.0) for m, s in pairs],
     }[case]  # fmt: skip
     _read(report.build(records, tmp_path))
-    assert report.summary(records)
     assert report.verdict(records)
 
 
 def test_a_foreign_table(reference, tmp_path):
-    page = report.from_table(reference / "figures_4_5.csv", tmp_path)
+    page = report.build(report.read_table(reference / "figures_4_5.csv"), tmp_path)
     text = "".join(_read(page).text)
     for figure in (".0332", ".1979", ".8722", ".0610", ".3302", ".0384", ".0222", "−0.698 points"):
         assert figure in text

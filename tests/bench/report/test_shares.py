@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from filterfold.bench.recipes import load
-from filterfold.bench.report.figure import looks
+from filterfold.bench.report.figure import group_styles
+from filterfold.bench.report.paper_table import Measured, paper_table
 from filterfold.bench.report.plots import shares
 from filterfold.bench.report.study import studies
-from filterfold.bench.report.table import Measured, paper_table
 
 Factory = Callable[..., dict[str, Any]]
 
@@ -29,7 +29,7 @@ def test_one_line_for_each_method_that_was_run_with_several_shares(make: Factory
     records = [make("dense", seed) for seed in (0, 1)]
     records += [with_keep(make, m, s, k) for m in ("l1", "random") for s in (0, 1) for k in (0.9, 0.5, 0.1)]
     [study] = studies(records, "dense")
-    plot = shares(study, looks(study))
+    plot = shares(study, group_styles(study))
     assert plot is not None
     assert "Filters pruned away" in plot.svg
     assert "l1" in plot.svg
@@ -40,7 +40,7 @@ def test_one_line_for_each_method_that_was_run_with_several_shares(make: Factory
 def test_no_plot_where_every_method_has_one_share(make: Factory) -> None:
     records = [make("dense", 0), *(with_keep(make, "l1", seed, 0.5) for seed in (0, 1))]
     [study] = studies(records, "dense")
-    assert shares(study, looks(study)) is None
+    assert shares(study, group_styles(study)) is None
 
 
 def test_a_papers_table_has_our_mean_and_its_figures(make: Factory) -> None:

@@ -1,4 +1,4 @@
-"""Verdicts and readings: made-up groups whose right answer is plain, and the document's table."""
+"""Verdicts and warnings: made-up groups whose right answer is plain, and the document's table."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import statistics
 import pytest
 
 from filterfold.bench.report import read_table, verdict
-from filterfold.bench.report.study import TOP1, TRAIN_IMAGES, TRAIN_MACS, batch_sizes, calls, studies
+from filterfold.bench.report.study import TOP1, TRAIN_IMAGES, TRAIN_MACS, call_seconds, studies
 from filterfold.bench.report.verdict import headline, judge, power_words, sentence
-from filterfold.bench.report.warnings import readings
+from filterfold.bench.report.warnings import find_warnings
 from filterfold.errors import RecordError
 
 
@@ -121,8 +121,8 @@ def test_measures_of_records_old_and_new(make):
     [group] = study.groups
     assert group.values(TRAIN_IMAGES) == [44_928 * 30]
     assert group.values(TRAIN_MACS) == [3 * 44_928 * 30 * 313_201_664]
-    assert batch_sizes(study) == [1, 8, 64, 512]
-    assert group.values(calls(8)) == [statistics.median(new["timing"]["batches"]["8"])]
+    assert study.batch_sizes == [1, 8, 64, 512]
+    assert group.values(call_seconds(8)) == [statistics.median(new["timing"]["batches"]["8"])]
     assert studies([make("dense", 0, top1=float("nan"))])[0].groups[0].values(TOP1) == []
 
 
@@ -131,11 +131,11 @@ def test_a_speed_up_beyond_the_saved_work_is_suspect():
     [study] = studies(BASE + small)
     judgements = judge(study)
     assert judgements[0].suspicious
-    [reading] = [r for r in readings(study, judgements) if r.suspects]
-    assert reading.suspects == ("small",)
-    assert "5.00× at 2.00×" in reading.text
+    [warning] = [r for r in find_warnings(study, judgements) if r.suspects]
+    assert warning.suspects == ("small",)
+    assert "5.00× at 2.00×" in warning.text
     honest = [record | {"result": record["result"] | {"macs": 150}} for record in small]
-    assert not any(r.suspects for r in readings(*_judged(BASE + honest)))
+    assert not any(r.suspects for r in find_warnings(*_judged(BASE + honest)))
 
 
 def _judged(records):
@@ -149,7 +149,7 @@ def test_what_the_document_claims_and_what_follows(reference):
     assert study.control == "original"
     assert [j.pace for j in judgements] == ["faster"] * 6
     assert [j.accuracy for j in judgements] == ["not shown"] * 6
-    texts = {reading.title: reading.text.replace("\u00a0", " ") for reading in readings(study, judgements)}
+    texts = {one.title: one.text.replace("\u00a0", " ") for one in find_warnings(study, judgements)}
     dose = texts["A speed-up that does not depend on what is left"]
     assert "4.84 s with 5 clusters and 5.15 s with 30" in dose
     dunn = texts["Inference time: Dunn’s test loses its significance under Holm"]
@@ -164,7 +164,7 @@ def test_what_the_document_claims_and_what_follows(reference):
     assert "p = .0222" in pooled
     lines = verdict(records)
     assert lines[0].startswith("Of 6 settings, all are shown to be faster than original; none is shown to be no worse")
-    assert any(line.startswith("Beware: A speed-up that does not depend") for line in lines)
+    assert any(line.startswith("Warning: A speed-up that does not depend") for line in lines)
 
 
 def test_what_n_can_show_is_said():
@@ -193,7 +193,7 @@ def test_caveats_of_timing_and_origin(make):
     records = [make("dense", 0, **alone), make("l1", 0, **alone)]
     records[1]["environment"] = records[1]["environment"] | {"processor": "Another", "commit": "fff", "dirty": True}
     records.append(make("l1", 1, status="failed"))
-    titles = [reading.title for reading in readings(*_judged(records))]
+    titles = [one.title for one in find_warnings(*_judged(records))]
     for title in (
         "Times were not measured side by side",
         "Different machines",
@@ -202,5 +202,5 @@ def test_caveats_of_timing_and_origin(make):
         "Failed trials are left out",
     ):
         assert title in titles
-    clean = [r.title for r in readings(*_judged([make("dense", 0), make("l1", 0)]))]
+    clean = [r.title for r in find_warnings(*_judged([make("dense", 0), make("l1", 0)]))]
     assert not {"Times were not measured side by side", "Different machines", "Uncommitted changes"} & set(clean)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from filterfold.bench.sensitivity.partial_forward import Replay
+from filterfold.bench.sensitivity.partial_forward import PartialForward
 from filterfold.errors import ModelError
 from filterfold.zoo import build
 
@@ -78,14 +78,14 @@ def test_any_change_gives_what_a_full_pass_gives(
     torch.manual_seed(0)
     model = factory().eval()
     inputs = torch.randn(shape)
-    replay = Replay(model, inputs[:1])
+    forward = PartialForward(model, inputs[:1])
     names = [key for key, _ in model.named_parameters()]
-    places = {key: replay.place([key]) for key in names}
+    places = {key: forward.place([key]) for key in names}
     wholes = {}
     for key, parameter in model.named_parameters():
         with torch.no_grad(), halved(parameter):
             wholes[key] = model(inputs)
-    with replay.recorded(inputs, places.values()) as run:
+    with forward.recorded(inputs, places.values()) as run:
         for key, parameter in [*model.named_parameters()] * 2:  # twice: nothing that was kept is written into
             with halved(parameter):
                 assert torch.equal(run(places[key]), wholes[key]), key
@@ -115,18 +115,18 @@ def test_only_the_end_runs_again() -> None:
 
     for index, layer in enumerate(model):
         layer.forward = counting(index, layer.forward)  # type: ignore[method-assign]
-    replay = Replay(model, torch.zeros(1, 3))
-    with replay.recorded(torch.zeros(2, 3), [replay.place(["3.weight"])]) as run:
+    forward = PartialForward(model, torch.zeros(1, 3))
+    with forward.recorded(torch.zeros(2, 3), [forward.place(["3.weight"])]) as run:
         weights[:] = [0] * 5
-        run(replay.place(["3.weight"]))
+        run(forward.place(["3.weight"]))
     assert weights == [0, 0, 0, 1, 1]
 
 
 def test_modules_are_left_as_they_were() -> None:
     model = InPlace().train()
     before = [dict(vars(module)) for module in model.modules()]
-    replay = Replay(model, torch.zeros(1, 4, 6, 6))
-    with replay.recorded(torch.zeros(1, 4, 6, 6), [0]):
+    forward = PartialForward(model, torch.zeros(1, 4, 6, 6))
+    with forward.recorded(torch.zeros(1, 4, 6, 6), [0]):
         assert not model.norm.training
     after = [dict(vars(module)) for module in model.modules()]
     assert [list(entry) for entry in after] == [list(entry) for entry in before]
@@ -144,14 +144,14 @@ def test_a_model_that_changes_its_mind_is_refused() -> None:
             return self.one(values) if self.calm else self.other(values)
 
     model = Moody()
-    replay = Replay(model, torch.zeros(1, 2))
+    forward = PartialForward(model, torch.zeros(1, 2))
     model.calm = False
-    with pytest.raises(ModelError, match="in another order than before"), replay.recorded(torch.zeros(1, 2), [0]):
+    with pytest.raises(ModelError, match="in another order than before"), forward.recorded(torch.zeros(1, 2), [0]):
         pass
     assert "forward" not in vars(model.one)
 
 
 def test_an_unknown_tensor_has_no_owner() -> None:
-    replay = Replay(nn.Sequential(nn.Linear(2, 2)), torch.zeros(1, 2))
+    forward = PartialForward(nn.Sequential(nn.Linear(2, 2)), torch.zeros(1, 2))
     with pytest.raises(AttributeError):
-        replay.place(["7.weight"])
+        forward.place(["7.weight"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -80,17 +81,17 @@ def test_a_killed_sweep_goes_on_and_ends_the_same(
     whole = sweep(model, groups, digits.validation, **options)  # type: ignore[arg-type]
     file = tmp_path / "sweep.part"
     saves = 0
-    saved = sweep_layers._Sweep._save
+    saved = sweep_layers._Sweep.save
 
-    def dies(self: object) -> None:
+    def dies(*arguments: Any) -> None:
         nonlocal saves
-        saved(self)
+        saved(*arguments)
         saves += 1
         if saves == 2:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(sweep_layers._Sweep, "_save", dies)
+        patched.setattr(sweep_layers._Sweep, "save", dies)
         with pytest.raises(KeyboardInterrupt):
             sweep(model, groups, digits.validation, path=file, **options)  # type: ignore[arg-type]
     assert json.loads(file.read_text())["done"] == 60

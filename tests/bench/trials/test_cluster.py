@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import pytest
@@ -30,9 +30,9 @@ def test_twelve_trials_two_workers_one_killed(tmp_path: Path) -> None:
     comparison = plan(SETTING, ["dense", "l1", "online"], keep=[0.5], seeds=range(4))
     killed: list[int] = []
 
-    def deadly(pending: Sequence[Trial], run: runner.Runner) -> Iterator[records.Record]:
+    def deadly(pending: Sequence[Trial], run: runner.Runner) -> Generator[records.Record, None, None]:
         for count, record in enumerate(RayCluster(parallel=2)(pending, run), 1):
-            if count >= 4 and not killed and (busy := workers("ray::_task")):
+            if count >= 4 and not killed and (busy := workers("ray::_run")):
                 killed.append(busy[0])
                 os.kill(busy[0], signal.SIGKILL)
             yield record
@@ -59,7 +59,7 @@ def test_a_node_that_does_not_see_the_run_folder_sends_what_it_made(
     bench = RunContext(SETTING, tmp_path / "run", "cpu")
     run = runner.Runner(bench)
     dense, l1 = plan(SETTING, ["dense", "l1"], seeds=[0]).trials
-    record, files = ray._task(run, dense, "not in that folder", 1, {})
+    record, files = ray._run(run, dense, "not in that folder", 1, {})
     assert record is not None
     assert not bench.folder.exists()
     base = [f"bases/{dense.id}.safetensors", f"bases/{dense.id}.json"]
@@ -67,7 +67,7 @@ def test_a_node_that_does_not_see_the_run_folder_sends_what_it_made(
     ray._place(bench.folder, files)
     trained = bench.base_file(dense.id, ".json").read_bytes()
     # on yet another node, which is given the dense network
-    later, more = ray._task(run, l1, "nor is this", 1, ray._base(run, l1))
+    later, more = ray._run(run, l1, "nor is this", 1, ray._base(bench.folder, l1))
     assert later is not None
     assert later["history"][:2] == record["history"]  # seconds and all: it was not trained again
     assert more[base[1]] == trained

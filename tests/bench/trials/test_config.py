@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from filterfold.bench.trials.config import Comparison, Setting, Trial, plan
-from filterfold.bench.trials.deadline import Deadline, Stopped, seconds
+from filterfold.bench.trials.context import Deadline, Stopped, seconds
+from filterfold.bench.trials.method_names import Method
 from filterfold.errors import ConfigError, FilterfoldError, RecordError
 
 SETTING = Setting("vgg_small", "digits", recipe={"epochs": 2, "lr": 0.1})
@@ -82,10 +83,22 @@ def test_shares_of_the_macs_are_another_kind_of_budget() -> None:
         assert Trial.from_dict(json.loads(json.dumps(trial.to_dict()))) == trial
         assert trial.base.label == "dense"
     last = comparison.trials[-1]
-    assert (last.plain, last.criterion, last.additions, last.is_online) == (
-        "online-l1", "l1", ("repair", "distill"), True
-    )  # fmt: skip
+    assert last.parsed == Method("online", "l1", additions=("repair", "distill"))
     assert len({trial.id for trial in comparison.trials}) == 9
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("dense-long", Method("dense", long=True)),
+        ("scratch+longer", Method("scratch", additions=("longer",))),
+        ("mean-std-iterative", Method("one-shot", "mean-std", "iterative")),
+        ("online-centroid", Method("online", "centroid")),
+        ("online-mean-std", Method("online", "mean-std")),
+    ],
+)
+def test_names_are_taken_apart(name: str, method: Method) -> None:
+    assert Method.parse(name) == method
 
 
 def test_without_budgets_the_methods_have_their_own() -> None:
@@ -107,8 +120,11 @@ def test_without_budgets_the_methods_have_their_own() -> None:
         (lambda: Trial("l1+repair", 0, SETTING, keep=0.5), "only online methods take additions"),
         (lambda: Trial("scratch+repair", 0, SETTING, keep=0.5), "only online methods take additions"),
         (lambda: Trial("online+repare", 0, SETTING, keep=0.5), r"\+repare is not one of"),
-        (lambda: Trial("online-l1+centripetal", 0, SETTING, keep=0.5), r"online alone pulls .*\(\+centripetal\)"),
-        (lambda: Trial("online+unpulled+centripetal", 0, SETTING, keep=0.5), "in one way"),
+        (lambda: Trial("online-l1+centripetal", 0, SETTING, keep=0.5), r"only online takes \+centripetal"),
+        (
+            lambda: Trial("online+unpulled+centripetal", 0, SETTING, keep=0.5),
+            r"only online takes .* one of \+centripetal, \+unpulled",
+        ),
         (lambda: Trial("online+repair+repair", 0, SETTING, keep=0.5), "each at most once"),
         (lambda: Trial("online", 0, SETTING, clusters=0), "clusters = 0"),
         (lambda: Trial("l1", 0, SETTING, clusters=5), "takes no number of clusters"),

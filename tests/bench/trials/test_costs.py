@@ -9,7 +9,7 @@ import pytest
 
 from filterfold.bench.trials.config import Setting, Trial
 from filterfold.bench.trials.context import RunContext
-from filterfold.bench.trials.methods import train_images, train_macs
+from filterfold.bench.trials.costs import train_images, train_macs
 from filterfold.bench.trials.runner import compare
 from filterfold.training import Row
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from filterfold.bench.trials import records, runner
 from filterfold.bench.trials.config import Setting, Trial, plan
-from filterfold.bench.trials.context import RunContext, resolve
-from filterfold.bench.trials.deadline import Stopped
+from filterfold.bench.trials.context import RunContext, Stopped, resolve
 from filterfold.errors import DataError, ModelError, RecordError
 
 SETTING = Setting("vgg_small", "digits", recipe={"epochs": 1})
@@ -144,8 +145,37 @@ def test_two_processes_in_one_folder(tmp_path: Path, lab: Lab, monkeypatch: pyte
     assert runner.compare(COMPARISON, folder).complete
 
 
+def test_a_run_is_not_removed_while_another_process_works_there(
+    tmp_path: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    runner.compare(COMPARISON, folder)
+    before = contents(folder)
+    with (
+        FileLock(folder / ".lock"),
+        pytest.raises(RecordError, match="another process is working there"),
+    ):
+        runner.compare(COMPARISON, folder, fresh=True)
+    assert contents(folder) == before
+
+
+def test_a_folder_of_other_things_is_not_even_locked(tmp_path: Path, lab: Lab) -> None:
+    (tmp_path / "thesis.txt").write_text("do not touch")
+    for fresh in (False, True):
+        with pytest.raises(RecordError, match="not empty and holds no comparison"):
+            runner.compare(COMPARISON, tmp_path, fresh=fresh)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_an_engine_decides_the_order(tmp_path: Path, lab: Lab) -> None:
-    outcome = runner.compare(COMPARISON, tmp_path / "run", engine=lambda pending, run: map(run, reversed(pending)))
+    def backwards(trials: Sequence[Trial], run: runner.Runner) -> Generator[records.Record, None, None]:
+        yield from map(run, reversed(trials))
+
+    outcome = runner.compare(COMPARISON, tmp_path / "run", engine=backwards)
     assert lab.ran == ["l1/1", "dense/1", "l1/0", "dense/0"]
     assert outcome.complete
 

@@ -17,10 +17,11 @@ import pytest
 
 from filterfold.bench.trials import records, runner
 from filterfold.bench.trials.config import Setting, Trial, plan
-from filterfold.bench.trials.context import RunContext
-from filterfold.bench.trials.locks import take_next
+from filterfold.bench.trials.context import RunContext, lock
+from filterfold.bench.trials.methods import must_wait
 from filterfold.bench.trials.parallel import Parallel
 from filterfold.errors import ConfigError
+from filterfold.utils.io import write_json
 
 RECIPE = {"epochs": 1, "lr": 0.1}
 SETTING = Setting("vgg_small", "digits", width=0.25, data_options={"train_limit": 256}, recipe=RECIPE, retrain_epochs=1)
@@ -157,7 +158,7 @@ def test_two_processes_with_one_trial_do_it_once(tmp_path: Path) -> None:
     trial = Trial("dense", 0, SETTING)
     code = (
         "import sys, pickle; run, trial = pickle.loads(bytes.fromhex(sys.argv[1]));"
-        "print(run(trial)['started'], run.bench.__dict__.get('data') is not None)"
+        "print(run(trial)['started'], run.context.__dict__.get('data') is not None)"
     )
     trials = runner.Runner(RunContext(SETTING, tmp_path, "cpu"))
     packed = pickle.dumps((trials, trial)).hex()
@@ -167,23 +168,36 @@ def test_two_processes_with_one_trial_do_it_once(tmp_path: Path) -> None:
     assert sorted(loaded for _, loaded in said) == ["False", "True"]  # one of them never needed the images
 
 
-def test_a_trial_waits_while_its_dense_network_is_being_trained(tmp_path: Path) -> None:
-    bench = RunContext(SETTING, tmp_path, "cpu")
-    waiting = list(plan(SETTING, ["dense", "l1", "online", "scratch"], keep=[0.5], seeds=range(2)).trials)
-    running: list[Trial] = []
-    while (trial := take_next(waiting, running, bench)) is not None:
-        running.append(trial)
-    assert [(trial.method, trial.seed) for trial in running] == [
-        ("dense", 0), ("online", 0), ("scratch", 0), ("dense", 1), ("online", 1), ("scratch", 1),
-    ]  # fmt: skip
-    base = bench.base_file(running[0].id, ".json")
-    base.parent.mkdir(parents=True)
-    base.write_text("{}")
-    found = take_next(waiting, running, bench)
-    assert found is not None
-    assert (found.method, found.seed) == ("l1", 0)
-    assert take_next(waiting, [], bench) is not None
-    assert take_next(waiting, [], bench) is None
+def test_a_trial_waits_while_another_process_trains_its_dense_network(tmp_path: Path) -> None:
+    context = RunContext(SETTING, tmp_path, "cpu")
+    trials = plan(SETTING, ["dense", "l1", "online", "scratch"], keep=[0.5], seeds=range(2)).trials
+    base = trials[0].base
+    with context.locked(f"base-{base.id}"):
+        assert [(trial.method, trial.seed) for trial in trials if must_wait(trial, context)] == [
+            ("dense", 0),
+            ("l1", 0),
+        ]
+        write_json(context.base_file(base.id, ".json"), {"history": []})
+        assert not any(must_wait(trial, context) for trial in trials)
+    assert not any(must_wait(trial, context) for trial in trials)
+
+
+def test_workers_pass_over_trials_that_others_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    context = RunContext(SETTING, tmp_path, "cpu")
+    worker = runner.Runner(context)
+    trials = plan(SETTING, ["dense", "online"], keep=[0.5], seeds=range(2)).trials
+    monkeypatch.setattr(runner.Runner, "_run", lambda self, trial: ran.append(trial.id) or {"id": trial.id})
+    taken = [0, 0, 0, 0]
+    with lock(tmp_path, trials[0].id):
+        work = worker.work(trials, taken)
+        assert next(work)["id"] == trials[1].id  # the first is locked
+        taken[2] = -1  # another process took it
+        assert next(work)["id"] == trials[3].id
+    assert next(work)["id"] == trials[0].id
+    assert list(work) == []
+    assert ran == [trials[place].id for place in (1, 3, 0)]
+    assert taken == [os.getpid(), os.getpid(), -1, os.getpid()]
 
 
 def test_no_trials_at_a_time_are_refused() -> None:

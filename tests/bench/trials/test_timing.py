@@ -11,8 +11,7 @@ from torch import nn
 
 from filterfold.bench.trials import records, runner, timing
 from filterfold.bench.trials.config import Setting, Trial
-from filterfold.bench.trials.context import RunContext
-from filterfold.bench.trials.deadline import Deadline, Stopped
+from filterfold.bench.trials.context import Deadline, RunContext, Stopped
 from filterfold.surgery.checkpoint import save
 
 SETTING = Setting("vgg_small", "digits", width=0.125)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import difflib
-import json
 import tomllib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
+
+import tomli_w
 
 from ...errors import ConfigError
 
@@ -90,9 +91,12 @@ class PruningRecipe:
     uncounted: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse a recipe that removes nothing."""
+        """Refuse a recipe that removes nothing, and a retraining without fields."""
         if not self.rules:
             raise ConfigError(f"recipe {self.name!r} has no [[prune]] entry, so it removes nothing")
+        for name, changes in self.retrain.items():
+            if not isinstance(changes, Mapping):
+                raise ConfigError(f"retrain.{name} must be a table")
 
     @property
     def keep(self) -> dict[str, float]:
@@ -121,13 +125,7 @@ class PruningRecipe:
 COLLECTIONS = ("li2017",)
 
 
-_REQUIRED = ("name", "model", "data", "prune")
-
-
-_PLAIN = {"title": str, "image_size": int, "classes": int, "criterion": str, "follow": str}
-
-
-_KNOWN = {*_REQUIRED, *_PLAIN, "base", "retrain", "scratch", "paper"}
+T = TypeVar("T")
 
 
 @cache
@@ -179,40 +177,48 @@ def read(text: str, where: str) -> PruningRecipe:
     """
     try:
         document = tomllib.loads(text)
-        missing = [key for key in _REQUIRED if key not in document]
-        unknown = sorted(document.keys() - _KNOWN)
-        if missing or unknown:
-            raise ConfigError(f"lacks {missing[0]!r}" if missing else f"has an entry {unknown[0]!r} of no meaning")
-        for key, kind in _PLAIN.items():
-            if key in document and not isinstance(document[key], kind):
-                raise ConfigError(f"{key} must be a {kind.__name__}")
-        return _recipe(document)
-    except (tomllib.TOMLDecodeError, TypeError, KeyError, AttributeError, ValueError) as error:
+        if unknown := sorted(document.keys() & _RENAMED):
+            raise ConfigError(f"has an entry {unknown[0]!r} of no meaning")
+        paper = document.pop("paper", {})
+        figures = {name: _built(Figures, paper.get(name, {})) for name in ("dense", "pruned", "scratch")}
+        document |= {
+            "rules": [_built(Rule, entry) for entry in document.pop("prune", [])],
+            "dense": figures["dense"],
+            "pruned": figures["pruned"],
+            "scratched": figures["scratch"],
+            "uncounted": paper.get("uncounted", []),
+        }
+        return _built(PruningRecipe, document)
+    except (tomllib.TOMLDecodeError, TypeError, AttributeError) as error:
         raise ConfigError(f"{where}: not a recipe: {' '.join(str(error).split())}") from error
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
 
 
-def _recipe(document: Mapping[str, Any]) -> PruningRecipe:
-    rules = tuple(
-        Rule(tuple(entry["layers"]), float(entry["ratio"]), tuple(entry.get("skip", ()))) for entry in document["prune"]
-    )
-    paper = document.get("paper", {})
-    scratch = document.get("scratch")
-    return PruningRecipe(
-        name=document["name"],
-        model=document["model"],
-        data=document["data"],
-        rules=rules,
-        base=dict(document.get("base", {})),
-        retrain={name: dict(fields) for name, fields in document.get("retrain", {}).items()},
-        scratch=None if scratch is None else dict(scratch),
-        dense=Figures(**paper.get("dense", {})),
-        pruned=Figures(**paper.get("pruned", {})),
-        scratched=Figures(**paper.get("scratch", {})),
-        uncounted=tuple(paper.get("uncounted", ())),
-        **{key: document[key] for key in _PLAIN if key in document},
-    )
+_RENAMED = {"rules", "dense", "pruned", "scratched", "uncounted"}
+"""Fields of `PruningRecipe` that have other places in a file."""
+
+
+def _built(kind: Callable[..., T], table: Mapping[str, Any]) -> T:
+    """A dataclass from a table of a TOML file; entries that lack, are unknown or of the wrong type are refused."""
+    known = {field.name: field for field in fields(cast(Any, kind))}
+    required = [name for name, field in known.items() if field.default is field.default_factory is MISSING]
+    for name in required:
+        if name not in table:
+            raise ConfigError(f"lacks {name!r}")
+    for name, value in table.items():
+        if name not in known:
+            raise ConfigError(f"has an entry {name!r} of no meaning")
+        wanted = _TYPES.get(str(known[name].type).partition("[")[0].removesuffix(" | None"), object)
+        if not isinstance(value, wanted):
+            raise ConfigError(f"{name} must be {_CALLED[wanted]}")
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in table.items()})
+
+
+_TYPES: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "tuple": list, "Mapping": dict}
+
+
+_CALLED = {str: "a text", int: "a whole number", (int, float): "a number", list: "an array", dict: "a table"}
 
 
 def to_toml(recipe: PruningRecipe, remarks: str = "") -> str:
@@ -223,43 +229,21 @@ def to_toml(recipe: PruningRecipe, remarks: str = "") -> str:
     >>> read(to_toml(load("vgg16-a")), "text") == load("vgg16-a")
     True
     """
-    head = {
-        "name": recipe.name,
-        "title": recipe.title,
-        "model": recipe.model,
-        "data": recipe.data,
-        "image_size": recipe.image_size,
-        "classes": recipe.classes,
-        "criterion": recipe.criterion,
-        "follow": recipe.follow,
-    }
-    lines = [f"# {line}".rstrip() for line in remarks.splitlines()] + _entries(head)
-    for rule in recipe.rules:
-        body = {"layers": list(rule.layers), "ratio": rule.ratio, "skip": list(rule.skip) or None}
-        lines += ["", "[[prune]]", *_entries(body)]
-    if recipe.base:
-        lines += ["", "[base]", *_entries(recipe.base)]
-    for name, fields in recipe.retrain.items():
-        lines += ["", f"[retrain.{name}]", *_entries(fields)]
-    if recipe.scratch is not None:
-        lines += ["", "[scratch]", *_entries(recipe.scratch)]
-    paper = {"dense": recipe.dense, "pruned": recipe.pruned, "scratch": recipe.scratched}
-    printed = [f"{name} = {_figures(figures)}" for name, figures in paper.items() if figures != Figures()]
+    table = asdict(recipe)
+    paper = {"dense": table["dense"], "pruned": table["pruned"], "scratch": table["scratched"]}
+    document = {name: value for name, value in table.items() if name not in _RENAMED}
+    document["prune"] = [_given(rule) for rule in table["rules"]]
+    document["paper"] = _given({name: _given(figures) for name, figures in paper.items()})
     if recipe.uncounted:
-        printed += _entries({"uncounted": list(recipe.uncounted)})
-    if printed:
-        lines += ["", "[paper]", *printed]
-    return "\n".join(lines) + "\n"
+        document["paper"]["uncounted"] = recipe.uncounted
+    document = _given(document) | ({} if recipe.scratch is None else {"scratch": recipe.scratch})
+    comment = "".join(f"# {line}".rstrip() + "\n" for line in remarks.splitlines())
+    return comment + tomli_w.dumps(document)
 
 
-def _entries(values: Mapping[str, Any]) -> list[str]:
-    """TOML writes these plain values as JSON does."""
-    return [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items() if value is not None]
-
-
-def _figures(figures: Figures) -> str:
-    values = {key: value for key, value in asdict(figures).items() if value is not None}
-    return f"{{ {', '.join(_entries(values))} }}"
+def _given(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that say something; TOML has no None."""
+    return {name: value for name, value in table.items() if value not in (None, (), {})}
 
 
 _FAVOURED = {"vgg16": "vgg16-a", "resnet56": "resnet56-b", "resnet110": "resnet110-b"}

@@ -1,26 +1,69 @@
-"""From records, or anybody's table, to a folder with the page, its plots and its tables."""
+"""From records to a folder with the page, its plots and its tables."""
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
 from ...errors import ConfigError
-from ...utils.io import write_atomically, write_text
+from ...utils.io import write_text
 from ...utils.progress import track
-from . import plots, tables
-from .figure import looks
-from .page import Chapter, render
-from .study import Record, Study, read_table, studies
-from .verdict import headline, judge, power_words, sentence
-from .warnings import readings
+from . import costs, tables
+from .figure import Plot, Style, css, group_styles
+from .format import points, signed, times
+from .plots import all_plots
+from .study import COMPARED, TESTED, Record, Study, studies
+from .table import Table
+from .verdict import Judgement, accuracy_words, headline, judge, pace_words, power_words, sentence
+from .warnings import StudyWarning, find_warnings
 
 PAGE = "report.html"
 
-
 _log = logging.getLogger("filterfold.bench.report")
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One section of the page; `folded` tables are hidden until the reader opens them."""
+
+    title: str
+    plots: Sequence[Plot] = ()
+    tables: Sequence[Table] = ()
+    folded: Sequence[Table] = ()
+    folded_title: str = ""
+    prose: bool = False
+
+    @property
+    def id(self) -> str:
+        """The anchor within its chapter."""
+        return re.sub(r"\W+", "-", self.title.lower())
+
+
+@dataclass(frozen=True, slots=True)
+class Chapter:
+    """One study with everything that the page shows of it; `prefix` keeps its anchors apart from other studies'."""
+
+    study: Study
+    prefix: str
+    styles: Mapping[str, Style]
+    judgements: Sequence[Judgement]
+    warnings: Sequence[StudyWarning]
+    sections: Sequence[Section]
+
+    @property
+    def suspects(self) -> set[str]:
+        """Labels of the groups whose speed-up is in doubt."""
+        return {label for warning in self.warnings for label in warning.suspects}
+
+    @property
+    def headline(self) -> str:
+        """The verdict in one or two sentences."""
+        words = headline(self.study, self.judgements)
+        return f"{words} But the speed-up itself is suspect: see below." if self.suspects else words
 
 
 def build(
@@ -35,11 +78,12 @@ def build(
 
     **Arguments:**
 
-    - `records`: trial records (the schema is that of `filterfold.bench.trials`), finished and failed.
+    - `records`: trial records (the schema is that of `filterfold.bench.trials`), finished and failed; `read_table`
+      makes them from a CSV table.
     - `folder`: made if it is not there; gets `report.html`, `plots/` (SVG and PNG) and `tables/` (CSV
       and Markdown). Each file is written atomically, the page last; an older report is replaced.
     - `margin`: the largest loss of top-1, in points, that counts as "no worse"; fixed beforehand.
-    - `control`: method or label that all others are held against.
+    - `control`: method or label that all others are compared with.
     - `title`: the page's heading; model and data set by default.
 
     **Returns:** the page's path.
@@ -48,47 +92,22 @@ def build(
     """
     if not margin > 0:
         raise ConfigError(f"margin is {margin}; it must be above 0, in points of top-1 (default 0.5)")
-    from ... import __version__
-
     folder, found = Path(folder), studies(records, control)
-    chapters = [_chapter(study, margin) for study in track(found, "Drawing the report", len(found))]
-    for chapter, prefix in zip(chapters, _prefixes(found), strict=True):
-        for table in tables.every(chapter.study, margin):
-            write_text(folder / "tables" / f"{prefix}{table.name}.csv", table.csv())
-            write_text(folder / "tables" / f"{prefix}{table.name}.md", table.markdown())
-        for plot in chapter.plots:
-            write_text(folder / "plots" / f"{prefix}{plot.name}.svg", plot.file())
-            _write_bytes(folder / "plots" / f"{prefix}{plot.name}.png", plot.png)
+    numbered = track(list(enumerate(found)), "Drawing the report", len(found))
+    chapters = [_chapter(study, f"s{i}-", margin) for i, study in numbered]
+    for i, chapter in enumerate(chapters, 1):
+        name = re.sub(r"[^A-Za-z0-9]+", "-", chapter.study.title).strip("-")
+        prefix = f"{i}-{name}-" if len(chapters) > 1 else ""  # keeps the files of several studies apart
+        for section in chapter.sections:
+            for table in (*section.tables, *section.folded):
+                table.write(folder / "tables", prefix)
+            for plot in section.plots:
+                plot.write(folder / "plots", prefix)
     heading = title or "; ".join(study.title for study in found if study.title) or "Comparison of trials"
     page = folder / PAGE
-    write_text(page, render(chapters, heading, __version__))
+    write_text(page, _render(chapters, heading, margin))
     _log.info("report on %d studies written to %s", len(found), page)
     return page
-
-
-def from_table(
-    table: Path,
-    folder: Path,
-    *,
-    margin: float = 0.5,
-    control: str = "dense",
-    columns: Mapping[str, str] | None = None,
-) -> Path:
-    """Write the report on anybody's CSV table of trials; see `read_table` for what it may look like.
-
-    **Arguments:**
-
-    - `table`: the CSV file, one row a trial.
-    - `folder`, `margin`, `control`: as for `build`. Without a group called `control`, one called
-      original, baseline or the like takes its place.
-    - `columns`: field → column name, where the names don't say what they hold.
-
-    **Returns:** the page's path.
-
-    **Raises:** `RecordError` naming file, line and column of what can't be read.
-    """
-    table = Path(table)
-    return build(read_table(table, columns), folder, margin=margin, control=control, title=table.name)
 
 
 def verdict(records: Iterable[Record], *, margin: float = 0.5, control: str = "dense") -> list[str]:
@@ -106,22 +125,103 @@ def verdict(records: Iterable[Record], *, margin: float = 0.5, control: str = "d
         lines.append(lead + headline(study, judgements))
         lines += [sentence(judgement) for judgement in judgements]
         lines += [words] if (words := power_words(judgements)) else []
-        lines += [f"Beware: {reading.title}." for reading in readings(study, judgements) if reading.warning]
+        lines += [f"Warning: {one.title}." for one in find_warnings(study, judgements) if not one.note]
     return lines
 
 
-def _chapter(study: Study, margin: float) -> Chapter:
-    colours, judgements = looks(study), judge(study, margin)
-    drawn = plots.every(study, colours, judgements)
-    return Chapter(study, colours, judgements, readings(study, judgements), drawn, margin)
+def _chapter(study: Study, prefix: str, margin: float) -> Chapter:
+    styles, judgements = group_styles(study), judge(study, margin)
+    drawn = {plot.name: plot for plot in all_plots(study, styles, judgements)}
+
+    def plots(*names: str) -> list[Plot]:
+        return [plot for name in names for key, plot in drawn.items() if re.fullmatch(name, key)]
+
+    def some(*candidates: Table | None) -> list[Table]:
+        return [table for table in candidates if table is not None]
+
+    warnings = find_warnings(study, judgements)
+    tests = some(tables.equivalence(judgements), *(tables.against_control(study, measure) for measure in TESTED))
+    tests += some(tables.kruskal_wallis(study), tables.dunn(study))
+    pairs = some(*(tables.dunn_pairs(study, measure) for measure in TESTED))
+    wasted = some(costs.wasted(study))
+    speed = plots("accuracy_macs", "accuracy_time", r"accuracy_speedup_\d+", "speedups", "accuracy_shares")
+    trials = plots(*(f"trials_{measure.key}" for measure in COMPARED))
+    sections = [
+        Section("Verdict", plots("difference")),
+        Section("Warnings"),
+        Section("Comparison", (), [tables.comparison(study)]),
+        Section("Speed", speed, some(costs.latency(study))),
+        Section("Training cost", plots("accuracy_training", "accuracy_training_macs"), some(costs.training(study))),
+        Section("Tests", (), tests, pairs, "Dunn’s test of all pairs"),
+        Section("While training", plots("curve_validation_top1", "curve_train_loss", "curve_macs")),
+        Section("Widths", plots("widths"), some(tables.widths(study)), wasted, "Widths that save nothing"),
+        Section("Clusters", plots("clusters_cosine", "clusters_changed")),
+        Section("Every trial", trials, [tables.trials(study)] if study.trials else []),
+        Section("Failed trials", (), some(tables.failed(study)), prose=True),
+        Section("Provenance", (), some(tables.provenance(study)), prose=True),
+    ]
+    filled = [s for s in sections if s.id == "verdict" or (warnings if s.id == "warnings" else s.plots or s.tables)]
+    return Chapter(study, prefix, styles, judgements, warnings, filled)
 
 
-def _prefixes(found: list[Study]) -> list[str]:
-    """File name prefixes that keep several studies apart; none for a single one."""
-    if len(found) == 1:
-        return [""]
-    return [f"{i}-{re.sub(r'[^A-Za-z0-9]+', '-', study.title).strip('-')}-" for i, study in enumerate(found, 1)]
+def _render(chapters: Sequence[Chapter], title: str, margin: float) -> str:
+    """The page: one HTML file with everything in it: no network, no script, light and dark, screen and paper.
+
+    Jinja2 escapes everything that comes from records; the plots' markup is passed through, since Matplotlib escapes it.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    from ... import __version__
+
+    here = files(__package__)
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    template = environment.from_string(here.joinpath("page.html.j2").read_text(encoding="utf-8"))
+    text = template.render(
+        chapters=chapters,
+        title=title,
+        facts=list(_facts(chapters, margin)),
+        badges=_badges,
+        words=_words,
+        css=css,
+        style_sheet=here.joinpath("page.css").read_text(encoding="utf-8"),
+        version=__version__,
+    )
+    return f"{text.strip()}\n"
 
 
-def _write_bytes(path: Path, content: bytes) -> None:
-    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+def _facts(chapters: Sequence[Chapter], margin: float) -> Iterator[str]:
+    """What the header says: how many trials and settings, the control, the margin."""
+    trials, failed, settings = (
+        sum(len(getattr(c.study, name)) for c in chapters) for name in ("trials", "failed", "groups")
+    )
+    yield f"{trials} trial{'s'[: trials != 1]}" + (f", {failed} failed" if failed else "")
+    yield f"{settings} setting{'s'[: settings != 1]}"
+    controls = dict.fromkeys(c.study.control for c in chapters if c.study.control)
+    if controls:
+        yield f"control: {', '.join(controls)}"
+        yield f"margin: {points(margin)} of top-1"
+
+
+def _words(j: Judgement) -> str:
+    """The verdict on a method as a sentence."""
+    words = f"{pace_words(j)}; {accuracy_words(j)}."
+    return words[0].upper() + words[1:]
+
+
+def _badges(j: Judgement, suspect: bool) -> Iterator[tuple[str, str]]:
+    """Kind (a CSS class) and text of a method's badges."""
+    if j.speedup:
+        ratio = times(j.speedup.value)
+        kinds = {"faster": ("good", f"{ratio} faster"), "slower": ("bad", f"slower, {ratio}")}
+        kind, words = kinds.get(j.pace, ("open", "faster: not shown"))
+        yield ("open", f"{words}, suspect") if suspect else (kind, words)
+    if j.top1:
+        change = signed(j.top1.value)
+        yield {
+            "better": ("good", f"accuracy better, {change}"),
+            "no worse": ("good", f"accuracy no worse within {j.margin:g}"),
+            "lower within the margin": ("good", f"accuracy {change}, within {j.margin:g}"),
+            "worse": ("bad", f"accuracy worse, {change}"),
+        }.get(j.accuracy, ("open", "accuracy kept: not shown"))
+    if j.macs_ratio and j.macs_ratio > 1.005:
+        yield "quiet", f"{times(j.macs_ratio)} fewer MACs"

@@ -1,4 +1,4 @@
-"""Colours, axes and styles that all plots share."""
+"""Colours, marks, axes and files that all plots share."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
+from ...utils.io import write_atomically, write_text
 from .. import stats
 from .study import Study
 
@@ -25,112 +26,98 @@ class Colour:
 
 
 INK = Colour("ink", "#1c2027", "#e8e6e1")
-
-
 MUTED = Colour("muted", "#5b626d", "#a4a9b2")
-
-
 LINE = Colour("line", "#dedad1", "#343941")
-
-
 PAPER = Colour("card", "#fffefc", "#1b1e23")
-
-
 BAND = Colour("band", "#e7efe6", "#223029")
+CONTROL = Colour("control", "#3d434d", "#c9ccd1")
 
-
-CONTROL_HUES = ("#3d434d", "#c9ccd1")
-
-
-# Hues far from the online series' teal to indigo, and from each other; contrast with the paper is at
-# least 3:1 in both themes (WCAG 2.2, 1.4.11).
-_METHODS = (
-    ("#b4531a", "#f0975c"),
-    ("#7d7a1f", "#c9c452"),
-    ("#9a3f7c", "#e38fc6"),
-    ("#a8323a", "#f2868b"),
-    ("#4f7a2c", "#9ccb74"),
-    ("#6a5a4a", "#c4b19c"),
+# Contrast with the paper is at least 3:1 in both themes (WCAG 2.2, 1.4.11). Within METHODS, any two are at least .098
+# apart in Oklab as seen with protanopia or deuteranopia (simulated after Machado et al. 2009).
+METHODS = (
+    Colour("blue", "#185eb8", "#6f8cf5"),
+    Colour("ochre", "#c37917", "#f0a24a"),
+    Colour("green", "#2b6b08", "#a6e3b4"),
+    Colour("plum", "#6d2a5f", "#c46aa3"),
+    Colour("olive", "#4a3a05", "#f3d34a"),
+    Colour("rose", "#b8527a", "#e58a9c"),
+    Colour("cyan", "#1994ba", "#35c3e6"),
 )
+COOL = (
+    Colour("cool-1", "#2a9a98", "#a5efe6"),
+    Colour("cool-2", "#1c869a", "#78d3e0"),
+    Colour("cool-3", "#166f96", "#58b2e2"),
+    Colour("cool-4", "#1e588e", "#5896e0"),
+    Colour("cool-5", "#2a4184", "#6a80d9"),
+    Colour("cool-6", "#2c2a72", "#7d6fd0"),
+)
+WARM = (
+    Colour("warm-1", "#c9703a", "#fbd09c"),
+    Colour("warm-2", "#bd5a3c", "#f6b285"),
+    Colour("warm-3", "#ad4545", "#f0927c"),
+    Colour("warm-4", "#983353", "#e2767f"),
+    Colour("warm-5", "#7d2560", "#cb6392"),
+    Colour("warm-6", "#5d1b66", "#b05aa8"),
+)
+COLOURS = (INK, MUTED, LINE, PAPER, BAND, CONTROL, *METHODS, *COOL, *WARM)
 
+MARKS = {"D": "◆", "^": "▲", "v": "▼", "P": "✚", "<": "◄", ">": "►"}
+"""Matplotlib's markers for methods, and the same as text; seven colours and six marks make 42 different pairs."""
 
-_MARKERS = ("D", "X", "^", "v", "P", "*")
+SERIES_MARKS = {"o": "●", "p": "⬟", "h": "⬢"}
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """How a group is drawn: its colour, and Matplotlib's name of its marker."""
+class Style:
+    """How a group is drawn: its colour, Matplotlib's name of its marker, and the mark as text."""
 
     colour: Colour
     marker: str
+    mark: str
 
 
-def looks(study: Study) -> dict[str, Look]:
-    """Label → look. Groups of one method with rising numbers of clusters get one hue from pale to deep."""
-    found: dict[str, Look] = {}
-    series = {group.label: (name, i, len(groups)) for name, groups in study.series() for i, group in enumerate(groups)}
-    first = next(iter(study.series()), ("", []))[0]
-    plain = 0
-    for index, group in enumerate(study.groups):
-        name = f"g{index}"
+def method_style(index: int) -> Style:
+    """The style of the method with this number."""
+    marker = list(MARKS)[index % len(MARKS)]
+    return Style(METHODS[index % len(METHODS)], marker, MARKS[marker])
+
+
+def step_colour(step: int, steps: int, ramp: Sequence[Colour] = COOL) -> Colour:
+    """A colour from pale (the first step) to deep (the last); neighbours share one where steps are many."""
+    if steps > len(ramp):
+        return ramp[step * len(ramp) // steps]
+    return ramp[round(step / max(steps - 1, 1) * (len(ramp) - 1))]
+
+
+def group_styles(study: Study) -> dict[str, Style]:
+    """Label → style. Groups of one method with rising numbers of clusters go from pale to deep."""
+    series = {}
+    for number, (_, groups) in enumerate(study.series()):
+        ramp = (COOL, WARM)[number % 2]
+        for step, group in enumerate(groups):
+            marker = list(SERIES_MARKS)[(number // 2 + (step if len(groups) > len(ramp) else 0)) % len(SERIES_MARKS)]
+            series[group.label] = Style(step_colour(step, len(groups), ramp), marker, SERIES_MARKS[marker])
+    found: dict[str, Style] = {}
+    for group in study.groups:
         if group.label == study.control:
-            found[group.label] = Look(Colour(name, *CONTROL_HUES), "s")
-        elif group.label in series:
-            method, step, steps = series[group.label]
-            hue = (196.0, 268.0) if method == first else (20.0, 350.0)
-            found[group.label] = Look(_sequential(name, step / (steps - 1), hue), "o" if method == first else "h")
-        elif group.method.startswith("online") and not any(look.marker == "o" for look in found.values()):
-            found[group.label] = Look(_sequential(name, 0.45, (196.0, 268.0)), "o")
+            found[group.label] = Style(CONTROL, "s", "■")
         else:
-            light, dark = _METHODS[plain % len(_METHODS)]
-            round_ = plain // len(_METHODS)
-            found[group.label] = Look(Colour(name, _shift(light, round_), dark), _MARKERS[plain % len(_MARKERS)])
-            plain += 1
+            plain = len(found.keys() - series.keys() - {study.control})
+            found[group.label] = series.get(group.label) or method_style(plain)
     return found
 
 
-def variables(colours: Mapping[str, Look], theme: str) -> str:
-    """The CSS declarations of all groups' colours for `theme` "light" or "dark"."""
-    return " ".join(f"--{look.colour.name}: {getattr(look.colour, theme)};" for look in colours.values())
-
-
-def _sequential(name: str, place: float, hues: tuple[float, float]) -> Colour:
-    hue = hues[0] + (hues[1] - hues[0]) * place
-    return Colour(name, oklch(0.64 - 0.28 * place, 0.115, hue), oklch(0.86 - 0.24 * place, 0.10, hue))
-
-
-def _shift(colour: str, steps: int) -> str:
-    """The same colour to the eye, but another string: two groups never share a variable."""
-    return f"#{(int(colour[1:], 16) + steps) & 0xFFFFFF:06x}"
-
-
-def oklch(lightness: float, chroma: float, hue: float) -> str:
-    """An OKLCH colour (Ottosson 2020) as sRGB hex, clipped to the gamut.
-
-    >>> oklch(1.0, 0.0, 0.0), oklch(0.0, 0.0, 0.0)
-    ('#ffffff', '#000000')
-    """
-    a, b = chroma * math.cos(math.radians(hue)), chroma * math.sin(math.radians(hue))
-    long = (lightness + 0.3963377774 * a + 0.2158037573 * b) ** 3
-    middle = (lightness - 0.1055613458 * a - 0.0638541728 * b) ** 3
-    short = (lightness - 0.0894841775 * a - 1.2914855480 * b) ** 3
-    linear = (
-        4.0767416621 * long - 3.3077115913 * middle + 0.2309699292 * short,
-        -1.2684380046 * long + 2.6097574011 * middle - 0.3413193965 * short,
-        -0.0041960863 * long - 0.7034186147 * middle + 1.7076147010 * short,
-    )
-    return "#" + "".join(f"{round(255 * _gamma(min(max(x, 0.0), 1.0))):02x}" for x in linear)
-
-
-def _gamma(x: float) -> float:
-    return 12.92 * x if x <= 0.0031308 else 1.055 * x ** (1 / 2.4) - 0.055
+def css(theme: Literal["light", "dark"]) -> str:
+    """The declarations of all colours for a theme."""
+    return " ".join(f"--{colour.name}: {getattr(colour, theme)};" for colour in COLOURS)
 
 
 WIDTH = 4.35
 """Inches: 313 SVG units, a little less than the width of a phone's screen in CSS pixels."""
 
+DASHED = (0, (3, 2))
 
-STYLE: dict[Any, Any] = {
+MATPLOTLIB: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.image_inline": True,
     "font.family": "sans-serif",
@@ -155,9 +142,9 @@ STYLE: dict[Any, Any] = {
     "grid.color": LINE.light,
     "grid.linewidth": 0.6,
     "legend.frameon": False,
-    "legend.fontsize": 8.5,
     "lines.linewidth": 1.6,
 }
+"""Settings under which the plots are drawn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,11 +165,18 @@ class Plot:
         paper = f'<rect width="100%" height="100%" fill="{PAPER.light}"/>'
         return self.svg.replace("<defs>", f"{paper}<defs>", 1)
 
-    def inline(self, looks: Mapping[str, Look], prefix: str = "") -> str:
+    def write(self, folder: Path, prefix: str = "") -> list[Path]:
+        """Write SVG and PNG to a folder, called after the plot. Returns both paths."""
+        svg, png = (folder / f"{prefix}{self.name}.{kind}" for kind in ("svg", "png"))
+        write_text(svg, self.file())
+        write_atomically(png, lambda temporary: temporary.write_bytes(self.png))
+        return [svg, png]
+
+    def inline(self, prefix: str = "") -> str:
         """The figure as SVG markup for the page: transparent, in the page's colours and fonts."""
         text = self.svg[self.svg.index("<svg") :]
         text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-        for colour in (INK, MUTED, LINE, PAPER, BAND, *(look.colour for look in looks.values())):
+        for colour in COLOURS:
             text = text.replace(colour.light, f"var(--{colour.name})")
         # Several figures live in one document: their ids must not collide.
         text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}{self.name}-", text)
@@ -190,11 +184,52 @@ class Plot:
         return re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', head, text, count=1)
 
 
-def finish(name: str, title: str, caption: str, figure: Any) -> Plot:
-    """Draw the figure once in each form; no date and a fixed salt, so equal records give equal bytes."""
+def new_axes(height: float, x: str = "", y: str = "") -> Any:
+    """Axes with their labels, in a figure of the common width and of `height` inches, to be `finish`ed."""
+    from matplotlib.figure import Figure
+
+    axes = Figure(figsize=(WIDTH, height), layout="constrained").add_subplot()
+    axes.set(xlabel=x, ylabel=y)
+    return axes
+
+
+def name_rows(axes: Any, labels: Sequence[str]) -> None:
+    """One row for each label, from the top."""
+    axes.set_yticks(range(len(labels)), [label_text(label) for label in labels])
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.grid(axis="y", visible=False)
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0, labelcolor=INK.light)
+
+
+def scale_axis(
+    axes: Any, axis: Literal["x", "y"], values: Sequence[float], text: Callable[[float], str], log_from: float
+) -> bool:
+    """Few ticks; logarithmic where the largest value is `log_from` times the smallest. Returns whether it is."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+    ticks, low, high = getattr(axes, f"{axis}axis"), min(values), max(values)
+    logarithmic = low > 0 and high > log_from * low
+    if logarithmic:
+        getattr(axes, f"set_{axis}scale")("log")
+        steps = (1.0,) if high > 100 * low else (1.0, 2.0, 5.0) if high > 12 * low else (1.0, 2.0, 3.0, 5.0)
+        ticks.set_major_locator(LogLocator(subs=steps))
+        ticks.set_minor_formatter(NullFormatter())
+    else:
+        ticks.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+    ticks.set_major_formatter(lambda number, _: text(number))
+    return logarithmic
+
+
+def finish(name: str, title: str, caption: str, axes: Any) -> Plot:
+    """Add a legend of what has a label, and draw the figure once as SVG and once as PNG.
+
+    No date and a fixed salt: equal records give equal bytes.
+    """
     import matplotlib
 
-    svg, png = io.BytesIO(), io.BytesIO()
+    figure, svg, png = axes.figure, io.BytesIO(), io.BytesIO()
+    _add_legend(figure, axes.get_legend_handles_labels()[1])
     with matplotlib.rc_context({"svg.hashsalt": name}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a label in a script that the font lacks
         figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": "Filterfold"})
@@ -203,21 +238,16 @@ def finish(name: str, title: str, caption: str, figure: Any) -> Plot:
     return Plot(name, title, caption, svg.getvalue().decode(), png.getvalue())
 
 
-@contextmanager
-def new_axes(height: float) -> Iterator[tuple[Any, Any]]:
-    """A figure of the common width and its axes."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    yield figure, figure.add_subplot()
-
-
-def add_legend(figure: Any, entries: int) -> None:
-    """A legend below the axes; the figure grows by its rows."""
-    columns = 3 if entries > 4 else 2
-    rows = -(-entries // columns)
-    figure.set_figheight(figure.get_figheight() + 0.19 * rows)
-    figure.legend(loc="outside lower center", ncols=columns, handlelength=1.6, columnspacing=1.4)
+def _add_legend(figure: Any, labels: Sequence[str]) -> None:
+    """A legend below the axes, in as many columns as fit; the figure grows by its rows."""
+    if not labels:
+        return
+    size = 8.5 if len(labels) <= 8 else 7.5
+    column = 0.56 * size * max(map(len, labels)) + 3.6 * size  # DejaVu Sans is about .56 em wide; the mark, the gap
+    columns = max(1, min(4, len(labels), int(72 * WIDTH // column)))
+    rows = -(-len(labels) // columns)
+    figure.set_figheight(figure.get_figheight() + 0.022 * size * rows)
+    figure.legend(loc="outside lower center", ncols=columns, fontsize=size, handlelength=1.6, columnspacing=1.4)
 
 
 def label_text(text: str) -> str:
@@ -228,7 +258,5 @@ def label_text(text: str) -> str:
 
 def interval_bars(values: Sequence[float]) -> list[list[float]] | None:
     """Distances from the mean to the ends of its 95 % interval; None for a single value or equal ones."""
-    found, mean = stats.mean_interval(values), sum(values) / len(values)
-    if found is None or found[0] == found[1]:
-        return None
-    return [[mean - found[0]], [found[1] - mean]]
+    found, mean = stats.mean_interval(values), math.fsum(values) / len(values)
+    return None if found is None or found[0] == found[1] else [[mean - found[0]], [found[1] - mean]]

@@ -1,4 +1,4 @@
-"""Numbers as they are printed: few digits, the same everywhere."""
+"""Numbers as text: few digits, the same everywhere."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ def number(x: float | None, kind: str = "number") -> str:
     if kind == "percent":
         return f"{x:.2f}"
     if kind == "count":
-        return _count(x)
-    if kind == "seconds":
-        return significant(x, 3) if abs(x) < 100 else f"{x:.0f}"
-    return significant(x, 3)
+        factor, unit = _scale(x)
+        return f"{x:.0f}" if factor == 1 else f"{significant(x / factor, 3)}{unit}"
+    return f"{x:.0f}" if kind == "seconds" and abs(x) >= 100 else significant(x, 3)
 
 
 def mean_sd(values: Sequence[float], measure: Measure) -> str:
@@ -83,7 +82,7 @@ def signed(x: float | None, digits: int = 2) -> str:
 
 
 def interval(low: float | None, high: float | None, digits: int = 2) -> str:
-    """Two bounds of a difference.
+    """Two bounds of a difference; it does not break over lines.
 
     >>> interval(-1.2, 0.3).split()
     ['−1.20', '…', '+0.30']
@@ -100,6 +99,11 @@ def times(ratio: float | None) -> str:
     return MISSING if ratio is None else f"{significant(ratio, 3)}×"
 
 
+def ratio_interval(found: stats.Difference) -> str:
+    """The bounds of a ratio; it does not break over lines."""
+    return MISSING if found.low is None else f"{times(found.low)}\u00a0…\u00a0{times(found.high)}"
+
+
 def tick(x: float) -> str:
     """A count beside an axis: without the zeros that line up columns.
 
@@ -110,22 +114,13 @@ def tick(x: float) -> str:
     return f"{float(f'{x / factor:.3g}'):g}{unit}"
 
 
-def plain(x: float) -> str:
-    """A margin or level without trailing zeros.
-
-    >>> plain(0.5), plain(2.0)
-    ('0.5', '2')
-    """
-    return f"{x:g}"
-
-
 def points(x: float) -> str:
-    """A margin with its unit.
+    """A margin with its unit, without trailing zeros.
 
     >>> points(0.5), points(1)
     ('0.5 points', '1 point')
     """
-    return f"{plain(x)} point" + ("" if x == 1 else "s")
+    return f"{x:g} point" + ("" if x == 1 else "s")
 
 
 def significant(x: float, digits: int) -> str:
@@ -148,10 +143,3 @@ def _scale(x: float) -> tuple[float, str]:
         if abs(x) >= factor:
             return factor, unit
     return 1.0, ""
-
-
-def _count(x: float) -> str:
-    factor, unit = _scale(x)
-    if factor == 1:
-        return f"{x:.0f}"
-    return f"{significant(x / factor, 3)}{unit}"

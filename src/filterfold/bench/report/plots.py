@@ -1,25 +1,223 @@
-"""All plots of a study."""
+"""Plots of trials and groups: differences, accuracy against costs, speed-ups; and the list of all plots."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from .curves import accuracy_speedup, clusters, curves, speedups, widths
-from .figure import BAND, INK, PAPER, STYLE, Look, Plot, add_legend, finish, interval_bars, label_text, new_axes
-from .format import plain, significant, tick
-from .study import MACS, SECONDS, TOP1, TOP5, TRAIN_MACS, TRAIN_SECONDS, Group, Measure, Study, batch_sizes
+from .. import stats
+from .costs import Speed, speeds
+from .curves import clusters, training_curves, widths
+from .figure import (
+    BAND,
+    DASHED,
+    INK,
+    MATPLOTLIB,
+    MUTED,
+    PAPER,
+    Plot,
+    Style,
+    finish,
+    interval_bars,
+    label_text,
+    method_style,
+    name_rows,
+    new_axes,
+    scale_axis,
+)
+from .format import signed, significant, tick
+from .study import MACS, SECONDS, TOP1, TOP5, TRAIN_MACS, TRAIN_SECONDS, Measure, Study, call_seconds
 from .verdict import Judgement
 
-DISTINCT = 6
-"""The first so many groups have hues of their own; a method is drawn in one of these, with a marker of its own."""
+Styles = Mapping[str, Style]
+Points = Sequence[tuple[float, float]]
+MEANS = "Small marks: trials. Large marks: means, with 95 % intervals."
 
 
-MARKERS = "DX^vP*osh<>"
+def all_plots(study: Study, styles: Styles, judgements: Sequence[Judgement]) -> list[Plot]:
+    """All plots that the study has material for, in reading order."""
+    import matplotlib
+
+    sizes = study.batch_sizes
+    costs = (
+        (MACS, "accuracy_macs", "work", "MACs for one image"),
+        (SECONDS, "accuracy_time", "inference time", "Inference, seconds"),
+        (TRAIN_SECONDS, "accuracy_training", "training time", "Training, seconds"),
+        (TRAIN_MACS, "accuracy_training_macs", "training work", "MACs of training"),
+    )
+    quantities = (
+        ("validation_top1", "Validation top-1 while training", "Validation top-1, %"),
+        ("train_loss", "Loss while training", "Training loss"),
+        ("macs", "Work for one image while training", "MACs"),
+    )
+    candidates: list[Callable[[], Plot | None]] = [
+        partial(differences, styles, judgements),
+        *(partial(scatter, study, styles, *cost) for cost in costs),
+        *(partial(accuracy_speedup, study, styles, size) for size in sorted({*sizes[:1], *sizes[-1:]})),
+        partial(speedups, study, styles),
+        partial(shares, study, styles),
+        *(partial(every_trial, study, styles, measure) for measure in (SECONDS, TOP1, TOP5)),
+        *(partial(training_curves, study, styles, *quantity) for quantity in quantities),
+        partial(widths, study, styles),
+        partial(clusters, study, styles, "cosine", "Cluster quality", "Mean cosine to the centroid"),
+        partial(clusters, study, styles, "changed", "Filters that changed cluster", "Filters changed, all layers"),
+    ]
+    with matplotlib.rc_context(MATPLOTLIB):
+        return [plot for draw in candidates if (plot := draw()) is not None]
 
 
-def shares(study: Study, looks: Mapping[str, Look]) -> Plot | None:
+def differences(styles: Styles, judgements: Sequence[Judgement]) -> Plot | None:
+    """Difference in top-1 from the control with its 90 % interval, against the margin."""
+    found = [(j, j.tost) for j in judgements if j.top1 and j.tost]
+    if not found:
+        return None
+    margin, control = found[0][0].margin, found[0][0].control.label
+    axes = new_axes(0.9 + 0.32 * len(found), f"Top-1 against {label_text(control)}, points")
+    axes.axvspan(-margin, margin, color=BAND.light, zorder=0, linewidth=0)
+    axes.axvline(0, color=INK.light, linewidth=0.9, zorder=1)
+    # Single trials, which have no interval, may lie far out: they must not squeeze the intervals.
+    bounds = [x for _, tost in found if tost.low is not None and tost.high is not None for x in (tost.low, tost.high)]
+    shown = [-margin, margin, *(bounds or [tost.difference for _, tost in found])]
+    pad = 0.06 * (max(shown) - min(shown))
+    low, high, outside = min(shown) - pad, max(shown) + pad, False
+    axes.set_xlim(low, high)
+    for row, (j, tost) in enumerate(found):
+        style, colour = styles[j.group.label], styles[j.group.label].colour.light
+        if tost.low is not None:
+            axes.plot([tost.low, tost.high], [row, row], color=colour, linewidth=2.6, solid_capstyle="round")
+        place = min(max(tost.difference, low + pad / 2), high - pad / 2)
+        mark = {"color": colour, "markersize": 6.5, "markeredgecolor": PAPER.light}
+        if low < tost.difference < high:
+            axes.plot(tost.difference, row, style.marker, **mark)
+        else:
+            outside = True
+            left = tost.difference <= low
+            axes.plot(place, row, "<" if left else ">", color=colour, markersize=6, markerfacecolor="none")
+            beside: dict[str, Any] = {"xytext": (7 if left else -7, 0), "ha": "left" if left else "right"}
+            beside |= {"textcoords": "offset points", "va": "center", "color": MUTED.light, "fontsize": 8}
+            axes.annotate(signed(tost.difference, 1), (place, row), **beside)
+    name_rows(axes, [j.group.label for j, _ in found])
+    caption = (
+        f"Mean difference in top-1 from {control}, with the 90 % interval of the equivalence test. An interval right "
+        f"of the shaded band’s left edge (−{margin:g}) speaks for “no worse”, one inside the band for “equivalent”."
+    )
+    caption += f" Each interval stands for itself; the verdict corrects for all {len(found)}." if len(found) > 1 else ""
+    caption += " Arrows: single trials off the scale." if outside else ""
+    return finish("difference", f"Top-1 against {control}", caption, axes)
+
+
+def scatter(study: Study, styles: Styles, cost: Measure, name: str, what: str, axis: str) -> Plot | None:
+    """Top-1 against a cost: every trial a point, group means with 95 % intervals."""
+    found = {g.label: points for g in study.groups if (points := g.pairs(cost, TOP1))}
+    costs = [x for points in found.values() for x, _ in points]
+    if len(set(costs)) < 2:
+        return None
+    axes = new_axes(3.5, axis, "Top-1, %")
+    for label, points in found.items():
+        xs = [x for x, _ in points]
+        _points(axes, points, sum(xs) / len(xs), interval_bars(xs), styles[label], label)
+
+    def text(x: float) -> str:
+        return tick(x) if cost.kind == "count" else f"{float(significant(x, 3)):g}"
+
+    if not scale_axis(axes, "x", costs, text, 5):
+        axes.set_xlim(left=0)
+    return finish(name, f"Accuracy against {what}", MEANS, axes)
+
+
+def accuracy_speedup(study: Study, styles: Styles, size: int) -> Plot | None:
+    """Top-1 against the measured speed-up at a batch size: every trial a point, group means with 95 % intervals."""
+    control, measure = study.reference, call_seconds(size)
+    theirs = control.values(measure) if control else []
+    found = {speed.group.label: speed.ratio for speed in speeds(study) if speed.size == size}
+    if control is None or not theirs or len(found) < 2:
+        return None
+    typical, every = _geometric_mean(theirs), []
+    axes = new_axes(3.5, f"Speed-up over {label_text(control.label)} at batch {size}", "Top-1, %")
+    axes.axvline(1, color=MUTED.light, linewidth=0.8, linestyle=DASHED, zorder=1)
+    for group in study.groups:
+        points = [(typical / seconds, top1) for seconds, top1 in group.pairs(measure, TOP1)]
+        if points:
+            xs = [x for x, _ in points]
+            middle, bars = _ratio_bars(found[group.label]) or (_geometric_mean(xs), None)
+            _points(axes, points, middle, bars, styles[group.label], group.label)
+            every += xs
+    scale_axis(axes, "x", every, _ratio_text, 4)
+    title = f"Accuracy against measured speed-up, batch {size}"
+    return finish(f"accuracy_speedup_{size}", title, f"{MEANS} Right: faster. Up: more accurate.", axes)
+
+
+def _points(axes: Any, points: Points, middle: float, bars: list[list[float]] | None, style: Style, label: str) -> None:
+    """A group's trials as small marks, its mean as a large one with intervals both ways, and its legend entry."""
+    xs, ys = zip(*points, strict=True)
+    colour, marker = style.colour.light, style.marker
+    axes.plot(xs, ys, marker, color=colour, alpha=0.4, markersize=4, markeredgewidth=0)
+    mark: dict[str, Any] = {"fmt": marker, "markersize": 7, "markeredgecolor": PAPER.light, "color": colour}
+    axes.errorbar(middle, sum(ys) / len(ys), xerr=bars, yerr=interval_bars(ys), elinewidth=1.1, **mark)
+    axes.plot([], [], marker, color=colour, markersize=6, markeredgewidth=0, label=label_text(label))
+
+
+def speedups(study: Study, styles: Styles) -> Plot | None:
+    """Speed-up of every group at every batch size with its interval; at the right the ratio of MACs."""
+    found = [speed for speed in speeds(study) if speed.ratio is not None]
+    groups: dict[str, list[Speed]] = {}
+    for speed in found:
+        groups.setdefault(speed.group.label, []).append(speed)
+    sizes = sorted({speed.size for speed in found})
+    if len(sizes) < 2:
+        return None
+    work = [speed.macs_ratio for speed in found if speed.macs_ratio]
+    axes = new_axes(3.3, "Images a call" + ("; right: ratio of MACs" if work else ""))
+    axes.set_ylabel(f"Speed-up over {label_text(study.control or '')}")
+    axes.axhline(1, color=MUTED.light, linewidth=0.8, linestyle=DASHED, zorder=1)
+    for place, (label, own) in enumerate(groups.items()):
+        # Side by side: intervals on top of each other can't be read.
+        _speedup_line(axes, own, sizes, 0.5 * (place - (len(groups) - 1) / 2) / len(groups), styles[label])
+    scale_axis(axes, "y", [speed.ratio.value for speed in found if speed.ratio] + work, _ratio_text, 4)
+    names = [*map(str, sizes), *(["MACs"] if work else [])]
+    axes.set_xticks(range(len(names)), names)
+    axes.grid(axis="x", visible=False)
+    caption = "Means over the trials, with 95 % intervals."
+    if work:
+        caption += " The hollow marks at the right: the speed-up if time went with multiply-accumulates."
+    return finish("speedups", "Speed-up at every batch size", caption, axes)
+
+
+def _speedup_line(axes: Any, own: Sequence[Speed], sizes: Sequence[int], shift: float, style: Style) -> None:
+    """One group's speed-ups over the batch sizes, and its ratio of MACs."""
+    colour, xs, ys = style.colour.light, [], []
+    for speed in own:
+        middle, bars = _ratio_bars(speed.ratio) or (1.0, None)
+        xs.append(sizes.index(speed.size) + shift)
+        ys.append(middle)
+        axes.errorbar(xs[-1], middle, yerr=bars, color=colour, elinewidth=1.1, fmt="none")
+    mark: dict[str, Any] = {"marker": style.marker, "color": colour}
+    label = label_text(own[0].group.label)
+    axes.plot(xs, ys, **mark, markersize=5.5, markeredgecolor=PAPER.light, label=label)
+    if own[0].macs_ratio:
+        axes.plot(len(sizes) + shift, own[0].macs_ratio, **mark, markersize=6, markerfacecolor="none")
+
+
+def _ratio_bars(ratio: stats.Difference | None) -> tuple[float, list[list[float]] | None] | None:
+    """A ratio, and the distances to the ends of its interval."""
+    if ratio is None:
+        return None
+    if ratio.low is None or ratio.high is None:
+        return ratio.value, None
+    return ratio.value, [[ratio.value - ratio.low], [ratio.high - ratio.value]]
+
+
+def _ratio_text(ratio: float) -> str:
+    return f"{ratio:.3g}×"
+
+
+def _geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def shares(study: Study, styles: Styles) -> Plot | None:
     """Top-1 of every method against the share pruned from each layer: trials as points, means as a line.
 
     None unless some method was run with at least two shares.
@@ -27,185 +225,42 @@ def shares(study: Study, looks: Mapping[str, Look]) -> Plot | None:
     lines: dict[str, dict[float, list[float]]] = {}
     for group in study.groups:
         for trial in group.trials:
-            keep = trial.get("options", {}).get("keep")
-            result = trial.get("result") or {}
-            if isinstance(keep, int | float) and result.get("top1") is not None:
-                lines.setdefault(group.method, {}).setdefault(round(100 * (1 - keep), 6), []).append(result["top1"])
+            keep, top1 = (trial.get("options") or {}).get("keep"), (trial.get("result") or {}).get("top1")
+            if isinstance(keep, int | float) and top1 is not None:
+                lines.setdefault(group.method, {}).setdefault(round(100 * (1 - keep), 6), []).append(top1)
     if not any(len(points) > 1 for points in lines.values()):
         return None
-    control = [trial["result"]["top1"] for trial in (study.reference.trials if study.reference else ())]
-    colours = [looks[group.label].colour.light for group in study.others][:DISTINCT]
-    with new_axes(3.4) as (figure, axes):
-        for index, (method, points) in enumerate(lines.items()):
-            style = {"color": colours[index % len(colours)], "marker": MARKERS[index % len(MARKERS)]}
-            for share, values in points.items():
-                axes.plot([share] * len(values), values, **style, alpha=0.4, markersize=4, linestyle="none")
-            places = sorted(points)
-            means = [sum(points[share]) / len(points[share]) for share in places]
-            axes.plot(places, means, **style, markersize=6, markeredgecolor=PAPER.light, label=label_text(method))
-        if control and study.control is not None:
-            colour = looks[study.control].colour.light
-            axes.axhline(sum(control) / len(control), color=colour, linewidth=1, linestyle=(0, (3, 2)))
-        axes.set_xlabel("Filters pruned away from every layer, %")
-        axes.set_ylabel("Top-1, %")
-        add_legend(figure, len(lines))
-    caption = "Small marks: trials. Lines: means." + (f" Dashed: {study.control}." if control else "")
-    return finish("accuracy_shares", "Accuracy against the share pruned", caption, figure)
+    axes = new_axes(3.4, "Filters pruned away from every layer, %", "Top-1, %")
+    for index, (method, points) in enumerate(lines.items()):
+        style = method_style(index)
+        look: dict[str, Any] = {"color": style.colour.light, "marker": style.marker}
+        for share, values in points.items():
+            axes.plot([share] * len(values), values, **look, alpha=0.4, markersize=4, linestyle="none")
+        means = sorted((share, sum(values) / len(values)) for share, values in points.items())
+        label = label_text(method)
+        axes.plot(*zip(*means, strict=True), **look, markersize=6, markeredgecolor=PAPER.light, label=label)
+    caption, control = "Small marks: trials. Lines: means.", study.reference
+    if control and (mean := control.mean(TOP1)) is not None:
+        axes.axhline(mean, color=styles[control.label].colour.light, linewidth=1, linestyle=DASHED)
+        caption += f" Dashed: {control.label}."
+    return finish("accuracy_shares", "Accuracy against the share pruned", caption, axes)
 
 
-def every(study: Study, looks: Mapping[str, Look], judgements: Sequence[Judgement]) -> list[Plot]:
-    """All plots that the study has material for, in reading order."""
-    import matplotlib
-
-    candidates: list[Callable[[], Plot | None]] = [
-        lambda: forest(looks, judgements),
-        lambda: scatter(study, looks, MACS, "accuracy_macs", "Accuracy against work", "MACs for one image"),
-        lambda: scatter(
-            study, looks, SECONDS, "accuracy_time", "Accuracy against inference time", "Inference, seconds"
-        ),
-        *(partial(accuracy_speedup, study, looks, size) for size in _ends(batch_sizes(study))),
-        lambda: speedups(study, looks),
-        lambda: scatter(
-            study, looks, TRAIN_SECONDS, "accuracy_training", "Accuracy against training time", "Training, seconds"
-        ),
-        lambda: scatter(
-            study, looks, TRAIN_MACS, "accuracy_training_macs", "Accuracy against training work", "MACs of training"
-        ),
-        lambda: shares(study, looks),
-        lambda: strip(study, looks, SECONDS),
-        lambda: strip(study, looks, TOP1),
-        lambda: strip(study, looks, TOP5),
-        lambda: curves(study, looks, "validation_top1", "Validation top-1 while training", "Validation top-1, %"),
-        lambda: curves(study, looks, "train_loss", "Loss while training", "Training loss"),
-        lambda: curves(study, looks, "macs", "Work for one image while training", "MACs"),
-        lambda: widths(study, looks),
-        lambda: clusters(study, looks, "cosine", "Cluster quality", "Mean cosine to the centroid"),
-        lambda: clusters(study, looks, "changed", "Filters that changed cluster", "Filters changed, all layers"),
-    ]
-    with matplotlib.rc_context(STYLE):
-        return [plot for make in candidates if (plot := make()) is not None]
-
-
-def forest(looks: Mapping[str, Look], judgements: Sequence[Judgement]) -> Plot | None:
-    """Difference in top-1 from the control with its 90 % interval, against the margin."""
-    found = [j for j in judgements if j.top1 and j.tost]
-    if not found:
-        return None
-    margin, control = found[0].margin, found[0].control.label
-    with new_axes(0.9 + 0.32 * len(found)) as (figure, axes):
-        axes.axvspan(-margin, margin, color=BAND.light, zorder=0, linewidth=0)
-        axes.axvline(0, color=INK.light, linewidth=0.9, zorder=1)
-        for row, j in enumerate(found):
-            if j.tost is None:
-                continue
-            look = looks[j.group.label]
-            if j.tost.low is not None:
-                axes.plot(
-                    [j.tost.low, j.tost.high],
-                    [row, row],
-                    color=look.colour.light,
-                    linewidth=2.6,
-                    solid_capstyle="round",
-                )
-            axes.plot(
-                j.tost.difference,
-                row,
-                look.marker,
-                color=look.colour.light,
-                markersize=6.5,
-                markeredgecolor=PAPER.light,
-            )
-        axes.set_yticks(range(len(found)), [label_text(j.group.label) for j in found])
-        axes.set_ylim(len(found) - 0.5, -0.5)
-        axes.grid(axis="y", visible=False)
-        axes.spines["left"].set_visible(False)
-        axes.tick_params(axis="y", length=0, labelcolor=INK.light)
-        axes.set_xlabel(f"Top-1 against {label_text(control)}, points")
-    caption = (
-        f"Mean difference in top-1 from {control}, with the 90 % interval of the equivalence test. An interval right "
-        f"of the shaded band’s left edge (−{plain(margin)}) speaks for “no worse”, one inside the band for "
-        "“equivalent”."
-    )
-    if len(found) > 1:
-        caption += f" Each interval stands for itself; the verdict corrects for all {len(found)}."
-    return finish("difference", f"Top-1 against {control}", caption, figure)
-
-
-def scatter(study: Study, looks: Mapping[str, Look], cost: Measure, name: str, title: str, axis: str) -> Plot | None:
-    """Top-1 against a cost: every trial a point, group means with 95 % intervals."""
-    found = [(group, _pairs(group, cost)) for group in study.groups]
-    found = [(group, points) for group, points in found if points]
-    if len({x for _, points in found for x, _ in points}) < 2:
-        return None
-    with new_axes(3.5) as (figure, axes):
-        for group, points in found:
-            look, colour = looks[group.label], looks[group.label].colour.light
-            xs, ys = [x for x, _ in points], [y for _, y in points]
-            axes.plot(xs, ys, look.marker, color=colour, alpha=0.4, markersize=4, markeredgewidth=0)
-            bars = {"xerr": interval_bars(xs), "yerr": interval_bars(ys), "elinewidth": 1.1, "color": colour}
-            mark = {"fmt": look.marker, "markersize": 7, "markeredgecolor": PAPER.light}
-            axes.errorbar(sum(xs) / len(xs), sum(ys) / len(ys), **bars, **mark)
-            axes.plot([], [], look.marker, color=colour, markersize=6, markeredgewidth=0, label=label_text(group.label))
-        _cost_axis(axes, [x for _, points in found for x, _ in points], cost)
-        axes.set_xlabel(axis)
-        axes.set_ylabel("Top-1, %")
-        add_legend(figure, len(found))
-    return finish(name, title, "Small marks: trials. Large marks: means, with 95 % intervals.", figure)
-
-
-def strip(study: Study, looks: Mapping[str, Look], measure: Measure) -> Plot | None:
+def every_trial(study: Study, styles: Styles, measure: Measure) -> Plot | None:
     """Every trial of one measure, one row a group, with the mean as a line."""
     samples = study.samples(measure)
     if len(samples) < 2:
         return None
-    with new_axes(0.8 + 0.3 * len(samples)) as (figure, axes):
-        for row, (label, values) in enumerate(samples.items()):
-            look = looks[label]
-            # Spread over the row by order, so that equal values stay visible and no random state is used.
-            heights = [row + 0.22 * ((i % 3) - 1) / 1.5 for i in range(len(values))]
-            axes.plot(values, heights, look.marker, color=look.colour.light, alpha=0.7, markersize=5, markeredgewidth=0)
-            mean = sum(values) / len(values)
-            axes.plot([mean, mean], [row - 0.34, row + 0.34], color=INK.light, linewidth=1.6)
-        axes.set_yticks(range(len(samples)), [label_text(label) for label in samples])
-        axes.set_ylim(len(samples) - 0.45, -0.55)
-        axes.grid(axis="y", visible=False)
-        axes.spines["left"].set_visible(False)
-        axes.tick_params(axis="y", length=0, labelcolor=INK.light)
-        axes.set_xlabel(f"{measure.title}, {measure.unit}")
-        axes.locator_params(axis="x", nbins=6)
-        if measure.kind == "seconds":
-            axes.set_xlim(left=0)
-    return finish(f"trials_{measure.key}", f"{measure.title} of every trial", "Marks: trials. Lines: means.", figure)
-
-
-def _ends(sizes: Sequence[int]) -> list[int]:
-    """The smallest and the largest."""
-    return sorted({*sizes[:1], *sizes[-1:]})
-
-
-def _cost_axis(axes: Any, values: Sequence[float], cost: Measure) -> None:
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
-
-    if min(values) > 0 and max(values) > 5 * min(values):
-        axes.set_xscale("log")
-        wide = max(values) > 100 * min(values)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-    else:
+    axes = new_axes(0.8 + 0.3 * len(samples), measure.heading)
+    for row, (label, values) in enumerate(samples.items()):
+        style = styles[label]
+        # Spread over the row by order, so that equal values stay visible and no random state is used.
+        heights = [row + 0.22 * ((i % 3) - 1) / 1.5 for i in range(len(values))]
+        axes.plot(values, heights, style.marker, color=style.colour.light, alpha=0.7, markersize=5, markeredgewidth=0)
+        mean = sum(values) / len(values)
+        axes.plot([mean, mean], [row - 0.34, row + 0.34], color=INK.light, linewidth=1.6)
+    name_rows(axes, list(samples))
+    axes.locator_params(axis="x", nbins=6)
+    if measure.kind == "seconds":
         axes.set_xlim(left=0)
-        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
-    axes.xaxis.set_major_formatter(lambda x, _: _tick(x, cost))
-
-
-def _tick(x: float, cost: Measure) -> str:
-    return tick(x) if cost.kind == "count" else significant(x, 3).rstrip("0").rstrip(".") if x % 1 else f"{x:g}"
-
-
-def _pairs(group: Group, cost: Measure) -> list[tuple[float, float]]:
-    found = []
-    for trial in group.trials:
-        single = Group(group.label, group.method, group.clusters, (trial,))
-        xs, ys = single.values(cost), single.values(TOP1)
-        if xs and ys:
-            found.append((xs[0], ys[0]))
-    return found
+    return finish(f"trials_{measure.key}", f"{measure.title} of every trial", "Marks: trials. Lines: means.", axes)

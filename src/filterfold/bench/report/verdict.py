@@ -1,4 +1,4 @@
-"""The verdict: what may be said about each method against the control, and in which words.
+"""The verdict on each method against the control, in numbers and in words.
 
 Accuracy is judged on top-1 by Welch's t-interval against a margin fixed beforehand, time on the
 logarithm of the seconds; p-values are corrected by Holm over the methods that are compared.
@@ -12,15 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from .. import stats
-from .format import interval, points, signed, times
-from .study import MACS, SECONDS, TOP1, Group, Measure, Record, Study
+from .format import interval, points, ratio_interval, signed, times
+from .study import MACS, SECONDS, TOP1, Group, Measure, Record, Study, ratio_of_means
 
 ALPHA = 0.05
 
-
 Accuracy = Literal["better", "no worse", "lower within the margin", "worse", "not shown", "not measured"]
-
-
 Pace = Literal["faster", "slower", "not shown", "not measured"]
 
 
@@ -57,6 +54,11 @@ class Judgement:
         return "worse" if differs else "not shown"
 
     @property
+    def kept(self) -> bool:
+        """Whether a loss of the margin or more is ruled out."""
+        return self.accuracy in ("no worse", "better", "lower within the margin")
+
+    @property
     def pace(self) -> Pace:
         """The word for inference time."""
         if self.speedup is None:
@@ -77,7 +79,7 @@ class Judgement:
 
 
 def judge(study: Study, margin: float = 0.5) -> list[Judgement]:
-    """Hold every group against the control; empty if the study has no control.
+    """Compare every group with the control; empty if the study has no control.
 
     **Arguments:**
 
@@ -98,43 +100,46 @@ def judge(study: Study, margin: float = 0.5) -> list[Judgement]:
 
 
 def _measure(group: Group, control: Group, margin: float) -> Judgement:
-    judgement = Judgement(group, control, margin)
-    top1, paired = matched(group, control, TOP1)
+    top1, seconds = matched(group, control, TOP1), matched(group, control, SECONDS)
+    judgement = Judgement(group, control, margin, macs_ratio=ratio_of_means(control, group, MACS))
     if top1:
-        judgement = replace(
-            judgement,
-            top1=stats.mean_difference(*top1, paired=paired),
-            tost=stats.equivalence(*top1, margin=margin, alpha=ALPHA, paired=paired),
-            paired=paired,
-        )
-    # Time depends on the machine and the moment, not on the checkpoint: never paired.
-    seconds, control_seconds = group.values(SECONDS), control.values(SECONDS)
-    if seconds and control_seconds and min(*seconds, *control_seconds) > 0:
-        judgement = replace(judgement, speedup=stats.mean_ratio(control_seconds, seconds))
-    macs, control_macs = group.values(MACS), control.values(MACS)
-    if macs and control_macs and min(macs) > 0:
-        ratio = (sum(control_macs) / len(control_macs)) / (sum(macs) / len(macs))
-        judgement = replace(judgement, macs_ratio=ratio)
+        ours, theirs, paired = top1.ours, top1.theirs, top1.paired
+        difference = stats.mean_difference(ours, theirs, paired=paired)
+        tost = stats.equivalence(ours, theirs, margin=margin, alpha=ALPHA, paired=paired)
+        judgement = replace(judgement, top1=difference, tost=tost, paired=paired)
+    if seconds and min(*seconds.ours, *seconds.theirs) > 0:
+        judgement = replace(judgement, speedup=stats.mean_ratio(seconds.theirs, seconds.ours))
     return judgement
 
 
-def matched(group: Group, control: Group, measure: Measure) -> tuple[tuple[list[float], list[float]] | None, bool]:
-    """The two samples of a measure, and whether they are paired.
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """A measure's values of a group and of the control; if `paired`, entry i of both belongs together."""
+
+    ours: list[float]
+    theirs: list[float]
+    paired: bool
+
+
+def matched(group: Group, control: Group, measure: Measure) -> Samples | None:
+    """The two samples of a measure; None where one side does not have it.
 
     They are paired where every trial of the group went on from a trained network (its history has a `retrain` phase)
-    and the control has a trial with its seed; the control's further trials are left out then.
+    and the control has a trial with its seed; the control's further trials are left out then. Times are never paired:
+    they depend on the machine and the moment, not on the checkpoint.
     """
     ours, theirs = group.values(measure), control.values(measure)
     if not ours or not theirs:
-        return None, False
+        return None
     seeds = [trial.get("seed") for trial in group.trials]
     others = {trial.get("seed"): trial for trial in control.trials}
     complete = len(ours) == group.n and len(theirs) == control.n == len(others)
     one_to_one = len(set(seeds)) == len(seeds) and set(seeds) <= set(others) and None not in seeds
-    if not (complete and one_to_one and all(_went_on(trial) for trial in group.trials)):
-        return (ours, theirs), False
-    ordered = Group(control.label, control.method, control.clusters, tuple(others[seed] for seed in seeds))
-    return (ours, ordered.values(measure)), True
+    went_on = all(_went_on(trial) for trial in group.trials)
+    if measure.kind == "seconds" or not (complete and one_to_one and went_on):
+        return Samples(ours, theirs, False)
+    partners = replace(control, trials=tuple(others[seed] for seed in seeds))
+    return Samples(ours, partners.values(measure), True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,26 +147,25 @@ class ControlTest:
     """The permutation test of one group against the control; `p_adjusted` is corrected by Holm over the groups."""
 
     group: Group
-    samples: tuple[list[float], list[float]]
-    paired: bool
+    samples: Samples
     result: stats.Significance
     p_adjusted: float | None
 
 
 def control_tests(study: Study, measure: Measure) -> list[ControlTest]:
     """Permutation tests of one measure, one for each group that has it; empty without a control."""
-    if study.reference is None:
-        return []
-    # Time depends on the machine and the moment, not on the checkpoint: never paired.
-    found = [(group, *matched(group, study.reference, measure)) for group in study.others]
-    usable = [(group, both, paired and measure.kind != "seconds") for group, both, paired in found if both]
-    results = [stats.permutation(*both, paired=paired) for _, both, paired in usable]
+    control = study.reference
+    found = [(group, both) for group in study.others if control and (both := matched(group, control, measure))]
+    results = [stats.permutation(both.ours, both.theirs, paired=both.paired) for _, both in found]
     adjusted = stats.holm([result.p for result in results])
-    return [ControlTest(*one, result, p) for one, result, p in zip(usable, results, adjusted, strict=True)]
+    return [ControlTest(*one, result, p) for one, result, p in zip(found, results, adjusted, strict=True)]
 
 
 def _went_on(trial: Record) -> bool:
     return any(entry.get("phase") == "retrain" for entry in trial.get("history") or ())
+
+
+_UNCORRECTED = "; significant only before it is corrected for the number of settings"
 
 
 def accuracy_words(j: Judgement) -> str:
@@ -174,7 +178,7 @@ def accuracy_words(j: Judgement) -> str:
         return f"accuracy not shown to be kept ({change}; {j.top1.notes[0]})"
     found = f"{change}, 90 % interval {interval(j.tost.low, j.tost.high)}"
     if j.accuracy == "not shown" and min(j.tost.p_not_worse or 1, j.top1.p or 1) < ALPHA:
-        found += "; significant only until corrected for the number of settings"
+        found += _UNCORRECTED
     return {
         "better": f"accuracy is better ({found})",
         "no worse": f"accuracy is no worse within {margin} ({found})",
@@ -191,12 +195,13 @@ def pace_words(j: Judgement) -> str:
     ratio = times(j.speedup.value)
     if j.speedup.low is None or j.speedup.high is None:
         return f"faster inference is not shown (ratio {ratio}; {j.speedup.notes[0]})"
-    bounds = f"95 % interval {times(j.speedup.low)} … {times(j.speedup.high)}"
+    bounds = f"95 % interval {ratio_interval(j.speedup)}"
     if j.pace == "faster":
         return f"inference is {ratio} faster ({bounds})"
     if j.pace == "slower":
         return f"inference is slower: {times(1 / j.speedup.value)} the time ({bounds} of the speed)"
-    return f"a difference in inference time is not shown (ratio {ratio}, {bounds})"
+    note = _UNCORRECTED if (j.speedup.p or 1) < ALPHA else ""
+    return f"a difference in inference time is not shown (ratio {ratio}, {bounds}{note})"
 
 
 def sentence(j: Judgement) -> str:
@@ -209,14 +214,14 @@ def sentence(j: Judgement) -> str:
 def headline(study: Study, judgements: Sequence[Judgement]) -> str:
     """The verdict on the whole study in one or two sentences."""
     if study.reference is None:
-        return "There is no control to compare with, so this page describes and does not judge."
+        return "There is no control to compare with, so no method is judged."
     if not judgements:
         return f"Only {study.control} has finished trials: there is nothing to compare with it yet."
     if len(judgements) == 1:
         j = judgements[0]
         return f"Against {study.control}, with {j.group.label} {pace_words(j)}, and {accuracy_words(j)}."
     control, margin = study.control, points(judgements[0].margin)
-    kept = [j for j in judgements if j.accuracy in ("no worse", "better", "lower within the margin")]
+    kept = [j for j in judgements if j.kept]
     parts = []
     if any(j.speedup for j in judgements):
         faster = [j for j in judgements if j.pace == "faster"]
@@ -250,32 +255,25 @@ def _power(known: Sequence[Judgement], paired: bool) -> str | None:
         return None
     n, m = min(j.group.n for j in known), known[0].control.n
     unseen, margin = stats.resolvable_difference(n, m, spread, paired=paired), known[0].margin
+    trials, needed = f"With {n} against {m} trials and a spread of {spread:.2f} points between trials", ""
     if paired:
         names = ", ".join(j.group.label for j in known)
         trials = f"Of {names}, with {n} pairs of trials and a spread of {spread:.2f} points between their differences"
     else:
-        trials = f"With {n} against {m} trials and a spread of {spread:.2f} points between trials"
-    text = (
-        f"{trials}, a loss under {unseen:.2f} points can’t be seen reliably: it is missed more than once in five times."
-    )
-    if not paired:
-        needed = stats.trials_needed(spread, margin)
-        text += (
-            f" To show “no worse within {points(margin)}” of one method that is equal takes about {needed} "
-            "trials a side."
+        needed = (
+            f" To show “no worse within {points(margin)}” of one method that is equal takes about "
+            f"{stats.trials_needed(spread, margin)} trials a side."
         )
-    return text
+    return (
+        f"{trials}, a loss under {unseen:.2f} points can’t be seen reliably: it is missed more than once in five "
+        f"times.{needed}"
+    )
 
 
 def _variance(j: Judgement) -> float:
     """Of the differences if paired, else pooled over both sides."""
-    both, paired = matched(j.group, j.control, TOP1)
-    if both and paired:
-        return (stats.summarise([x - y for x, y in zip(*both, strict=True)]).sd or 0.0) ** 2
-    return _pooled_variance(j)
-
-
-def _pooled_variance(j: Judgement) -> float:
-    ours, theirs = j.group.values(TOP1), j.control.values(TOP1)
-    squares = sum((x - sum(v) / len(v)) ** 2 for v in (ours, theirs) for x in v)
-    return squares / max(len(ours) + len(theirs) - 2, 1)
+    both = matched(j.group, j.control, TOP1)
+    if both and both.paired:
+        return (stats.summarise([x - y for x, y in zip(both.ours, both.theirs, strict=True)]).sd or 0.0) ** 2
+    found = [stats.summarise(group.values(TOP1)) for group in (j.group, j.control)]
+    return sum((one.n - 1) * (one.sd or 0.0) ** 2 for one in found) / max(sum(one.n for one in found) - 2, 1)

@@ -45,7 +45,7 @@ class Call:
     bytes: int = 0
 
 
-class Replay:
+class PartialForward:
     """Runs a model again from where a change can first matter.
 
     The model must make the same module calls in the same order whenever it runs, and read the
@@ -60,9 +60,9 @@ class Replay:
     ```python
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
     >>> inputs = torch.randn(3, 4)
-    >>> replay = Replay(model, inputs)
-    >>> place = replay.place(["2.weight"])
-    >>> with replay.recorded(inputs, [place]) as run:
+    >>> forward = PartialForward(model, inputs)
+    >>> place = forward.place(["2.weight"])
+    >>> with forward.recorded(inputs, [place]) as run:
     ...     _ = model[2].weight.data.zero_()  # the first layer and the ReLU are not run again
     ...     torch.equal(run(place), model[2].bias.expand(3, 2))
     True

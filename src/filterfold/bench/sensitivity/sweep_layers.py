@@ -10,8 +10,8 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from ...utils.io import write_json
 from ...utils.model_state import preserved
 from ...utils.progress import track
 from .curves import Layer, Point, Sensitivity
-from .partial_forward import Replay
+from .partial_forward import PartialForward
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Li et al. 2017, Figure 2 (b): 10 % … 90 % of the filters pruned away."""
@@ -97,96 +97,76 @@ def sweep(
     """
     groups = tuple(groups)
     _check(criteria, ratios)
-    chosen = _chosen(groups, layers)
-    held = _taken(split, images, seed)
     device = next(model.parameters()).device
-    held = held.to(device)
+    held = _taken(split, images, seed).to(device)
     example = next(iter(batches(held, 1, device=device)))[0]
-    cost = measure(model, example)
-    plans = _plans(model, chosen, criteria, ratios, loader, seed)
-    chosen = [group for group in chosen if any(key[0] == group.name for key in plans)]
+    plans = _plans(model, _chosen(groups, layers), criteria, ratios, loader, seed)
+    run = _Sweep(model, groups, plans, example)
     identity = _identity(model, held, plans, seed)
-    run = _Sweep(model, held, chosen, plans, example, path, identity)
-    run.go()
-    return run.result(_stages(chosen, cost))
-
-
-@dataclass
-class _Sums:
-    """Hits among the likeliest, hits among the five likeliest, and the summed loss of one point."""
-
-    values: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
-
-    def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Count a batch."""
-        logits = logits.float()
-        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        loss = functional.cross_entropy(logits, labels, reduction="sum")
-        new = torch.stack((hits[:, 0].sum().double(), hits.sum().double(), loss.double()))
-        self.values = [old + value for old, value in zip(self.values, new.tolist(), strict=True)]
-
-    def scores(self, images: int) -> dict[str, float]:
-        """Percent, percent, mean."""
-        top1, top5, loss = self.values
-        return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "loss": loss / images}
+    if path is not None and path.exists():
+        run.load(path, identity)
+    left = held.take(torch.arange(run.done, len(held)))
+    if len(left):
+        steps = -(-len(left) // run.batch) * len(run.groups)
+        with closing(run.count(left)) as counting:
+            for batch_is_over in track(counting, "sensitivity", steps):
+                if batch_is_over and path is not None:
+                    run.save(path, identity)
+    found = run.result(_stages(run.groups, measure(model, example)))
+    if path is not None:
+        path.unlink(missing_ok=True)
+    return found
 
 
 class _Sweep:
-    """The passes of one call of `sweep`."""
+    """The passes of one call of `sweep`.
+
+    - `groups`: those that have a plan; `plans`: the points that are measured.
+    - `sums`: rows are the whole network and then the points; columns: images that are classified right, images whose
+      class is among the five likeliest, and the summed loss.
+    - `done`: number of images in `sums`.
+    """
 
     def __init__(
-        self,
-        model: nn.Module,
-        split: AnySplit,
-        groups: Sequence[ChannelGroup],
-        plans: dict[Key, Plan],
-        example: Tensor,
-        path: Path | None,
-        identity: str,
+        self, model: nn.Module, groups: Iterable[ChannelGroup], plans: dict[Key, Plan], example: Tensor
     ) -> None:
-        self.model, self.split, self.groups, self.plans = model, split, groups, plans
-        self.path, self.identity = path, identity
-        self.replay = Replay(model, example)
-        self.places = {g.name: self.replay.place(part.tensor for part in g.consumers) for g in groups}
+        self.model, self.plans = model, plans
+        self.groups = [group for group in groups if any(key[0] == group.name for key in plans)]
+        self.forward = PartialForward(model, example)
+        self.places = {g.name: self.forward.place(part.tensor for part in g.consumers) for g in self.groups}
         self.partial = dict.fromkeys(self.places, True)
-        self.batch = max(1, min(LARGEST_BATCH, MEMORY // max(1, self.replay.bytes(self.places.values()))))
-        self.base, self.sums = _Sums(), {key: _Sums() for key in plans}
+        self.batch = max(1, min(LARGEST_BATCH, MEMORY // max(1, self.forward.bytes(self.places.values()))))
+        self.rows = {key: row for row, key in enumerate(plans, 1)}
+        self.sums = torch.zeros(1 + len(plans), 3, dtype=torch.double)
         self.done, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
 
-    def go(self) -> None:
-        """All batches that are left."""
-        self._take_up()
+    def count(self, split: AnySplit) -> Generator[bool, None, None]:
+        """Evaluate all points on a split; gives after each group whether a batch is over."""
         device = next(self.model.parameters()).device
-        left = self.split.take(torch.arange(self.done, len(self.split)))
-        if not len(left):
-            return
-        count = -(-len(left) // self.batch) * len(self.groups)
-        ticks = iter(track(range(count), "sensitivity", count))
-        feed = batches(left, self.batch, device=device, channels_last=True)
         with preserved(self.model):
-            for number, (images, labels) in enumerate(feed):
+            for number, (images, labels) in enumerate(batches(split, self.batch, device=device, channels_last=True)):
                 started, cpu = time.perf_counter(), time.process_time()
                 if number == 0:
                     self._compare(images)
-                with self.replay.recorded(images, self.places.values()) as again:
-                    self.base.add(again(len(self.replay.calls)), labels)
+                with self.forward.recorded(images, self.places.values()) as again:
+                    self.sums[0] += _sums(again(len(self.forward.calls)), labels)
                     for group in self.groups:
                         for key, plan in self._of(group):
                             with masked(self.model, plan):
-                                self.sums[key].add(again(self.places[group.name]), labels)
-                        next(ticks, None)
+                                self.sums[self.rows[key]] += _sums(again(self.places[group.name]), labels)
+                        if group is not self.groups[-1]:
+                            yield False
                 self.done += len(labels)
                 self.seconds += time.perf_counter() - started
                 self.cpu_seconds += time.process_time() - cpu
-                self._save()
-        next(ticks, None)
+                yield True
 
     def _of(self, group: ChannelGroup) -> Iterator[tuple[Key, Plan]]:
         return ((key, plan) for key, plan in self.plans.items() if key[0] == group.name)
 
     def _compare(self, images: Tensor) -> None:
         """Hold the short cut against a full pass with the same mask, layer by layer; give it up where it differs."""
-        with self.replay.recorded(images, self.places.values()) as again:
+        with self.forward.recorded(images, self.places.values()) as again:
             for group in self.groups:
                 _, plan = next(self._of(group))
                 with masked(self.model, plan):
@@ -194,42 +174,47 @@ class _Sweep:
                         _log.warning("%s: running its part of the network alone gives other outputs", group.name)
                         self.places[group.name], self.partial[group.name] = 0, False
 
-    def _save(self) -> None:
-        if self.path is None:
-            return
-        sums = [{"key": key, "sums": sums.values} for key, sums in self.sums.items()]
-        document = {"identity": self.identity, "done": self.done, "base": self.base.values, "points": sums}
-        write_json(self.path, document | {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds})
+    def save(self, path: Path, identity: str) -> None:
+        """Write what was measured so far."""
+        document = {"identity": identity, "done": self.done, "sums": self.sums.tolist()}
+        write_json(path, document | {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds})
 
-    def _take_up(self) -> None:
-        if self.path is None or not self.path.exists():
-            return
+    def load(self, path: Path, identity: str) -> None:
+        """Go on from what `save` wrote."""
         try:
-            document = json.loads(self.path.read_text(encoding="utf-8"))
-            if document["identity"] != self.identity:
-                raise ConfigError(f"{self.path} is the beginning of another sweep; delete it, or write elsewhere")
-            self.done, self.base.values = document["done"], document["base"]
-            self.seconds, self.cpu_seconds = document["seconds"], document["cpu_seconds"]
-            for entry in document["points"]:
-                group, criterion, ratio = entry["key"]
-                self.sums[group, criterion, ratio].values = entry["sums"]
+            document = json.loads(path.read_text(encoding="utf-8"))
+            if document["identity"] != identity:
+                raise ConfigError(f"{path} is the beginning of another sweep; delete it, or write elsewhere")
+            self.sums = torch.tensor(document["sums"], dtype=torch.double)
+            self.done, self.seconds = document["done"], document["seconds"]
+            self.cpu_seconds = document["cpu_seconds"]
         except (ValueError, KeyError, TypeError) as error:
-            raise RecordError(f"{self.path}: not the beginning of a sweep ({error}); delete it") from error
+            raise RecordError(f"{path}: not the beginning of a sweep ({error}); delete it") from error
 
     def result(self, stages: dict[str, int]) -> Sensitivity:
-        """The curves; what was written on the way is removed."""
+        """The curves."""
+
+        def scores(row: int) -> dict[str, float]:
+            top1, top5, loss = self.sums[row].tolist()
+            return {"top1": 100 * top1 / self.done, "top5": 100 * top5 / self.done, "loss": loss / self.done}
+
         found = []
         for group in self.groups:
             points = tuple(
-                Point(key[1], key[2], plan.cuts[0].new_size, **self.sums[key].scores(self.done))
-                for key, plan in self._of(group)
+                Point(criterion, ratio, plan.cuts[0].new_size, **scores(self.rows[name, criterion, ratio]))
+                for (name, criterion, ratio), plan in self._of(group)
             )
-            name = group.name
-            found.append(Layer(name, group.size, stages[name], group.exact, self.partial[name], points))
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
-        base = self.base.scores(self.done)
-        return Sensitivity(base, self.done, tuple(found), self.seconds, self.cpu_seconds)
+            partial = self.partial[group.name]
+            found.append(Layer(group.name, group.size, stages[group.name], group.exact, partial, points))
+        return Sensitivity(scores(0), self.done, tuple(found), self.seconds, self.cpu_seconds)
+
+
+def _sums(logits: Tensor, labels: Tensor) -> Tensor:
+    """A batch's row of `_Sweep.sums`."""
+    logits = logits.float()
+    hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    loss = functional.cross_entropy(logits, labels, reduction="sum")
+    return torch.stack((hits[:, 0].sum().double(), hits.sum().double(), loss.double())).cpu()
 
 
 def _check(criteria: Sequence[str], ratios: Sequence[float]) -> None:

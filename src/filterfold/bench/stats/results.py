@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +65,15 @@ class Difference:
     notes: tuple[str, ...] = ()
 
 
+EFFECTS = ("negligible", "small", "medium", "large")
+
+
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """Cliff's δ in -1 … 1 and its size in words."""
+    """Cliff's δ in -1 … 1 and its size, one of `EFFECTS`."""
 
     delta: float
-    size: Literal["negligible", "small", "medium", "large"]
+    size: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ...errors import ConfigError
-from .results import Difference, Effect, Equivalence, Pairwise, Significance, Summary
+from .results import EFFECTS, Difference, Effect, Equivalence, Pairwise, Significance, Summary
 
 Samples = Mapping[str, ArrayLike]
 """Group name → one value for each trial, in the order in which the groups are to be shown."""
@@ -99,7 +100,8 @@ def permutation(sample: ArrayLike, control: ArrayLike, *, paired: bool = False, 
             stats.permutation_test(both, _distance, permutation_type=kind, alternative="greater", **options).pvalue
         )
     notes = []
-    if (least := 2 / ways) > 0.05:
+    # With equal sizes, exchanging the sides gives the same absolute difference once more.
+    if (least := (2 if n[0] == n[1] else 1) / ways) > 0.05:
         trials = f"{n[0]} pairs" if paired else f"{n[0]} against {n[1]} trials"
         notes.append(f"with {trials} no p-value under {least:.2g} is possible")
     if ways > RESAMPLES:
@@ -188,19 +190,14 @@ def mean_ratio(sample: ArrayLike, control: ArrayLike, *, confidence: float = 0.9
 def cliffs_delta(sample: ArrayLike, control: ArrayLike) -> Effect:
     """Share of pairs in which `sample` is larger minus share in which it is smaller (Cliff 1993).
 
-    The words are those of Romano et al. 2006: below .147, .33, .474 and above.
+    The words are those of Romano et al. 2006.
 
     >>> cliffs_delta([1, 2, 3], [2, 3, 4])
     Effect(delta=-0.5555555555555556, size='large')
     """
     x, y = check_pair(sample, control, False)
     delta = float(np.sign(x[:, None] - y[None, :]).mean())
-    strength = abs(delta)
-    if strength < 0.147:
-        return Effect(delta, "negligible")
-    if strength < 0.33:
-        return Effect(delta, "small")
-    return Effect(delta, "medium" if strength < 0.474 else "large")
+    return Effect(delta, EFFECTS[bisect_right((0.147, 0.33, 0.474), abs(delta))])
 
 
 def mann_whitney(sample: ArrayLike, control: ArrayLike) -> Significance:

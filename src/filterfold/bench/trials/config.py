@@ -6,7 +6,6 @@ every folder and on every machine, and a comparison can be taken up again by who
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any, TypedDict
 
 from ...errors import ConfigError, RecordError
 from ...utils.io import write_json
+from .method_names import Method
 
 FORMAT = 1
 
@@ -24,59 +24,16 @@ FILE = "comparison.json"
 
 
 HALF = 0.5
-"""What online methods keep where nothing else is asked for."""
+"""The share of the filters that online methods keep unless another budget is given."""
 
 
-DENSE = "dense"
+COMPARED = ("dense", "l1", "online")
 
 
-ONLINE = "online"
-
-
-ONLINE_PREFIX = "online-"
-
-
-SCRATCH = "scratch"
-
-
-SCRATCH_LONG = "scratch-long"
-
-
-DENSE_LONG = "dense-long"
-
-
-COMPARED = (DENSE, "l1", ONLINE)
-
-
-CONTROLS = (DENSE_LONG, "random", SCRATCH, "online-l1")
-"""What is compared unless something else is asked for, and what a gain must be held against: training the dense
-network as long as those that are trained again, dropping filters by chance, the small network from fresh weights, and
-the schedule of the online method with the original criterion."""
-
-
-STRATEGIES = ("greedy", "iterative")
-"""Ends of a criterion's method name: `l1-greedy`, `l1-iterative`; see `filterfold.bench.trials.methods`."""
-
-
-PULLS: Mapping[str, Mapping[str, Any]] = {
-    "centripetal": {"pull": "centripetal", "strength": None},
-    "unpulled": {"strength": 0.0},
-}
-"""Additions to `online` → how filters are then brought together: by the stronger rule, or not at all."""
-
-
-ADDITIONS = ("repair", "distill", "early", "longer", *PULLS)
-"""What an online method may have added, in any combination (`online-l1+repair+distill`): the next layers' kernels
-repaired after every cut; the network as it was before the first cut as a teacher; the cuts of `Schedule.early`; as many
-epochs as `LONGER` of the dense training pays for, which `scratch` may have as well; `PULLS`, one of them."""
-
-
-DISTILL = 0.3
-"""Weight of the teacher in `+distill`."""
-
-
-LONGER = 0.7
-"""Share of the dense training's multiply-accumulates that a trial with `+longer` may cost."""
+CONTROLS = ("dense-long", "random", "scratch", "online-l1")
+"""What `compare` runs by default, and the controls that a gain must be held against: the dense network trained for as
+long as the retrained ones, filters dropped by chance, the small network from fresh weights, and the schedule of the
+online method with the original criterion."""
 
 
 class Described(TypedDict):
@@ -150,7 +107,7 @@ class Trial:
       many as cost what the online method costs; `online`: fold clusters while training;
       `online-<criterion>`: the same schedule, but drop by that criterion;
       `online-centroid`: the same, but replace filters by their cluster's mean and remove none;
-      `online…+repair`, `online…+distill`: with additions (see `ADDITIONS`).
+      `online…+repair`, `online…+distill`: with additions (see `method_names.ADDITIONS`).
     - `seed`: of the initial weights, the batches, and the augmentation.
     - `clusters`: filters that stay in every layer (online methods), or None.
     - `keep`: share of the filters that stays, or None (criteria: the paper's own widths where it gives some, else
@@ -169,58 +126,30 @@ class Trial:
     clusters: int | None = None
     keep: float | None = None
     macs: float | None = None
+    parsed: Method = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Refuse unknown methods, and budgets that make no sense."""
-        _check_method(self.method)
+        """Parse the method; refuse unknown ones, and budgets that make no sense."""
+        object.__setattr__(self, "parsed", Method.parse(self.method))
         for name, share in (("keep", self.keep), ("macs", self.macs)):
             if share is not None and not 0 < share <= 1:
                 raise ConfigError(f"{name} = {share:g}: the share that stays must be over 0 and at most 1")
         if self.clusters is not None and self.clusters < 1:
             raise ConfigError(f"clusters = {self.clusters}: at least one filter must stay in every layer")
         given = [budget for budget in (self.clusters, self.keep, self.macs) if budget is not None]
-        if self.is_online and len(given) != 1:
+        if self.parsed.is_online and len(given) != 1:
             raise ConfigError(f"method {self.method!r} needs one of clusters, keep and macs")
-        if not self.is_online and self.clusters is not None:
+        if not self.parsed.is_online and self.clusters is not None:
             raise ConfigError(f"method {self.method!r} takes no number of clusters; give a share to keep")
-        if self.method in (DENSE, DENSE_LONG) and given:
+        if self.parsed.kind == "dense" and given:
             raise ConfigError(f"method {self.method!r} cuts nothing, so it takes no share to keep")
         if len(given) > 1:
             raise ConfigError(f"method {self.method!r}: give a share of the filters or of the MACs to keep, not both")
 
     @property
-    def plain(self) -> str:
-        """The method without its additions."""
-        return self.method.partition("+")[0]
-
-    @property
-    def additions(self) -> tuple[str, ...]:
-        """What is added to the method; see `ADDITIONS`."""
-        return tuple(self.method.split("+")[1:])
-
-    @property
-    def schedule(self) -> Any:
-        """When an online method cuts: a name, or what `Schedule.to_dict` gives."""
-        return "early" if "early" in self.additions else self.setting.online.get("schedule", "gradual")
-
-    @property
-    def is_online(self) -> bool:
-        """Whether the cuts happen while training."""
-        return self.plain == ONLINE or self.plain.startswith(ONLINE_PREFIX)
-
-    @property
-    def criterion(self) -> str | None:
-        """The criterion that ranks filters, or None where filters are folded or nothing is cut."""
-        if self.plain in (DENSE, DENSE_LONG, ONLINE, SCRATCH, SCRATCH_LONG):
-            return None
-        if self.strategy:
-            return self.method.removesuffix(f"-{self.strategy}")
-        return self.plain.removeprefix(ONLINE_PREFIX)
-
-    @property
-    def strategy(self) -> str | None:
-        """`greedy` or `iterative`, or None: cut at once, every layer scored on its own."""
-        return None if self.is_online else next((name for name in STRATEGIES if self.method.endswith(f"-{name}")), None)
+    def online_options(self) -> dict[str, Any]:
+        """Options for `OnlineCallback`: the setting's, changed by the method's additions."""
+        return {"schedule": "gradual", **self.setting.online, **self.parsed.options}
 
     @property
     def label(self) -> str:
@@ -238,7 +167,7 @@ class Trial:
     @property
     def base(self) -> Trial:
         """The dense training that this trial begins with, or would have to be compared with: same seed."""
-        return replace(self, method=DENSE, clusters=None, keep=None, macs=None)
+        return replace(self, method="dense", clusters=None, keep=None, macs=None)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -301,18 +230,22 @@ class Comparison:
 
         **Raises:** `RecordError` if the folder holds another comparison, or files that are none of ours.
         """
-        path = Path(folder) / FILE
+        entries = self.entries(folder, ours=ours)
+        document = {"format": FORMAT, "setting": asdict(self.setting), "trials": entries, "command": command}
+        write_json(Path(folder) / FILE, document)
+
+    def entries(self, folder: Path, *, ours: bool = False) -> dict[str, Any]:
+        """The trials of a folder once this comparison has joined it: id → method, seed, budget; see `claim`."""
         entries = {trial.id: _budget(trial) for trial in self.trials}
-        if path.exists():
+        if (Path(folder) / FILE).exists():
             found = description(Path(folder))
             difference = _difference(found["setting"], json.loads(json.dumps(asdict(self.setting))))
             if difference:
                 raise RecordError(f"{folder} holds a different comparison ({difference}); give another folder")
-            entries = found["trials"] | entries
-        elif not ours and Path(folder).is_dir() and any(Path(folder).glob("[!.]*")):
+            return {**found["trials"], **entries}
+        if not ours and Path(folder).is_dir() and any(Path(folder).glob("[!.]*")):
             raise RecordError(f"{folder} is not empty and holds no comparison; give another folder")
-        document = {"format": FORMAT, "setting": asdict(self.setting), "trials": entries, "command": command}
-        write_json(path, document)
+        return entries
 
 
 def plan(
@@ -349,35 +282,12 @@ def plan(
 
 def _budgets(method: str, clusters: Sequence[int], shares: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What a method is to cut down to, once for each trial of a seed."""
-    if method in (DENSE, DENSE_LONG):
+    kind = Method.parse(method).kind
+    if kind == "dense":
         return [{}]
-    if method == ONLINE or method.startswith(ONLINE_PREFIX):
+    if kind == "online":
         return [{"clusters": count} for count in clusters] + shares or [{"keep": HALF}]
     return shares or [{}]
-
-
-def _check_method(method: str) -> None:
-    from ...pruning.criteria import CRITERIA
-
-    whole, (method, *additions) = method, method.split("+")
-    online = method in (ONLINE, f"{ONLINE_PREFIX}centroid") or (
-        method.startswith(ONLINE_PREFIX) and method.removeprefix(ONLINE_PREFIX) in CRITERIA
-    )
-    for name in additions:
-        if not online and (method, name) != (SCRATCH, "longer"):
-            raise ConfigError(f"method {whole!r}: only online methods take additions (+{name})")
-        if name not in ADDITIONS or additions.count(name) > 1:
-            raise ConfigError(f"method {whole!r}: +{name} is not one of +{', +'.join(ADDITIONS)}, each at most once")
-    pulls = [name for name in additions if name in PULLS]
-    if len(pulls) > 1 or (pulls and method != ONLINE):
-        raise ConfigError(f"method {whole!r}: online alone pulls filters together, in one way (+{pulls[-1]})")
-    plain = next((method.removesuffix(f"-{name}") for name in STRATEGIES if method.endswith(f"-{name}")), method)
-    if online or plain in CRITERIA or method in (DENSE, DENSE_LONG, SCRATCH, SCRATCH_LONG):
-        return
-    known = [DENSE, ONLINE, SCRATCH, DENSE_LONG, *CRITERIA, *(f"{ONLINE_PREFIX}{name}" for name in CRITERIA)]
-    close = difflib.get_close_matches(method, known, n=2)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(known[: 4 + len(CRITERIA)])}"
-    raise ConfigError(f"no method {method!r}; {hint}")
 
 
 def _budget(trial: Trial) -> dict[str, Any]:

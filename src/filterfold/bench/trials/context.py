@@ -1,26 +1,68 @@
-"""What all trials of one setting share in one process: the data, the network's factory, the device, the clock."""
+"""What all trials of a setting share in one process: data, networks, training, the device, the folder, the deadline."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from ... import data as datasets
 from ...errors import ConfigError
-from ...training import Recipe, Tracker, check_trackers, tracking
+from ...training import Callback, Recipe, Row, Tracker, check_trackers, tracking, train
 from ...training.evaluate import check_fit
 from ...zoo import build
-from .config import Setting
-from .deadline import Deadline
+from .config import Setting, Trial
+
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
+class Stopped(Exception):
+    """Raised when the time is up, which is no error: everything finished so far is on the disk."""
+
+
+class Deadline:
+    """A point in time that long work looks at.
+
+    **Arguments:**
+
+    - `seconds`: time from now, or None for no end.
+    - `clock`: the time in seconds; by default that of the calendar, which other processes and machines have as well.
+
+    >>> now = iter([0.0, 4.0])
+    >>> deadline = Deadline(8.0, clock=lambda: next(now))
+    >>> deadline.remaining()
+    4.0
+    """
+
+    def __init__(self, seconds: float | None, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._end = float("inf") if seconds is None else clock() + seconds
+
+    def remaining(self) -> float:
+        """Seconds left; infinite without an end."""
+        return self._end - self._clock()
+
+    def check(self, needed: float = 0.0) -> None:
+        """Raise `Stopped` if less than `needed` seconds are left."""
+        if self.remaining() <= needed:
+            raise Stopped
+
+    def check_next(self, last: float) -> None:
+        """Raise `Stopped` unless another piece of work like the last one, which took so many seconds, fits in."""
+        self.check(1.2 * last)
+
+
+@dataclass(eq=False)
 class RunContext:
     """The place where trials are run.
 
@@ -34,31 +76,17 @@ class RunContext:
     - `trackers`: names of `training.TRACKERS`.
     """
 
-    def __init__(
-        self,
-        setting: Setting,
-        folder: Path,
-        device: str = "auto",
-        deadline: Deadline | None = None,
-        cache_dir: Path | None = None,
-        trackers: Sequence[str] = (),
-    ) -> None:
-        self.setting = setting
-        self.folder = Path(folder)
-        self.device = resolve(device)
-        self.deadline = deadline or Deadline(None)
-        self._cache_dir = cache_dir
-        self._trackers = tuple(trackers)
-        check_trackers(self._trackers)
+    setting: Setting
+    folder: Path
+    device: str = "auto"
+    deadline: Deadline = field(default_factory=lambda: Deadline(None))
+    cache_dir: Path | None = None
+    trackers: Sequence[str] = ()
 
-    def at(self, *, device: str | None = None, folder: Path | None = None) -> RunContext:
-        """The same bench on another device, or with another run folder."""
-        place, where = folder or self.folder, device or self.device
-        return RunContext(self.setting, place, where, self.deadline, self._cache_dir, self._trackers)
-
-    def tracked(self, trial_id: str) -> AbstractContextManager[list[Tracker]]:
-        """What a trial's figures are handed to while it runs, for the length of a `with` block."""
-        return tracking(self._trackers, self.folder, trial_id)
+    def __post_init__(self) -> None:
+        """Refuse a device that is not there, and trackers that are not installed."""
+        self.device = resolve(self.device)
+        check_trackers(self.trackers)
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the images: another process loads its own."""
@@ -67,7 +95,7 @@ class RunContext:
     @cached_property
     def data(self) -> datasets.ImageData:
         """The data set, loaded when it is first asked for."""
-        return datasets.load(self.setting.data, cache_dir=self._cache_dir, **self.setting.data_options)
+        return datasets.load(self.setting.data, cache_dir=self.cache_dir, **self.setting.data_options)
 
     @property
     def example(self) -> Tensor:
@@ -94,6 +122,46 @@ class RunContext:
         except TypeError as error:
             raise ConfigError(f"the training recipe has an option that this version does not know: {error}") from error
 
+    def train(
+        self,
+        trial: Trial,
+        model: nn.Module,
+        *,
+        checkpoint: str = "training",
+        phase: str = "train",
+        callbacks: Sequence[Callback] = (),
+        **changes: Any,
+    ) -> list[Row]:
+        """Train a network, in place; an interrupted training goes on from its last epoch.
+
+        **Arguments:**
+
+        - `trial`: whose seed, working folder and trackers are used.
+        - `checkpoint`: its name in the working folder.
+        - `changes`: fields of the recipe that differ from the setting's.
+
+        **Returns:** the epochs.
+
+        **Raises:** `Stopped` when the time is up.
+        """
+        with self.tracked(trial) as trackers:
+            history = train(
+                model,
+                self.data,
+                self.recipe(trial.seed, **changes),
+                callbacks=callbacks,
+                observers=[tracker.row for tracker in trackers],
+                checkpoint=self.work(trial.id) / f"{checkpoint}.safetensors",
+                check=self.deadline.check_next,
+                device=self.device,
+                phase=phase,
+            )
+        return history.rows
+
+    def tracked(self, trial: Trial) -> AbstractContextManager[list[Tracker]]:
+        """The trackers of a trial, for the length of a `with` block."""
+        return tracking(self.trackers, self.folder, trial.id)
+
     def loader(self, seed: int, count: int = 10) -> list[tuple[Tensor, Tensor]]:
         """Batches of training images, not augmented, for criteria that look at data."""
         feed = datasets.batches(self.data.train, 128, shuffle=True, seed=seed, device=self.device)
@@ -115,13 +183,45 @@ class RunContext:
         """Where the dense network that trials begin with lies, and what is known about it."""
         return self.folder / "bases" / f"{trial_id}{suffix}"
 
-    def lock(self, name: str) -> Path:
-        """The lock of whoever works at something: a trial, or the dense network that trials begin with."""
-        return self.folder / ".locks" / name
+    @contextmanager
+    def locked(self, name: str) -> Iterator[None]:
+        """Hold a lock for the length of a `with` block: a trial's, or that of a dense network that trials begin with.
+
+        **Raises:** `Stopped` if another process holds it until the time is up.
+        """
+        left, held = self.deadline.remaining(), lock(self.folder, name)
+        try:
+            held.acquire(timeout=-1 if left == float("inf") else max(0.0, left))
+        except Timeout:
+            raise Stopped from None
+        try:
+            yield
+        finally:
+            held.release()
+
+    def is_locked(self, name: str) -> bool:
+        """Whether anybody holds a lock."""
+        return is_locked(self.folder, name)
 
     def work(self, trial_id: str) -> Path:
         """Where a trial keeps what it needs to be taken up again."""
         return self.folder / "work" / trial_id
+
+
+def lock(folder: Path, name: str) -> FileLock:
+    """A lock in a run folder, not taken yet. It ends with the process that holds it, however that ends."""
+    return FileLock(folder / ".locks" / name)
+
+
+def is_locked(folder: Path, name: str) -> bool:
+    """Whether anybody holds a lock. It is taken for a moment to find out."""
+    if not (folder / ".locks" / name).exists():
+        return False
+    try:
+        with lock(folder, name).acquire(blocking=False):
+            return False
+    except Timeout:
+        return True
 
 
 def resolve(device: str) -> str:
@@ -143,3 +243,20 @@ def resolve(device: str) -> str:
     if kind == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"no device {device!r}: this PyTorch finds no GPU; give cpu")
     return device
+
+
+def seconds(text: str) -> float:
+    """Seconds from a duration as people write it.
+
+    **Raises:** `ConfigError` if it is none.
+
+    >>> seconds("9m"), seconds("1h30m"), seconds("45")
+    (540.0, 5400.0, 45.0)
+    """
+    parts = re.findall(r"(\d+(?:\.\d+)?)([hms]?)", text)
+    if not parts or "".join(number + unit for number, unit in parts) != text:
+        raise ConfigError(f"{text!r} is no duration; write 90s, 9m or 1h30m")
+    total = sum(float(number) * _UNITS[unit or "s"] for number, unit in parts)
+    if total <= 0:
+        raise ConfigError(f"{text!r} leaves no time; write 90s, 9m or 1h30m")
+    return total

@@ -1,168 +1,175 @@
-"""What each compared method does after or beside training: its cost, its cuts, its length."""
+"""The methods, one function each: from fresh weights to the final network.
+
+Initial weights and every random choice come from the trial's seed, so trials of one seed are paired: they start from
+the same weights and see the same batches. The dense network that several trials begin with is trained once and kept;
+its training counts in full for each of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal, cast
 
 from torch import nn
 
-from ...errors import ConfigError
+from ...errors import ConfigError, RecordError
 from ...graph import trace
-from ...online import Schedule
+from ...online import ClusterRow, OnlineCallback
 from ...plan import Plan
-from ...profiling.macs import measure
-from ...pruning.prune import PruneResult, Scoring, prune
-from ...training import Row, train
-from ..recipes.recipe import keep_shares
-from .config import LONGER, SCRATCH, SCRATCH_LONG, Trial
+from ...pruning.prune import Scoring, prune
+from ...surgery.checkpoint import load, load_weights, save
+from ...training import Row
+from ...utils.io import write_json
+from .config import Trial
 from .context import RunContext
-
-STEP = 3
-"""Passes of a training step, in forward passes: backward computes two products, for the inputs and for the weights,
-where forward computes one (Kaplan et al. 2020, section 2.1)."""
-
-
-def train_images(trial: Trial, bench: RunContext, history: Iterable[Row]) -> int:
-    """Images that the epochs of a trial went through, with those of the network that it began with."""
-    return sum(_images(trial, bench, epoch) for epoch in history)
-
-
-def train_macs(trial: Trial, bench: RunContext, history: Iterable[Row], dense: int) -> int:
-    """Multiply-accumulates of all training steps, a teacher's forward passes among them; not what cuts and pulls take.
-
-    **Arguments:**
-
-    - `history`: rows of the epochs; each has the MACs of the network that it ended with.
-    - `dense`: MACs an image of the uncut network. Online methods cut at the end of an epoch, so an epoch is that of
-      the network that the one before ended with; all others cut between training and retraining.
-    """
-    total, last = 0, dense
-    for epoch in history:
-        during = last if trial.is_online else epoch["macs"]
-        total += (STEP * during + epoch.get("extra_macs", 0)) * _images(trial, bench, epoch)
-        last = epoch["macs"]
-    return total
-
-
-def _images(trial: Trial, bench: RunContext, epoch: Row) -> int:
-    """Images of one epoch: an incomplete last batch is left out, unless it is the only one."""
-    setting, count = trial.setting, len(bench.data.train)
-    if trial.method.startswith(SCRATCH):
-        changes = setting.scratch
-    else:
-        changes = setting.retrain if epoch["phase"] == "retrain" else {}
-    batch = bench.recipe(trial.seed, **changes).batch_size
-    return count // batch * batch if count >= batch else count
-
-
-Shares = float | Mapping[str, float]
+from .costs import Shares, budget, paid_epochs, shares, shrink
 
 
 @dataclass
-class Afterwards:
-    """What was done to a network: its epochs, and its cuts."""
+class Trained:
+    """What a method came to: the final network, and how it got there."""
 
+    model: nn.Module
     history: list[Row]
-    plans: list[Plan]
+    plans: Sequence[Plan] = ()
+    clusters: list[ClusterRow] = field(default_factory=list)
 
 
-def shares(trial: Trial) -> Shares:
-    """The share to keep: as asked, the setting's, the paper's own for its own networks, else half."""
-    if trial.keep is not None:
-        return trial.keep
-    return dict(trial.setting.shares) or keep_shares(trial.setting.model) or 0.5
-
-
-def budget(trial: Trial) -> dict[str, Any]:
-    """What `prune` is to be asked for: a share of the multiply-accumulates where the trial has one, else of filters."""
-    return {"keep": shares(trial)} if trial.macs is None else {"macs": trial.macs}
-
-
-def cut_and_retrain(trial: Trial, bench: RunContext, model: nn.Module) -> Afterwards:
-    """Prune a trained network, in place, by the trial's method, and train it again.
+def train_by_method(trial: Trial, context: RunContext) -> Trained:
+    """Train, and cut, as the trial's method does.
 
     **Raises:** `Stopped` when the time is up; the same call goes on from the last epoch.
     """
-    setting = trial.setting
-    rounds: Sequence[dict[str, Any]] = [budget(trial)]
-    if trial.strategy == "iterative":
-        if trial.macs is not None:
-            raise ConfigError(f"{trial.method}: cutting layer after layer needs shares of the filters, not of the MACs")
-        parts = _rounds(model, bench, shares(trial), max(1, setting.retrain_epochs))
-        rounds = [{"keep": part} for part in parts]
-    done = Afterwards([], [])
+    run = {"dense": dense, "one-shot": one_shot, "scratch": scratch, "online": online}[trial.parsed.kind]
+    return run(trial, context)
+
+
+def dense(trial: Trial, context: RunContext) -> Trained:
+    """Cut nothing; `dense-long`: train for as many epochs as training and retraining together, in one schedule."""
+    if not trial.parsed.long:
+        return base(trial, context)
+    model = context.build(trial.seed)
+    epochs = context.recipe(trial.seed).epochs + trial.setting.retrain_epochs
+    return Trained(model, context.train(trial, model, epochs=epochs))
+
+
+def one_shot(trial: Trial, context: RunContext) -> Trained:
+    """The original algorithm (Li et al. 2017, §3): begin with the dense network, cut it, retrain.
+
+    `iterative` cuts and retrains in several rounds, some layers in each.
+    """
+    trained = base(trial, context)
+    context.deadline.check()
+    setting, method, model = trial.setting, trial.parsed, trained.model
+    rounds = _rounds(trial, context, model) if method.strategy == "iterative" else [budget(trial)]
+    history: list[Row] = []
+    plans: list[Plan] = []
     for number, part in enumerate(rounds):
         result = prune(
             model,
-            bench.example,
-            criterion=cast(str, trial.criterion),
+            context.example,
+            criterion=cast(str, method.criterion),
             **part,
             round_to=setting.round_to,
-            loader=bench.loader(trial.seed),
+            loader=context.loader(trial.seed),
             scoring=Scoring(
-                order="greedy" if trial.strategy == "greedy" else "independent",
+                order="greedy" if method.strategy == "greedy" else "independent",
                 follow=cast(Literal["shortcut"] | None, setting.follow),
                 seed=trial.seed,
             ),
         )
-        done.plans.append(result.plan)
+        plans.append(result.plan)
         epochs = _portion(setting.retrain_epochs, number, len(rounds))
         if epochs:
-            name = "retraining.safetensors" if len(rounds) == 1 else f"retraining-{number}.safetensors"
-            done.history += _retrain(trial, bench, model, epochs, name, len(done.history))
-    return done
+            recipe = {"lr": setting.retrain_lr, "schedule": "constant", **setting.retrain, "epochs": epochs}
+            name = "retraining" if len(rounds) == 1 else f"retraining-{number}"
+            rows = context.train(trial, model, checkpoint=name, phase="retrain", **recipe)
+            before = len(history)
+            history += [{**row, "epoch": row["epoch"] + before} for row in rows]
+    return Trained(model, trained.history + history, plans)
 
 
-def scratch(trial: Trial, bench: RunContext, epochs: int | None = None) -> tuple[nn.Module, Afterwards]:
+def scratch(trial: Trial, context: RunContext) -> Trained:
     """The small network from fresh weights: as wide as the pruned one, trained as the dense one is.
 
     The units that stay are drawn at random from the freshly drawn ones, so no weight is better than chance.
-
-    **Arguments:** `epochs`: instead of the recipe's.
     """
-    assert trial.plain in (SCRATCH, SCRATCH_LONG)
-    model = bench.build(trial.seed)
-    result = drawn(trial, bench, model, budget(trial))
-    recipe = bench.recipe(trial.seed, **trial.setting.scratch)
-    if epochs is not None:
-        recipe = replace(recipe, epochs=epochs)
-    with bench.tracked(trial.id) as trackers:
-        rows = train(
-            model,
-            bench.data,
-            recipe,
-            observers=[tracker.row for tracker in trackers],
-            checkpoint=bench.work(trial.id) / "training.safetensors",
-            check=bench.deadline.check_next,
-            device=bench.device,
+    recipe = {**trial.setting.scratch, **paid_epochs(trial, context)}
+    model = context.build(trial.seed)
+    plan = shrink(trial, context, model, budget(trial)).plan
+    return Trained(model, context.train(trial, model, **recipe), [plan])
+
+
+def online(trial: Trial, context: RunContext) -> Trained:
+    """Cut while training; the epochs are those of dense training, if not `+longer`, and nothing follows."""
+    recipe = paid_epochs(trial, context)
+    reads_data = trial.parsed.criterion or trial.parsed.additions
+    callback = online_callback(trial, context.loader(trial.seed) if reads_data else None)
+    model = context.build(trial.seed)
+    history = context.train(trial, model, callbacks=(callback,), **recipe)
+    assert callback.online is not None
+    return Trained(model, history, tuple(callback.online.plans), callback.online.history)
+
+
+def online_callback(trial: Trial, loader: Sequence[Any] | None = None) -> OnlineCallback:
+    """What cuts while an online method trains.
+
+    **Raises:** `ConfigError` for options that make no sense.
+    """
+    try:
+        return OnlineCallback(
+            clusters=trial.clusters,
+            keep=trial.keep,
+            macs=trial.macs,
+            round_to=trial.setting.round_to,
+            method=trial.parsed.criterion or "fold",
+            seed=trial.seed,
+            loader=loader,
+            **trial.online_options,
         )
-    return model, Afterwards(rows.rows, [result.plan])
+    except TypeError as error:
+        raise ConfigError(f"online clustering has an option that this version does not know: {error}") from error
 
 
-def drawn(trial: Trial, bench: RunContext, model: nn.Module, asked: Mapping[str, Any]) -> PruneResult:
-    """Shrink a network with fresh weights; any filters are as good as others."""
-    scoring = Scoring(seed=trial.seed)
-    return prune(model, bench.example, criterion="random", round_to=trial.setting.round_to, scoring=scoring, **asked)
+def base(trial: Trial, context: RunContext) -> Trained:
+    """The dense network of the trial's seed: from the setting's file, from an earlier trial, or trained and kept."""
+    trial = trial.base
+    model = context.build(trial.seed)
+    if trial.setting.weights is not None:
+        load_weights(model, trial.setting.weights)
+        return Trained(model, [])
+    about, weights = (context.base_file(trial.id, suffix) for suffix in (".json", ".safetensors"))
+    with context.locked(f"base-{trial.id}"):  # trials of one seed may run at the same time
+        if about.exists():
+            try:
+                history = json.loads(about.read_text(encoding="utf-8"))["history"]
+            except (ValueError, KeyError, OSError) as error:
+                raise RecordError(f"{about}: damaged ({error}); delete it, and the network is trained again") from error
+            return Trained(load(weights, lambda: model, device=context.device), history)
+        history = context.train(trial, model)
+        save(model, weights)
+        write_json(about, {"history": history})
+        shutil.rmtree(context.work(trial.id), ignore_errors=True)
+    return Trained(model, history)
 
 
-def _retrain(trial: Trial, bench: RunContext, model: nn.Module, epochs: int, checkpoint: str, before: int) -> list[Row]:
-    setting = trial.setting
-    usual: dict[str, Any] = {"lr": setting.retrain_lr, "schedule": "constant"}
-    with bench.tracked(trial.id) as trackers:
-        history = train(
-            model,
-            bench.data,
-            bench.recipe(trial.seed, **{**usual, **setting.retrain, "epochs": epochs}),
-            observers=[tracker.row for tracker in trackers],
-            checkpoint=bench.work(trial.id) / checkpoint,
-            check=bench.deadline.check_next,
-            device=bench.device,
-            phase="retrain",
-        )
-    return [{**row, "epoch": row["epoch"] + before} for row in history.rows]
+def needed_base(trial: Trial, context: RunContext) -> str | None:
+    """The id of the dense training that a trial would have to do first, or None: it uses none, or there is one."""
+    method = trial.parsed
+    if method.kind not in ("dense", "one-shot") or method.long or trial.setting.weights is not None:
+        return None
+    name = trial.base.id
+    return None if context.base_file(name, ".json").exists() else name
+
+
+def must_wait(trial: Trial, context: RunContext) -> bool:
+    """Whether a trial begins with a dense network that another process is training right now."""
+    name = needed_base(trial, context)
+    return name is not None and context.is_locked(f"base-{name}")
 
 
 def _portion(epochs: int, number: int, rounds: int) -> int:
@@ -174,19 +181,22 @@ def _portion(epochs: int, number: int, rounds: int) -> int:
     return (number + 1) * epochs // rounds - number * epochs // rounds
 
 
-def _rounds(model: nn.Module, bench: RunContext, keep: Shares, most: int) -> list[Shares]:
-    """The groups to be cut, in the order of the network, in at most so many rounds of about as many groups each."""
-    wanted = {}
-    for group in trace(model, bench.example):
+def _rounds(trial: Trial, context: RunContext, model: nn.Module) -> list[dict[str, Any]]:
+    """Budgets for several rounds, about as many groups in each, in the order of the network; a round has an epoch."""
+    if trial.macs is not None:
+        raise ConfigError(f"{trial.method}: cutting layer after layer needs shares of the filters, not of the MACs")
+    keep = shares(trial)
+    wanted: dict[str, float] = {}
+    for group in trace(model, context.example):
         if group.frozen is None:
             share = _share(keep, [group.name, *(part.tensor.rpartition(".")[0] for part in group.producers)])
             if share < 1:
                 wanted[group.name] = share
     if not wanted:
         raise ConfigError("nothing would be cut: no channel group is asked to keep less than all its units")
-    names, count = list(wanted), min(most, len(wanted))
+    names, count = list(wanted), min(max(1, trial.setting.retrain_epochs), len(wanted))
     parts = [names[number * len(names) // count : (number + 1) * len(names) // count] for number in range(count)]
-    return [{name: wanted[name] for name in part} for part in parts]
+    return [{"keep": {name: wanted[name] for name in part}} for part in parts]
 
 
 def _share(keep: Shares, names: Sequence[str]) -> float:
@@ -195,68 +205,3 @@ def _share(keep: Shares, names: Sequence[str]) -> float:
         return keep
     found = [share for pattern, share in keep.items() if any(fnmatchcase(name, pattern) for name in names)]
     return found[-1] if found else 1.0
-
-
-def equal_epochs(trial: Trial, bench: RunContext) -> int:
-    """Epochs of the small network that cost what the online schedule with the same budget costs.
-
-    **Raises:** `ConfigError` for a schedule whose milestones are not known beforehand.
-    """
-    epochs = bench.recipe(trial.seed).epochs
-    sizes = _sizes(trial, bench)
-    return max(1, round(_online_cost(trial, sizes, epochs) / sizes[1.0]))
-
-
-def longer_epochs(trial: Trial, bench: RunContext) -> int:
-    """The most epochs for which a trial costs no more than the share `LONGER` of the dense network's training.
-
-    **Raises:** `ConfigError` as `equal_epochs` does, and if not even one epoch can be paid for.
-    """
-    sizes = _sizes(trial, bench)
-    most = LONGER * bench.recipe(trial.seed).epochs * sizes[0.0]
-    if not trial.is_online:
-        return max(1, int(most / sizes[1.0]))
-    epochs = 1
-    while _online_cost(trial, sizes, epochs + 1) <= most:
-        epochs += 1
-    if _online_cost(trial, sizes, epochs) > most:
-        raise ConfigError(f"method {trial.method!r}: {LONGER:g} of the dense training does not pay for an epoch")
-    return epochs
-
-
-def _online_cost(trial: Trial, sizes: Mapping[float, int], epochs: int) -> int:
-    """Multiply-accumulates an image, summed over the epochs of the online schedule."""
-    spent, since, now = 0, 0, sizes[0.0]
-    for at, share in _schedule(trial, epochs).milestones:
-        spent, since, now = spent + now * (at - since), at, sizes[share]
-    return spent + now * (epochs - since)
-
-
-def _schedule(trial: Trial, epochs: int) -> Schedule:
-    schedule = Schedule.of(trial.schedule, epochs)
-    if schedule.patience is not None:
-        raise ConfigError(
-            f"method {trial.method!r}: what a schedule costs that waits for a plateau is not known before"
-        )
-    return schedule
-
-
-def _sizes(trial: Trial, bench: RunContext) -> dict[float, int]:
-    """Share of the way to the budget → multiply-accumulates of the network that has gone so far."""
-    full = measure(bench.build(trial.seed), bench.example).macs
-    steps = {share for _, share in _schedule(trial, 100).milestones} | {0.0, 1.0}
-    return {share: full if share == 0 else _size(trial, bench, full, share) for share in sorted(steps)}
-
-
-def _size(trial: Trial, bench: RunContext, full: int, share: float) -> int:
-    if trial.macs is not None:
-        return int(full * (1 - share * (1 - trial.macs)))
-    if trial.clusters is not None:
-        raise ConfigError(
-            f"method {trial.method!r} takes a share of the filters or of the MACs, not a number of clusters"
-        )
-    keep = shares(trial)
-    part: Shares = 1 - share * (1 - keep) if isinstance(keep, float) else {
-        pattern: 1 - share * (1 - kept) for pattern, kept in keep.items()
-    }  # fmt: skip
-    return drawn(trial, bench, bench.build(trial.seed), {"keep": part}).after.macs

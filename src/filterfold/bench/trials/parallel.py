@@ -1,9 +1,8 @@
 """Several trials at a time on one machine: worker processes that share its cores, or its GPUs.
 
-A worker writes the records of its trials itself, as the sequential engine does; the driver gives out trials and
-collects. A worker that dies (out of memory, a crash in a library) fails its trial with that reason and is replaced. A
-driver that dies takes its workers with it; and should one outlive it for a moment, the trial's lock (see
-`Runner`) keeps the next run from working on the same trial.
+All workers go through the same list of trials, each taking the next one that is free (`Runner.work`), and write the
+records themselves. A worker that dies (out of memory, a crash in a library) fails its trial with that reason and is
+replaced. A driver that dies takes its workers with it.
 """
 
 from __future__ import annotations
@@ -13,28 +12,23 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, MutableSequence, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from logging.handlers import QueueHandler
 from multiprocessing.connection import Connection, wait
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 import torch
 
 from ...errors import ConfigError, TrainingError
 from ...utils import distributed
+from . import records
 from .config import Trial
-from .deadline import Stopped
-from .locks import take_next
+from .context import Stopped
 from .records import Record
+from .runner import Runner
 from .trial import now
-
-if TYPE_CHECKING:
-    from .runner import Runner
-
-
-log = logging.getLogger("filterfold.bench.trials")
-
 
 GRACE_SECONDS = 5.0
 """What a worker is given to end when it is told to, before it is killed. Checkpoints are written atomically."""
@@ -60,105 +54,97 @@ class Parallel:
         distributed.alone("trials in worker processes")
         self.count = count
 
-    def __call__(self, pending: Sequence[Trial], run: Runner) -> Iterator[Record]:
+    def __call__(self, trials: Sequence[Trial], runner: Runner) -> Generator[Record, None, None]:
         """Run the trials; records come in the order in which trials end."""
-        waiting = list(pending)
-        threads = max(1, torch.get_num_threads() // self.count)
-        places = [_Place(_on(run, index), threads) for index in range(min(self.count, len(waiting)))]
-        stopped = False
+        pool = _Pool(trials, runner, max(1, torch.get_num_threads() // self.count))
+        ended = 0
         try:
-            while True:
-                for place in places:
-                    running = [other.trial for other in places if other.trial is not None]
-                    if place.trial is None and not stopped and (trial := take_next(waiting, running, run.bench)):
-                        place.begin(trial)
-                busy = {place.link: place for place in places if place.trial is not None and place.link is not None}
-                if not busy:
-                    break
-                for link in wait(list(busy)):
-                    record = busy[link].receive()  # type: ignore[index]
-                    stopped = stopped or record is _STOPPED
-                    if isinstance(record, dict):
-                        yield record
+            for number in range(min(self.count, len(trials))):
+                pool.start(number)
+            while pool.workers:
+                for record in pool.receive():
+                    ended += 1
+                    yield record
         finally:
-            for place in places:
-                place.end()
-        if stopped:
+            pool.end()
+        if ended < len(trials):
             raise Stopped
 
 
-_STOPPED = "stopped"
+class _Pool:
+    """Workers that share a list of trials, and what they have to say."""
 
+    def __init__(self, trials: Sequence[Trial], runner: Runner, threads: int) -> None:
+        self.trials, self.runner, self.threads = trials, runner, threads
+        self.context = multiprocessing.get_context("spawn")
+        self.taken = self.context.RawArray("q", len(trials))
+        self.started = now()
+        self.ended: set[str] = set()
+        self.workers: dict[Connection, tuple[int, Any]] = {}
 
-class _Place:
-    """Room for one worker process; it is started when there is a trial for it, and again after it died."""
+    def start(self, number: int) -> None:
+        """Start a worker; GPUs are dealt out by its number."""
+        runner = self.runner
+        if runner.context.device == "cuda":
+            device = f"cuda:{number % torch.cuda.device_count()}"
+            runner = replace(runner, context=replace(runner.context, device=device))
+        link, theirs = self.context.Pipe()
+        arguments = (theirs, runner, self.trials, self.taken, self.threads)
+        process = self.context.Process(target=_work, args=arguments, daemon=True)
+        process.start()
+        theirs.close()
+        self.workers[link] = number, process
 
-    def __init__(self, run: Runner, threads: int) -> None:
-        self.run, self.threads = run, threads
-        self.trial: Trial | None = None
-        self.link: Connection | None = None
-        self.process: Any = None
-        self.started = ""
+    def receive(self) -> Iterator[Record]:
+        """Wait until a worker has something to say; gives the records, and hands log messages on."""
+        for link in cast("list[Connection]", wait(list(self.workers))):
+            try:
+                said = link.recv()
+            except (EOFError, OSError):
+                said = self._gone(link)
+            if isinstance(said, logging.LogRecord):
+                logging.getLogger(said.name).handle(said)
+            elif said is not None:
+                self.ended.add(said["id"])
+                yield said
 
-    def begin(self, trial: Trial) -> None:
-        """Give the worker a trial."""
-        if self.link is None:
-            context = multiprocessing.get_context("spawn")
-            self.link, theirs = context.Pipe()
-            self.process = context.Process(target=_work, args=(theirs, self.run, self.threads), daemon=True)
-            self.process.start()
-            theirs.close()
-        self.trial, self.started = trial, now()
-        with suppress(OSError):  # died meanwhile: `receive` notices
-            self.link.send(trial)
-
-    def receive(self) -> Record | str | None:
-        """What the worker has to say: a record, `_STOPPED`, or nothing to pass on."""
-        assert self.link is not None
-        assert self.trial is not None
-        try:
-            kind, said = self.link.recv()
-        except (EOFError, OSError):
-            return self._died()
-        if kind == "log":
-            logging.getLogger(said[0]).log(said[1], "%s", said[2])
+    def _gone(self, link: Connection) -> Record | None:
+        """Replace a worker that died; gives the record of the trial that it died over."""
+        number, process = self.workers.pop(link)
+        link.close()
+        process.join()
+        if process.exitcode == 0:
             return None
-        self.trial = None
-        return _STOPPED if kind == _STOPPED else said
-
-    def _died(self) -> Record:
-        trial, self.trial = self.trial, None
-        assert trial is not None
-        self.process.join()
-        code = self.process.exitcode
-        self.end()
+        code = process.exitcode
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         hint = "; out of memory? Run fewer trials at a time" if code == -signal.SIGKILL else ""
-        return self.run.failed(trial, TrainingError(f"its worker process died ({how}){hint}"), self.started)
+        taken = [trial for trial, pid in zip(self.trials, self.taken, strict=True) if pid == process.pid]
+        if not taken:
+            raise TrainingError(f"a worker process died before it began a trial ({how}){hint}")
+        self.start(number)
+        lost = [trial for trial in taken if trial.id not in self.ended]
+        if not lost:
+            return None  # it died between two trials
+        path = records.record_file(self.runner.context.folder, lost[0].id)
+        if path.exists() and (record := records.read(path))["status"] == "finished":
+            return record  # it died after its work was done
+        error = TrainingError(f"its worker process died ({how}){hint}")
+        return self.runner.failed(lost[0], error, self.started)
 
     def end(self) -> None:
-        """End the process, whatever it is doing."""
-        if self.link is None:
-            return
-        self.link.close()
-        self.process.terminate()
-        self.process.join(GRACE_SECONDS)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
-        self.process.close()
-        self.link = None
+        """End all processes, whatever they are doing."""
+        for link, (_, process) in self.workers.items():
+            link.close()
+            process.terminate()
+        for _, process in self.workers.values():
+            process.join(GRACE_SECONDS)
+            if process.is_alive():
+                process.kill()
+                process.join()
 
 
-def _on(run: Runner, index: int) -> Runner:
-    """The runner for the worker with this number: GPUs are dealt out in turn."""
-    if run.bench.device != "cuda":
-        return run
-    return replace(run, bench=run.bench.at(device=f"cuda:{index % torch.cuda.device_count()}"))
-
-
-def _work(link: Connection, run: Runner, threads: int) -> None:
-    """A worker's life: trials from the driver, one after the other."""
+def _work(link: Connection, runner: Runner, trials: Sequence[Trial], taken: MutableSequence[int], threads: int) -> None:
+    """A worker's life: one trial after the other."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the driver, which ends its workers
     threading.Thread(target=_end_with_driver, daemon=True).start()
     torch.set_num_threads(threads)
@@ -166,13 +152,9 @@ def _work(link: Connection, run: Runner, threads: int) -> None:
     library.addHandler(_Passing(link))
     library.setLevel(logging.WARNING)
     library.propagate = False
-    with suppress(EOFError, OSError):
-        while True:
-            trial = link.recv()
-            try:
-                link.send(("record", run(trial)))
-            except Stopped:
-                link.send((_STOPPED, None))
+    with suppress(Stopped, BrokenPipeError):
+        for record in runner.work(trials, taken):
+            link.send(record)
 
 
 def _end_with_driver() -> None:
@@ -182,12 +164,12 @@ def _end_with_driver() -> None:
     os._exit(1)
 
 
-class _Passing(logging.Handler):
+class _Passing(QueueHandler):
     """Hands a worker's messages to the driver, which shows them."""
 
     def __init__(self, link: Connection) -> None:
-        super().__init__()
-        self.link = link
+        super().__init__(cast(Any, link))
 
-    def emit(self, record: logging.LogRecord) -> None:
-        self.link.send(("log", (record.name, record.levelno, record.getMessage())))
+    def enqueue(self, record: logging.LogRecord) -> None:
+        """Send a message."""
+        cast(Connection, self.queue).send(record)

@@ -1,9 +1,9 @@
 """Trials on a Ray cluster: each is a task with its share of a machine.
 
-Ray gives tasks out again when a worker or a node dies. The driver starts what can start, collects the records, and
-writes them; so the run folder is the same as that of a run on one machine, and either goes on from where the other
-stopped. Nodes that see the run folder (one machine, or a shared file system) work in it, and an interrupted trial goes
-on from its last epoch. Nodes that don't work in a folder of their own, and networks travel with the records.
+Ray is the queue here: it gives tasks to nodes, and gives them out again when a worker or a node dies. The driver
+collects the records, so the run folder is the same as that of a run on one machine, and either goes on from where the
+other stopped. Nodes that see the run folder (one machine, or a shared file system) work in it, and an interrupted trial
+goes on from its last epoch. Nodes that don't work in a folder of their own, and networks travel with the records.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import logging
 import os
 import secrets
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -24,14 +24,11 @@ from ...utils import distributed
 from ...utils.io import write_atomically, write_text
 from . import records
 from .config import Trial
-from .deadline import Stopped
-from .locks import take_next
+from .context import Stopped
+from .methods import needed_base
 from .records import Record
+from .runner import Runner
 from .trial import now
-
-if TYPE_CHECKING:
-    from .runner import Runner
-
 
 TOKEN = ".token"
 """File in the run folder whose content tells a worker that it sees the same folder as the driver."""
@@ -68,25 +65,46 @@ class RayCluster:
             raise ConfigError("--engine ray needs Ray; install filterfold[ray]") from None
         self.address, self.parallel, self.share, self.retries = address, parallel, share, retries
 
-    def __call__(self, pending: Sequence[Trial], run: Runner) -> Iterator[Record]:
+    def __call__(self, trials: Sequence[Trial], runner: Runner) -> Generator[Record, None, None]:
         """Run the trials; records come in the order in which trials end."""
         import ray
 
-        if not pending:
+        if not trials:
             return
         mine = not ray.is_initialized()
-        self._connect()
+        if mine:
+            self._connect()
+        folder = runner.context.folder
+        token = secrets.token_hex(16)
+        write_text(folder / TOKEN, token)
+        task, threads = self._task(runner), max(1, torch.get_num_threads() // (self.parallel or 1))
+        waiting, tasks, stopped = list(trials), dict[Any, tuple[Trial, str]](), False
         try:
-            yield from _Driver(self, list(pending), run).go()
+            while tasks or (waiting and not stopped):
+                while not stopped and len(tasks) < (self.parallel or len(trials)):
+                    trial = _next(waiting, [trial for trial, _ in tasks.values()], runner)
+                    if trial is None:
+                        break
+                    waiting.remove(trial)
+                    tasks[task.remote(runner, trial, token, threads, _base(folder, trial))] = trial, now()
+                [done], _ = ray.wait(list(tasks), num_returns=1)
+                record = _result(done, *tasks.pop(done), runner)
+                if record is None:
+                    stopped = True
+                else:
+                    yield record
         finally:
+            for unfinished in tasks:
+                ray.cancel(unfinished, force=True)
+            (folder / TOKEN).unlink(missing_ok=True)
             if mine:
                 ray.shutdown()
+        if stopped:
+            raise Stopped
 
     def _connect(self) -> None:
         import ray
 
-        if ray.is_initialized():
-            return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
         try:
@@ -101,99 +119,63 @@ class RayCluster:
                 "one that asks for a token needs RAY_AUTH_MODE=token in the environment"
             ) from error
 
-
-class _Driver:
-    """Gives out trials and brings in what comes of them."""
-
-    def __init__(self, cluster: RayCluster, waiting: list[Trial], run: Runner) -> None:
+    def _task(self, runner: Runner) -> Any:
+        """`_run` as a remote function, with what it takes."""
         import ray
 
-        self.waiting, self.run, self.bench = waiting, run, run.bench
-        on_gpu = self.bench.device.startswith("cuda")
-        self.limit = cluster.parallel or len(waiting)
-        self.task = ray.remote(_task).options(
-            num_cpus=1 if on_gpu else cluster.share,
-            num_gpus=cluster.share if on_gpu else 0,
-            max_retries=cluster.retries,
+        on_gpu = runner.context.device.startswith("cuda")
+        return ray.remote(_run).options(
+            num_cpus=1 if on_gpu else self.share, num_gpus=self.share if on_gpu else 0, max_retries=self.retries
         )
-        self.threads = max(1, torch.get_num_threads() // (cluster.parallel or 1))
-        self.token = secrets.token_hex(16)
-        self.tasks: dict[Any, tuple[Trial, str]] = {}
-
-    def go(self) -> Iterator[Record]:
-        """Run all trials."""
-        import ray
-
-        write_text(self.bench.folder / TOKEN, self.token)
-        stopped = False
-        try:
-            while True:
-                while not stopped and len(self.tasks) < self.limit and self._begin():
-                    pass
-                if not self.tasks:
-                    break
-                for done in ray.wait(list(self.tasks), num_returns=1)[0]:
-                    trial, started = self.tasks.pop(done)
-                    record = self._bring_in(done, trial, started)
-                    stopped = stopped or record is None
-                    if record is not None:
-                        yield record
-        finally:
-            for task in self.tasks:
-                ray.cancel(task, force=True)
-            (self.bench.folder / TOKEN).unlink(missing_ok=True)
-        if stopped:
-            raise Stopped
-
-    def _begin(self) -> bool:
-        trial = take_next(self.waiting, (trial for trial, _ in self.tasks.values()), self.bench)
-        if trial is None:
-            return False
-        device = "cuda" if self.bench.device.startswith("cuda") else "cpu"  # Ray shows a task its own GPU only
-        run = replace(self.run, bench=self.bench.at(device=self.bench.device if device == "cpu" else device))
-        self.tasks[self.task.remote(run, trial, self.token, self.threads, _base(run, trial))] = trial, now()
-        return True
-
-    def _bring_in(self, done: Any, trial: Trial, started: str) -> Record | None:
-        """A task's record and files, put in their places; None if its time was up."""
-        import ray
-        from ray.exceptions import RayError
-
-        try:
-            record, files = ray.get(done)
-        except RayError as error:
-            lost = TrainingError(
-                f"Ray gave it up ({type(error).__name__}: its worker died too often, or could not run)"
-            )
-            return self.run.failed(trial, lost, started)
-        _place(self.bench.folder, files)
-        if record is not None and files:
-            records.write(self.bench.folder, record)
-        return record  # type: ignore[no-any-return]
 
 
-def _task(run: Runner, trial: Trial, token: str, threads: int, base: Files) -> tuple[Record | None, Files]:
+def _next(waiting: Sequence[Trial], running: Sequence[Trial], runner: Runner) -> Trial | None:
+    """The first trial that does not begin with a dense network that a running one is just training."""
+    busy = {needed_base(trial, runner.context) for trial in running} - {None}
+    return next((trial for trial in waiting if needed_base(trial, runner.context) not in busy), None)
+
+
+def _result(done: Any, trial: Trial, started: str, runner: Runner) -> Record | None:
+    """A task's record, with its files put in their places; None if its time was up."""
+    import ray
+    from ray.exceptions import RayError
+
+    try:
+        record, files = ray.get(done)
+    except RayError as error:
+        name = type(error).__name__
+        lost = TrainingError(f"Ray gave it up ({name}: its worker died too often, or could not run)")
+        return runner.failed(trial, lost, started)
+    _place(runner.context.folder, files)
+    if record is not None and files:
+        records.write(runner.context.folder, record)
+    return record  # type: ignore[no-any-return]
+
+
+def _run(runner: Runner, trial: Trial, token: str, threads: int, base: Files) -> tuple[Record | None, Files]:
     """One trial on a worker; with the record go the files that the driver does not see yet."""
     torch.set_num_threads(threads)
-    folder = run.bench.folder
-    if _read(folder / TOKEN) == token.encode():
-        try:
-            return run(trial), {}
-        except Stopped:
-            return None, {}
-    own = Path(tempfile.gettempdir()) / f"filterfold-{os.getuid()}" / token
-    _place(own, base)
-    run = replace(run, bench=run.bench.at(folder=own))
+    context = runner.context
+    if context.device.startswith("cuda"):
+        context = replace(context, device="cuda")  # Ray shows a task its own GPU only
+    shared = _read(context.folder / TOKEN) == token.encode()
+    if not shared:
+        own = Path(tempfile.gettempdir()) / f"filterfold-{os.getuid()}" / token
+        context = replace(context, folder=own)
+        _place(context.folder, base)
     try:
-        record = run(trial)
+        record = replace(runner, context=context)(trial)
     except Stopped:
         return None, {}
-    return record, _base(run, trial) | _files(own, [f"models/{trial.id}.safetensors", f"records/{trial.id}.json"])
+    if shared:
+        return record, {}
+    made = _files(context.folder, [f"models/{trial.id}.safetensors", f"records/{trial.id}.json"])
+    return record, _base(context.folder, trial) | made
 
 
-def _base(run: Runner, trial: Trial) -> Files:
+def _base(folder: Path, trial: Trial) -> Files:
     """The dense network that the trial begins with, where there is one yet."""
-    return _files(run.bench.folder, [f"bases/{trial.base.id}{end}" for end in (".safetensors", ".json")])
+    return _files(folder, [f"bases/{trial.base.id}{end}" for end in (".safetensors", ".json")])
 
 
 def _files(folder: Path, names: Sequence[str]) -> Files:

@@ -1,4 +1,4 @@
-"""The record: what one trial came to, in one JSON file, with everything that is needed to redo it.
+"""The record: what one trial came to, in one JSON file, with everything needed to redo it; and how far a run is.
 
 A run folder holds `records/<trial id>.json`, one file a trial, written atomically: a record is there as a whole
 or not at all. Whoever reads results (tables, statistics, plots) reads these files and nothing else. The
@@ -8,14 +8,19 @@ or not at all. Whoever reads results (tables, statistics, plots) reads these fil
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, cast
 
+from safetensors import SafetensorError, safe_open
+
 from ...errors import RecordError
+from ...online import ClusterRow
 from ...training import Row
 from ...utils.io import write_json
-from .config import Described
+from .config import Described, Setting, Trial, description
+from .context import is_locked
 
 FORMAT = 1
 
@@ -62,17 +67,6 @@ class Dense(TypedDict):
     weights: int
 
 
-class ClusterUpdate(TypedDict):
-    """One clustering of one group's filters: `changed` filters are in another cluster than before."""
-
-    epoch: int
-    group: str
-    k: int
-    inertia: float
-    cosine: float
-    changed: int
-
-
 class Timing(TypedDict):
     """How `inference_seconds` was measured.
 
@@ -115,7 +109,7 @@ class Record(Described):
     result: Result | None
     dense: Dense | None
     history: list[Row]
-    clusters_history: list[ClusterUpdate]
+    clusters_history: list[ClusterRow]
     timing: Timing | None
     environment: dict[str, Any]
     command: str | None
@@ -123,9 +117,14 @@ class Record(Described):
     finished: str
 
 
+def record_file(folder: Path, trial_id: str) -> Path:
+    """Where the record of a trial lies in a run folder."""
+    return Path(folder) / FOLDER / f"{trial_id}.json"
+
+
 def write(folder: Path, record: Record) -> Path:
     """Write one record to its place in a run folder, atomically; an older record of the same trial is replaced."""
-    path = Path(folder) / FOLDER / f"{record['id']}.json"
+    path = record_file(folder, record["id"])
     write_json(path, record)
     return path
 
@@ -190,3 +189,110 @@ def rank(method: str) -> int:
 def order(record: Mapping[str, Any]) -> tuple[Any, ...]:
     """Sort key of a record: method, clusters, label, seed."""
     return (rank(record["method"]), record["method"], record["clusters"] or 0, record["label"], record["seed"])
+
+
+State = Literal["running", "interrupted", "failed", "finished", "waiting"]
+
+
+STATES: tuple[State, ...] = ("running", "interrupted", "failed", "finished", "waiting")
+
+
+@dataclass(frozen=True, slots=True)
+class TrialStatus:
+    """How far one trial is.
+
+    **Arguments:**
+
+    - `label`, `seed`: of the trial.
+    - `state`: `running`: a process on this machine works on it; `interrupted`: begun, but no process works on it.
+    - `phase`, `epoch`, `epochs`: where training is, or None where no epoch is over.
+    - `loss`: mean training loss of the last epoch.
+    - `top1`: percent; of the test images when finished, before that of the validation images.
+    - `macs`: of the present network, an image.
+    - `seconds`: of training so far.
+    - `note`: why it failed, or the last cut.
+    """
+
+    label: str
+    seed: int
+    state: State
+    phase: str | None = None
+    epoch: int | None = None
+    epochs: int | None = None
+    loss: float | None = None
+    top1: float | None = None
+    macs: int | None = None
+    seconds: float | None = None
+    note: str = ""
+
+
+def statuses(folder: Path) -> list[TrialStatus]:
+    """How far every trial of a run folder is: those at work first, then by state, each in the order of tables.
+
+    It is read from the folder alone: no process is asked, and nothing is changed.
+
+    **Raises:** `RecordError` if the folder holds no comparison.
+    """
+    folder = Path(folder)
+    found = description(folder)
+    setting = Setting(**found["setting"])
+    trials = [Trial(setting=setting, **budget) for budget in found["trials"].values()]
+    ordered = sorted(trials, key=lambda trial: order(trial.to_dict()))
+    return sorted((_status(trial, folder) for trial in ordered), key=lambda one: STATES.index(one.state))
+
+
+def _status(trial: Trial, folder: Path) -> TrialStatus:
+    working = is_locked(folder, trial.id)
+    try:
+        record = read(record_file(folder, trial.id))
+    except RecordError:  # none yet, or removed meanwhile
+        record = None
+    if record is not None and record["status"] == "finished" and (result := record["result"]) is not None:
+        figures = {"top1": result["top1"], "macs": result["macs"], "seconds": result["train_seconds"]}
+        return TrialStatus(trial.label, trial.seed, "finished", **{**_last_epoch(record["history"]), **figures})
+    rows, epochs = _checkpoint(trial, folder, working)
+    known = {**_last_epoch(rows), "epochs": epochs}
+    if record is not None and not working:
+        return TrialStatus(trial.label, trial.seed, "failed", **{**known, "note": record["reason"] or ""})
+    state: State = "running" if working else "interrupted" if rows else "waiting"
+    return TrialStatus(trial.label, trial.seed, state, **known)
+
+
+def _checkpoint(trial: Trial, folder: Path, working: bool) -> tuple[list[Row], int | None]:
+    """Epochs that are over, and how many there are to be, from the newest checkpoint.
+
+    A working trial without one may be training the dense network that it begins with.
+    """
+    places = [folder / "work" / trial.id] + ([folder / "work" / trial.base.id] if working else [])
+    for place in places:
+        for path in sorted(place.glob("*.safetensors"), key=_written, reverse=True):
+            try:
+                with safe_open(path, framework="pt") as file:  # the header only: no tensor is read
+                    tree = json.loads((file.metadata() or {})["tree"])
+                return list(tree["history"]), int(tree["identity"]["recipe"]["epochs"])
+            except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+                continue  # removed meanwhile, or of another version: nothing to show
+    return [], None
+
+
+def _written(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _last_epoch(rows: Sequence[Row]) -> dict[str, Any]:
+    """What the epochs tell of a `TrialStatus`."""
+    if not rows:
+        return {}
+    last = rows[-1]
+    return {
+        "phase": last["phase"],
+        "epoch": last["epoch"],
+        "loss": last["train_loss"],
+        "top1": last["validation_top1"],
+        "macs": last["macs"],
+        "seconds": sum(row["seconds"] for row in rows),
+        "note": next((row["events"][-1] for row in reversed(rows) if row["events"]), ""),
+    }

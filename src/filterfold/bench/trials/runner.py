@@ -1,4 +1,4 @@
-"""Running many trials: those that have no record yet, one after the other, until all are done or the time is up.
+"""Running many trials: those that have no record yet, until all are done or the time is up.
 
 A run folder:
 
@@ -7,95 +7,137 @@ A run folder:
     models/<trial>.safetensors  its final network
     bases/<trial>.*          dense networks that trials of the same seed begin with
     work/<trial>/            training checkpoints of trials that have not ended; removed with them
+    .lock, .locks/<trial>    held by the process that runs the comparison, and by those that run its trials
 
 Nothing here depends on what ran before in the same process, so a comparison that was killed goes on with the same
-numbers. An `Engine` decides where trials run; `local` is one process, one trial after the other; `parallel` has
-several processes on this machine, `cluster` has Ray.
+numbers. The folder is the queue: a trial has a name made from its content, a lock, and a record once it has ended. So
+any number of workers may go through the same list of trials, each taking the next one whose lock is free. An `Engine`
+decides how many workers there are, and where.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import shutil
-import traceback
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import time
+from collections.abc import Generator, Iterator, MutableSequence, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from ...errors import FilterfoldError, RecordError
+from filelock import FileLock, Timeout
+
+from ...errors import RecordError
 from ...training.loggers import LOGS
-from ...utils.environment import describe
 from ...utils.progress import track
 from . import records
 from .config import FILE as DESCRIPTION
 from .config import Comparison, Trial
-from .context import RunContext
-from .deadline import Deadline, Stopped
-from .locks import held
+from .context import Deadline, RunContext, Stopped, lock
+from .methods import must_wait
 from .records import Record
 from .timing import BATCH_SIZES, measure_together
-from .trial import check, forget, now, run_trial
+from .trial import check, failure, now, run_trial
 
 log = logging.getLogger("filterfold.bench.trials")
 
 
+POLL_SECONDS = 0.2
+"""How often a worker looks again when every trial that is left has to wait."""
+
+
 @dataclass(frozen=True, slots=True)
 class Runner:
-    """Runs one trial to its record, in whichever process it finds itself: it can be pickled.
+    """Runs trials to their records, in whichever process it finds itself: it can be pickled.
 
     **Arguments:**
 
-    - `bench`: data, device, run folder and clock.
+    - `context`: data, device, run folder and deadline.
     - `command`: what to note in the records as the way to redo this.
     """
 
-    bench: RunContext
+    context: RunContext
     command: str | None = None
 
-    def __call__(self, trial: Trial) -> Record:
-        """Run a trial and write its record; an exception becomes a record of its failure.
+    def work(self, trials: Sequence[Trial], taken: MutableSequence[int] | None = None) -> Generator[Record, None, None]:
+        """Run trials until none is left: always the first that is not taken, whose lock is free, and need not wait.
 
-        No other process runs the same trial meanwhile; if one has just finished it, its record is the result.
+        **Arguments:**
+
+        - `taken`: for each trial the id of the process that took it, or 0; workers of one run share it, and write to it
+          while they hold the trial's lock. None: this is the only worker.
 
         **Raises:** `Stopped` when the time is up.
         """
-        bench = self.bench
-        bench.deadline.check()
-        with held(bench.lock(trial.id), bench.deadline.check):
-            path = bench.folder / records.FOLDER / f"{trial.id}.json"
-            if path.exists() and (found := records.read(path))["status"] == "finished":
-                return found
-            started = now()
-            try:
-                record = run_trial(trial, bench, command=self.command)
-            except Stopped:
-                raise
-            except Exception as error:
-                log.debug("%s failed", trial.id, exc_info=error)
-                return self.failed(trial, error, started)
-            records.write(bench.folder, record)
-            forget(trial, bench)
-            return record
+        taken = [0] * len(trials) if taken is None else taken
+        while 0 in taken:
+            self.context.deadline.check()
+            for place, trial in enumerate(trials):
+                if not taken[place] and not must_wait(trial, self.context):
+                    try:
+                        with lock(self.context.folder, trial.id).acquire(blocking=False):
+                            if taken[place]:
+                                continue
+                            taken[place] = os.getpid()
+                            record = self._run(trial)
+                    except Timeout:
+                        continue  # an orphan of a run that was killed may still be at it
+                    yield record
+                    break
+            else:
+                time.sleep(POLL_SECONDS)
+
+    def __call__(self, trial: Trial) -> Record:
+        """Run one trial; wait for its lock if another process holds it.
+
+        **Raises:** `Stopped` when the time is up.
+        """
+        with self.context.locked(trial.id):
+            return self._run(trial)
 
     def failed(self, trial: Trial, error: Exception, started: str) -> Record:
         """Write down that a trial failed, and why."""
-        record = failure(trial, error, self.bench.device, self.command, started)
-        records.write(self.bench.folder, record)
+        record = failure(trial, error, self.context.device, self.command, started)
+        records.write(self.context.folder, record)
+        return record
+
+    def _run(self, trial: Trial) -> Record:
+        """Run a trial and write its record; an exception becomes a record of its failure.
+
+        If another process has just finished the trial, its record is the result.
+        """
+        self.context.deadline.check()
+        path = records.record_file(self.context.folder, trial.id)
+        if path.exists() and (found := records.read(path))["status"] == "finished":
+            return found
+        started = now()
+        try:
+            record = run_trial(trial, self.context, command=self.command)
+        except Stopped:
+            raise
+        except Exception as error:
+            log.debug("%s failed", trial.id, exc_info=error)
+            return self.failed(trial, error, started)
+        records.write(self.context.folder, record)
+        shutil.rmtree(self.context.work(trial.id), ignore_errors=True)
         return record
 
 
 class Engine(Protocol):
-    """Where and in which order pending trials run; gives each record as soon as it is there."""
+    """Sets workers to work on trials; gives each record as soon as it is there."""
 
-    def __call__(self, pending: Sequence[Trial], run: Runner) -> Iterator[Record]:
-        """Run the trials."""
+    def __call__(self, trials: Sequence[Trial], runner: Runner) -> Generator[Record, None, None]:
+        """Run the trials.
+
+        **Raises:** `Stopped` when the time is up.
+        """
 
 
-def local(pending: Sequence[Trial], run: Runner) -> Iterator[Record]:
-    """In this process, in the order given."""
-    yield from map(run, pending)
+def local(trials: Sequence[Trial], runner: Runner) -> Generator[Record, None, None]:
+    """One worker: this process."""
+    return runner.work(trials)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +161,11 @@ class Outcome:
     def complete(self) -> bool:
         """Whether nothing is left to do."""
         return self.left == 0 and self.timed
+
+    @property
+    def total(self) -> int:
+        """Number of trials of the comparison."""
+        return self.left + len(records.finished(self.records))
 
     @property
     def failed(self) -> tuple[Record, ...]:
@@ -161,25 +208,28 @@ def compare(
     `ModelError` for a setting that no trial could run with.
     """
     folder = Path(folder)
-    done = {} if fresh else _done(comparison, folder)
-    missing = [trial for trial in comparison.trials if trial.id not in done]
-    bench = RunContext(comparison.setting, folder, device, Deadline(stop_after), cache_dir, trackers)
-    if missing:
-        check(missing, bench)  # what would make every trial fail is refused before the folder is touched
-    comparison.claim(folder, command, ours=fresh and clear(folder))
+    context = RunContext(comparison.setting, folder, device, Deadline(stop_after), cache_dir, trackers)
+    # what would make every trial fail, and a folder of something else, is refused before the folder is touched
+    if missing := comparison.trials if fresh else _missing(comparison, folder):
+        check(missing, context)
+    if not (fresh and (folder / DESCRIPTION).exists()):
+        comparison.entries(folder)
     ran: list[str] = []
     timed = False
     with _alone_in(folder):
+        comparison.claim(folder, command, ours=fresh and clear(folder))
+        missing = _missing(comparison, folder)
         try:
-            with _closing(engine(missing, Runner(bench, command))) as running:
+            with closing(engine(missing, Runner(context, command))) as running:
                 for record in track(running, "trials", len(missing)):
                     ran.append(record["id"])
                     _announce(record, len(ran), len(missing))
-            measure_together(list(_done(comparison, folder).values()), bench, timing_rounds, batch_sizes)
+            finished = list(records.finished(_recorded(comparison, folder)).values())
+            measure_together(finished, context, timing_rounds, batch_sizes)
             timed = True
         except Stopped:
             log.info("the time is up; the same command goes on from here")
-    everything = _recorded(comparison, folder)
+        everything = _recorded(comparison, folder)
     left = len(comparison.trials) - len(records.finished(everything))
     return Outcome(tuple(everything), tuple(ran), left, timed)
 
@@ -195,41 +245,16 @@ def clear(folder: Path) -> bool:
     return True
 
 
-def failure(trial: Trial, error: Exception, device: str, command: str | None, started: str) -> Record:
-    """The record of a trial that failed. What was not refused on purpose is a bug: its traceback is kept."""
-    known = isinstance(error, FilterfoldError)
-    reason = (str(error).strip().splitlines() or [""])[0]
-    trace = {} if known else {"traceback": "".join(traceback.format_exception(error))}
-    return Record(
-        format=records.FORMAT,
-        id=trial.id,
-        status="failed",
-        reason=reason if known else f"{type(error).__name__}: {reason}",
-        **trial.to_dict(),
-        result=None,
-        dense=None,
-        history=[],
-        clusters_history=[],
-        timing=None,
-        environment=describe(device) | trace,
-        command=command,
-        started=started,
-        finished=now(),
-    )
-
-
 def _recorded(comparison: Comparison, folder: Path) -> list[Record]:
     """The records of this comparison's own trials; a folder may hold more."""
-    if not (folder / records.FOLDER).is_dir():
-        return []
-    ours = {trial.id for trial in comparison.trials}
-    paths = (folder / records.FOLDER / f"{name}.json" for name in ours)
-    found = [records.read(path) for path in paths if path.exists()]
-    return sorted(found, key=records.order)
+    paths = (records.record_file(folder, trial.id) for trial in comparison.trials)
+    return sorted((records.read(path) for path in paths if path.exists()), key=records.order)
 
 
-def _done(comparison: Comparison, folder: Path) -> dict[str, Record]:
-    return records.finished(_recorded(comparison, folder))
+def _missing(comparison: Comparison, folder: Path) -> list[Trial]:
+    """The trials without a finished record."""
+    done = records.finished(_recorded(comparison, folder))
+    return [trial for trial in comparison.trials if trial.id not in done]
 
 
 def _announce(record: Record, place: int, total: int) -> None:
@@ -242,23 +267,14 @@ def _announce(record: Record, place: int, total: int) -> None:
 
 
 @contextmanager
-def _closing(running: Iterator[Record]) -> Iterator[Iterator[Record]]:
-    """Give an engine the chance to end its processes, now rather than when its iterator is forgotten."""
-    try:
-        yield running
-    finally:
-        if isinstance(running, Generator):
-            running.close()
-
-
-@contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
     """Refuse to work in a folder where another process is at work. The lock ends with the process, however it ends."""
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(held(folder / ".lock"))
-        except BlockingIOError:
-            raise RecordError(
-                f"{folder}: another process is working there; wait for it, or give another folder"
-            ) from None
+    held = FileLock(folder / ".lock")
+    try:
+        held.acquire(blocking=False)
+    except Timeout:
+        raise RecordError(f"{folder}: another process is working there; wait for it, or give another folder") from None
+    try:
         yield
+    finally:
+        held.release()

@@ -18,14 +18,13 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ...data import batches
-from ...profiling import inference_seconds, wasted_widths
+from ...profiling import in_turn, inference_seconds, wasted_widths
 from ...surgery.checkpoint import load
 from ...utils.environment import device_name, processor
 from ...utils.io import write_json
@@ -65,13 +64,9 @@ WHOLE = "whole"
 log = logging.getLogger("filterfold.bench.trials")
 
 
-Sheet = dict[str, list[list[float]]]
-"""Column (`whole`, or a batch size) → one list a network: seconds of each round."""
-
-
 @dataclass(frozen=True, slots=True)
-class _Feed:
-    """Batches that a network is called with, and what makes the figure of the seconds that they take."""
+class _Column:
+    """Batches that a network is called with; the seconds that they take times `factor` are its figure."""
 
     images: list[Tensor]
     factor: float
@@ -80,20 +75,23 @@ class _Feed:
         return self.factor * inference_seconds(model, self.images, repeats=1)
 
 
-def measure_alone(model: nn.Module, bench: RunContext) -> Timing:
+def measure_alone(model: nn.Module, context: RunContext) -> Timing:
     """Time one network once over the test set."""
-    return _timing("alone", [_whole(bench).seconds(model)], bench, None, None)
+    return _timing("alone", [_whole(context).seconds(model)], context, None, None)
 
 
 def measure_together(
-    finished: Sequence[Record], bench: RunContext, rounds: int | None = None, batch_sizes: Sequence[int] = BATCH_SIZES
+    finished: Sequence[Record],
+    context: RunContext,
+    rounds: int | None = None,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
 ) -> list[Record]:
     """Time the networks of all finished trials, interleaved, unless these very trials have been timed together.
 
     **Arguments:**
 
-    - `finished`: records of finished trials. Those whose networks are not in the bench's run folder (records alone
-      were handed on) keep the times that they have.
+    - `finished`: records of finished trials. Those whose networks are not in the run folder (records alone were handed
+      on) keep the times that they have.
     - `rounds`: passes of each network over the test set; None: `ROUNDS`, more where that is a matter of seconds.
     - `batch_sizes`: images a call, besides the whole test set. Those whose images take over `BATCH_BYTES` are left out.
 
@@ -101,34 +99,23 @@ def measure_together(
 
     **Raises:** `Stopped` when the time is up; the passes made so far are kept for the next call.
     """
-    known = len(finished)
-    finished = [record for record in finished if bench.model_file(record["id"]).exists()]
-    if len(finished) < known:
-        log.info("timing: %d of %d networks are not in the run folder and are left out", known - len(finished), known)
-    key = hashlib.sha256(" ".join(sorted(record["id"] for record in finished)).encode()).hexdigest()[:16]
-    if not finished or all(_is_timed(record, key, batch_sizes) for record in finished):
+    there = [record for record in finished if context.model_file(record["id"]).exists()]
+    if len(there) < len(finished):
+        gone = len(finished) - len(there)
+        log.info("timing: %d of %d networks are not in the run folder and are left out", gone, len(finished))
+    key = hashlib.sha256(" ".join(sorted(record["id"] for record in there)).encode()).hexdigest()[:16]
+    if all(_is_timed(record, key, batch_sizes) for record in there):
         return []
-    feeds = _feeds(bench, batch_sizes)
-    kept = bench.work("timing.json")
-    sheet, wasted = _take_up(kept, key, bench, feeds, len(finished) + 1)  # the last: the first again, as a control
-    models = [
-        load(bench.model_file(record["id"]), partial(bench.build, record["seed"]), device=bench.device)
-        for record in finished
-    ]
+    timing = _TimingPass(there, context, batch_sizes, key)
     try:
-        _go_round([*models, models[0]], feeds, sheet, bench, rounds)
-        _look_at_widths(finished, models, wasted, bench)
+        timing.measure(rounds)
+        timing.look_at_widths()
     finally:
-        write_json(kept, {"where": _where(key, bench), "seconds": sheet, "wasted": wasted})
-    controls, timed = _controls(sheet), []
-    for place, record in enumerate(finished):
-        own = {name: column[place] for name, column in sheet.items()}
-        timed.append(_timed(record, own, controls, bench, key, list(batch_sizes)))
-        if record["label"] in wasted:
-            cast(Timing, timed[-1]["timing"])["wasted"] = wasted[record["label"]]
+        timing.save()
+    timed = timing.timed()
     for record in timed:
-        records.write(bench.folder, record)
-    kept.unlink()
+        records.write(context.folder, record)
+    timing.kept.unlink()
     return timed
 
 
@@ -140,64 +127,85 @@ def _is_timed(record: Record, key: str, batch_sizes: Sequence[int]) -> bool:
     return timing.get("asked", list(batch_sizes)) == list(batch_sizes)
 
 
-def _go_round(
-    models: Sequence[nn.Module], feeds: dict[str, _Feed], sheet: Sheet, bench: RunContext, rounds: int | None
-) -> None:
-    """Time the networks one after the other, round after round."""
-    turn = 0
-    while turn < (rounds or ROUNDS) or (rounds is None and turn < MOST_ROUNDS and _spent(sheet, feeds) < SHORT_SECONDS):
-        there = range(len(models))
-        order = there[::-1] if turn % 2 else there
-        left = [(name, place) for name in feeds for place in order if len(sheet[name][place]) <= turn]
-        last = 0.0
-        for name, place in track(left, f"timing all networks, round {turn + 1}", len(left)):
-            column, feed = sheet[name], feeds[name]
-            bench.deadline.check_next(max(column[place], default=last) / feed.factor)
-            column[place].append(feed.seconds(models[place]))
-            last = column[place][-1]
-        turn += 1
+class _TimingPass:
+    """The networks that are timed together, and what was measured so far.
+
+    - `seconds`: column → one list for each network, the last for the first network again, as a control.
+    - `wasted`: label → layers whose widths save nothing.
+    """
+
+    def __init__(self, finished: Sequence[Record], context: RunContext, batch_sizes: Sequence[int], key: str) -> None:
+        self.finished, self.context, self.asked, self.key = finished, context, list(batch_sizes), key
+        self.columns = _columns(context, batch_sizes)
+        self.models = [
+            load(context.model_file(record["id"]), partial(context.build, record["seed"]), device=context.device)
+            for record in finished
+        ]
+        self.seconds: dict[str, list[list[float]]] = {name: [[] for _ in [*finished, None]] for name in self.columns}
+        self.wasted: dict[str, list[str]] = {}
+        self.kept = context.work("timing.json")
+        threads = str(torch.get_num_threads())
+        self.conditions = [key, device_name(context.device), processor(), threads, *self.columns]
+        try:
+            document = json.loads(self.kept.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return
+        if document.get("conditions") == self.conditions:
+            self.seconds, self.wasted = document["seconds"], document["wasted"]
+
+    def save(self) -> None:
+        """Keep what was measured, for the case of an interruption."""
+        write_json(self.kept, {"conditions": self.conditions, "seconds": self.seconds, "wasted": self.wasted})
+
+    def measure(self, rounds: int | None) -> None:
+        """Time the networks one after the other, round after round."""
+        models = [*self.models, self.models[0]]
+        for turn in range(rounds or MOST_ROUNDS):
+            if rounds is None and turn >= ROUNDS and self._spent() >= SHORT_SECONDS:
+                break
+            order = [(name, place) for name in self.columns for place in in_turn(len(models), turn)]
+            left = [(name, place) for name, place in order if len(self.seconds[name][place]) <= turn]
+            last = 0.0
+            for name, place in track(left, f"timing all networks, round {turn + 1}", len(left)):
+                own, column = self.seconds[name][place], self.columns[name]
+                self.context.deadline.check_next(max(own, default=last) / column.factor)
+                last = column.seconds(models[place])
+                own.append(last)
+
+    def _spent(self) -> float:
+        """Seconds that have gone into the figures."""
+        return sum(sum(map(sum, own)) / self.columns[name].factor for name, own in self.seconds.items())
+
+    def look_at_widths(self) -> None:
+        """Time the layers of the first cut network of each label at rounded-up widths; it stands for the label."""
+        for record, model in zip(self.finished, self.models, strict=True):
+            result = record["result"]
+            cut = result is not None and any(before != after for before, after in result.get("widths", {}).values())
+            if cut and record["label"] not in self.wasted:
+                self.context.deadline.check()
+                self.wasted[record["label"]] = list(wasted_widths(model, self.context.example))
+
+    def timed(self) -> list[Record]:
+        """The records with their networks' times."""
+        medians = {name: [statistics.median(own) for own in lists] for name, lists in self.seconds.items()}
+        controls = {name: own[-1] / own[0] for name, own in medians.items()}
+        timed: list[Record] = []
+        for place, record in enumerate(self.finished):
+            result = record["result"]
+            assert result is not None
+            own = {name: lists[place] for name, lists in self.seconds.items()}
+            timing = _timing("together", own.pop(WHOLE), self.context, self.key, controls[WHOLE])
+            timing |= {"asked": self.asked, "batches": own, "controls": {name: controls[name] for name in own}}
+            if record["label"] in self.wasted:
+                timing["wasted"] = self.wasted[record["label"]]
+            seconds = medians[WHOLE][place]
+            timed.append({**record, "result": {**result, "inference_seconds": seconds}, "timing": timing})
+        return timed
 
 
-def _spent(sheet: Sheet, feeds: dict[str, _Feed]) -> float:
-    """Seconds that have gone into the figures."""
-    return sum(sum(map(sum, column)) / feeds[name].factor for name, column in sheet.items())
-
-
-def _look_at_widths(
-    finished: Sequence[Record], models: Sequence[nn.Module], wasted: dict[str, list[str]], bench: RunContext
-) -> None:
-    """Time the layers of the first cut network of each label at rounded-up widths; its remarks stand for the label."""
-    for record, model in zip(finished, models, strict=True):
-        result = record["result"]
-        cut = result is not None and any(before != after for before, after in result.get("widths", {}).values())
-        if cut and record["label"] not in wasted:
-            bench.deadline.check()
-            wasted[record["label"]] = list(wasted_widths(model, bench.example))
-
-
-def _take_up(
-    kept: Path, key: str, bench: RunContext, feeds: dict[str, _Feed], count: int
-) -> tuple[Sheet, dict[str, list[str]]]:
-    """What was measured before an interruption, if it was with these networks on this machine."""
-    empty: Sheet = {name: [[] for _ in range(count)] for name in feeds}
-    try:
-        document = json.loads(kept.read_text(encoding="utf-8"))
-        sheet = {name: [list(map(float, own)) for own in column] for name, column in document["seconds"].items()}
-        fits = sheet.keys() == empty.keys() and all(len(column) == count for column in sheet.values())
-        if document["where"] == _where(key, bench) and fits:
-            return sheet, {label: list(map(str, found)) for label, found in document["wasted"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass  # a hint only: without it everything is timed from the start
-    return empty, {}
-
-
-def _where(key: str, bench: RunContext) -> list[str]:
-    return [key, device_name(bench.device), processor(), str(torch.get_num_threads())]
-
-
-def _feeds(bench: RunContext, batch_sizes: Sequence[int]) -> dict[str, _Feed]:
-    """Column → what networks are called with."""
-    whole = _whole(bench)
+def _columns(context: RunContext, batch_sizes: Sequence[int]) -> dict[str, _Column]:
+    """Name → column: the whole test set, and every batch size that fits."""
+    whole = _whole(context)
     found = {WHOLE: whole}
     for size in dict.fromkeys(batch_sizes):
         if size * whole.images[0][0].nbytes > BATCH_BYTES:
@@ -207,56 +215,34 @@ def _feeds(bench: RunContext, batch_sizes: Sequence[int]) -> dict[str, _Feed]:
     return found
 
 
-def _whole(bench: RunContext) -> _Feed:
+def _whole(context: RunContext) -> _Column:
     """The test images as batches on the device; where they are only a part, the seconds are scaled up."""
-    test, held, ready = bench.data.test.to(bench.device), 0, []
-    for images, _ in batches(test, BATCH_SIZE, device=bench.device):
+    test, held, ready = context.data.test.to(context.device), 0, []
+    for images, _ in batches(test, BATCH_SIZE, device=context.device):
         ready.append(images)
         held += len(images)
         if held * images[0].nbytes > IMAGE_BYTES:
             break
-    return _Feed(ready, len(test) / held)
+    return _Column(ready, len(test) / held)
 
 
-def _called(images: Sequence[Tensor], size: int) -> _Feed:
+def _called(images: Sequence[Tensor], size: int) -> _Column:
     """Calls with so many of these images each; where there are fewer, some come again."""
     calls, enough = max(1, CALL_IMAGES // size), images[: -(-size // BATCH_SIZE)]
     some = torch.cat(list(enough))
-    return _Feed([some.repeat(-(-size // len(some)), 1, 1, 1)[:size]] * calls, 1 / calls)
-
-
-def _controls(sheet: Sheet) -> dict[str, float]:
-    """Column → time of the control over that of the very same network under its own name."""
-    return {name: statistics.median(own[-1]) / statistics.median(own[0]) for name, own in sheet.items()}
+    return _Column([some.repeat(-(-size // len(some)), 1, 1, 1)[:size]] * calls, 1 / calls)
 
 
 def _timing(
-    mode: Literal["alone", "together"], rounds: list[float], bench: RunContext, key: str | None, control: float | None
+    mode: Literal["alone", "together"], rounds: list[float], context: RunContext, key: str | None, control: float | None
 ) -> Timing:
     return Timing(
         mode=mode,
         rounds=rounds,
         batch_size=BATCH_SIZE,
-        device=device_name(bench.device),
+        device=device_name(context.device),
         processor=processor(),
         threads=torch.get_num_threads(),
         together_with=key,
         control=control,
     )
-
-
-def _timed(
-    record: Record,
-    own: dict[str, list[float]],
-    controls: dict[str, float],
-    bench: RunContext,
-    key: str,
-    asked: list[int],
-) -> Record:
-    """The record with its network's times."""
-    result = record["result"]
-    assert result is not None
-    rounds = {name: seconds for name, seconds in own.items() if name != WHOLE}
-    timing = _timing("together", own[WHOLE], bench, key, controls[WHOLE])
-    timing |= {"asked": asked, "batches": rounds, "controls": {name: controls[name] for name in rounds}}
-    return {**record, "result": {**result, "inference_seconds": statistics.median(own[WHOLE])}, "timing": timing}

@@ -1,6 +1,6 @@
 """The table of rules: how labels go through each operation.
 
-A rule is a function `(walk, call) -> layout` (a list of layouts where the operation has several
+A rule is a function `(tracer, call) -> layout` (a list of layouts where the operation has several
 results; None where the results carry no labels). Operations are named as ATen names them, without
 overload; an in-place operation has the rule of its plain form.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..dispatch import Call, Rule, Walk
+from ..dispatch import Call, Rule, Tracer
 from ..labels import FIXED, FREE, Layout
 
 RULES: dict[str, Rule] = {}
@@ -29,89 +29,73 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def tensors_of(call: Call) -> list[Tensor]:
-    """All tensors among the arguments, in order."""
-    found: list[Tensor] = []
-    for value in call.args.values():
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, list | tuple):
-            found.extend(item for item in value if isinstance(item, Tensor))
-    return found
-
-
-def site(call: Call) -> str:
-    """The operation and its module, for reasons."""
-    return f"{call.op} in {call.where}" if call.where else call.op
-
-
-def freeze_all(walk: Walk, call: Call, why: str) -> None:
+def freeze_all(tracer: Tracer, call: Call, why: str) -> None:
     """Freeze every label of every argument."""
-    for tensor in tensors_of(call):
-        walk.freeze(walk.layout(tensor), f"{why} ({site(call)})")
+    for tensor in call.tensors:
+        tracer.freeze(tracer.layout(tensor), f"{why} ({call.site})")
 
 
 @rule("unknown")
-def unknown(walk: Walk, call: Call) -> Any:
+def unknown(tracer: Tracer, call: Call) -> Any:
     """An operation without a rule: refused by name, if it touches labels at all."""
-    labelled = [tensor for tensor in tensors_of(call) if any(walk.layout(tensor))]
+    labelled = [tensor for tensor in call.tensors if any(tracer.layout(tensor))]
     if labelled:
-        freeze_all(walk, call, f"no rule for {call.op}")
+        freeze_all(tracer, call, f"no rule for {call.op}")
     made = [out for out in (call.out if isinstance(call.out, list | tuple) else [call.out]) if isinstance(out, Tensor)]
-    free = not tensors_of(call)
+    free = not call.tensors
     return [((FREE if free else FIXED),) * out.ndim for out in made]
 
 
-def broadcast(walk: Walk, call: Call, tensors: list[Tensor], ndim: int) -> Layout:
+def broadcast(tracer: Tracer, call: Call, tensors: list[Tensor], ndim: int) -> Layout:
     """The layout of an element-wise result: aligned axes are joined, size-one axes are gates."""
-    layouts = [(walk.layout(tensor), tensor.shape) for tensor in tensors]
+    layouts = [(tracer.layout(tensor), tensor.shape) for tensor in tensors]
     axes = []
-    where = site(call)
+    where = call.site
     for place in range(-ndim, 0):
         aligned = [(layout[place], shape[place]) for layout, shape in layouts if -place <= len(shape)]
         size = max((size for _, size in aligned), default=1)
         if size == 1:
             ones = [axis for axis, _ in aligned if axis]
-            axes.append(walk.ledger.join_axes(ones, where) if ones else FIXED)
+            axes.append(tracer.table.join_axes(ones, where) if ones else FIXED)
         else:
-            axes.append(walk.ledger.join_axes([axis for axis, length in aligned if length == size], where))
+            axes.append(tracer.table.join_axes([axis for axis, length in aligned if length == size], where))
     return tuple(axes)
 
 
 @rule("pointwise", "dropout", "feature_dropout", "alpha_dropout", "native_dropout", "relu6", "prelu_kernel")
-def pointwise(walk: Walk, call: Call) -> Layout | None:
+def pointwise(tracer: Tracer, call: Call) -> Layout | None:
     """Element by element, with broadcasting."""
-    return broadcast(walk, call, tensors_of(call), call.out.ndim) if isinstance(call.out, Tensor) else None
+    return broadcast(tracer, call, call.tensors, call.out.ndim) if isinstance(call.out, Tensor) else None
 
 
 @rule("clone", "contiguous", "to", "_to_copy", "type_as", "detach", "alias", "lift", "pin_memory", "cpu", "cuda")
 @rule("float", "double", "half", "bfloat16", "resolve_conj", "resolve_neg", "_conj", "positive", "requires_grad")
 @rule("softshrink", "celu", "elu", "hardtanh", "hardswish", "hardsigmoid", "mish", "selu", "silu", "gelu", "rrelu")
-def same(walk: Walk, call: Call) -> Layout:
+def same(tracer: Tracer, call: Call) -> Layout:
     """One tensor in, the same layout out."""
-    return walk.layout(tensors_of(call)[0])
+    return tracer.layout(call.tensors[0])
 
 
 @rule("copy")
-def copy(walk: Walk, call: Call) -> Layout:
+def copy(tracer: Tracer, call: Call) -> Layout:
     """Overwrite a tensor; where nothing but constants stood along an axis, the new labels take their place."""
-    target, source = tensors_of(call)[:2]
-    old, new = walk.layout(target), walk.layout(source)
+    target, source = call.tensors[:2]
+    old, new = tracer.layout(target), tracer.layout(source)
     lead = target.ndim - source.ndim
     axes = list(old)
     for place, axis in enumerate(new, start=max(lead, 0)):
         before = old[place]
         if source.shape[place - lead] != target.shape[place]:
             continue
-        if before and axis and all(walk.ledger.is_constant(vector).all() for vector in before):
+        if before and axis and all(tracer.table.is_constant(vector).all() for vector in before):
             axes[place] = axis
         else:
-            axes[place] = walk.ledger.join_axes([before, axis], site(call))
+            axes[place] = tracer.table.join_axes([before, axis], call.site)
     return tuple(axes)
 
 
 @rule("lift_fresh")
-def literal(_walk: Walk, call: Call) -> Layout:
+def literal(_tracer: Tracer, call: Call) -> Layout:
     """A tensor written as a literal in the code: its size is fixed."""
     return (FIXED,) * int(call.out.ndim)
 
@@ -122,8 +106,8 @@ def literal(_walk: Walk, call: Call) -> Layout:
     "linspace", "eye", "scalar_tensor", "randperm", "normal_", "uniform_", "bernoulli_", "exponential_", "tril_indices"
 )
 @rule("empty_strided", "new_empty_strided", "randint", "triu_indices", "zero_", "fill_")
-def made(walk: Walk, call: Call) -> Layout:
+def made(tracer: Tracer, call: Call) -> Layout:
     """Tensors made from sizes and constants: they follow the sizes that they are made from."""
-    if call.op.endswith("_") and tensors_of(call):
-        return walk.layout(tensors_of(call)[0])
+    if call.op.endswith("_") and call.tensors:
+        return tracer.layout(call.tensors[0])
     return (FREE,) * int(call.out.ndim)

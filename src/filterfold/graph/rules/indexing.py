@@ -7,33 +7,33 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..dispatch import Call, Walk
+from ..dispatch import Call, Tracer
 from ..labels import FIXED, Layout
-from . import rule, site
+from . import rule
 
 
 @rule("index_select", "gather", "take_along_dim", "sort", "topk", "kthvalue", "index_add", "index_copy", "scatter")
 @rule("roll_along", "scatter_add", "argsort", "index_fill", "unfold_copy")
-def picked(walk: Walk, call: Call) -> Any:
+def picked(tracer: Tracer, call: Call) -> Any:
     """Positions picked along one axis: that axis can't shrink, the others pass."""
     x = call["self"]
     dim = (call["dim"] if call["dim"] is not None else -1) % max(x.ndim, 1)
-    layout = walk.layout(x)
-    walk.ledger.freeze(layout[dim], f"picked by position in {site(call)}")
+    layout = tracer.layout(x)
+    tracer.table.freeze(layout[dim], f"picked by position in {call.site}")
     rest = (*layout[:dim], FIXED, *layout[dim + 1 :])
     return [rest] * len(call.out) if isinstance(call.out, tuple | list) else rest
 
 
 @rule("index")
-def index(walk: Walk, call: Call) -> Layout:
+def index(tracer: Tracer, call: Call) -> Layout:
     """Advanced indexing: indexed axes can't shrink, the others pass where their place is plain."""
     x, indices = call["self"], list(call["indices"])
-    layout = walk.layout(x)
+    layout = tracer.layout(x)
     used = [place for place, entry in enumerate(indices) if entry is not None]
     for place in used:
         span = indices[place].ndim if indices[place].dtype == torch.bool else 1
         for axis in layout[place : place + span]:
-            walk.ledger.freeze(axis, f"picked by position in {site(call)}")
+            tracer.table.freeze(axis, f"picked by position in {call.site}")
     if len(used) == 1 and indices[used[0]].ndim == 1:
         place = used[0]
         return (*layout[:place], FIXED, *layout[place + 1 :])
@@ -43,14 +43,14 @@ def index(walk: Walk, call: Call) -> Layout:
         lead = call.out.ndim - len(tail) - used[0]
         return (*layout[: used[0]], *(FIXED,) * lead, *tail)
     for axis in layout:
-        walk.ledger.freeze(axis, f"picked by position in {site(call)}")
+        tracer.table.freeze(axis, f"picked by position in {call.site}")
     return (FIXED,) * int(call.out.ndim)
 
 
 @rule("flip")
-def flip(walk: Walk, call: Call) -> Layout:
+def flip(tracer: Tracer, call: Call) -> Layout:
     """Axes in reverse order."""
-    layout = walk.layout(call["self"])
+    layout = tracer.layout(call["self"])
     dims = {dim % len(layout) for dim in call["dims"]}
     return tuple(
         tuple(np.ascontiguousarray(vector[::-1]) for vector in axis) if axis and place in dims else axis
@@ -59,10 +59,10 @@ def flip(walk: Walk, call: Call) -> Layout:
 
 
 @rule("roll")
-def roll(walk: Walk, call: Call) -> Layout:
+def roll(tracer: Tracer, call: Call) -> Layout:
     """A circular shift: by a fixed number of positions, which is another shift once some are gone."""
-    layout = walk.layout(call["self"])
+    layout = tracer.layout(call["self"])
     dims = call["dims"] or range(len(layout))
     for dim in dims:
-        walk.ledger.freeze(layout[dim], f"shifted by a fixed number in {site(call)}")
+        tracer.table.freeze(layout[dim], f"shifted by a fixed number in {call.site}")
     return layout

@@ -7,211 +7,211 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..dispatch import Call, Walk
+from ..dispatch import Call, Tracer
 from ..labels import FIXED, Axis, Layout
-from . import RULES, rule, site, tensors_of
+from . import RULES, rule
 
 
-def _single(walk: Walk, axis: Axis, call: Call) -> np.ndarray[Any, np.dtype[np.int64]] | None:
+def _single(tracer: Tracer, axis: Axis, call: Call) -> np.ndarray[Any, np.dtype[np.int64]] | None:
     """The one label vector of an axis; more than one can't go through a layer and is frozen."""
     if not axis:
         return None
     if len(axis) > 1:
-        walk.ledger.freeze(axis, f"two channel axes merged into one before {site(call)}")
+        tracer.table.freeze(axis, f"two channel axes merged into one before {call.site}")
         return None
     return axis[0]
 
 
-def _read(walk: Walk, call: Call, source: Axis, kernel: Axis) -> None:
+def _read(tracer: Tracer, call: Call, source: Axis, kernel: Axis) -> None:
     """A weight's axis reads the channels of an input's axis."""
-    walk.ledger.assign(kernel, "kernel")
-    walk.ledger.join_axes([source, kernel], site(call))
+    tracer.table.assign(kernel, "kernel")
+    tracer.table.join_axes([source, kernel], call.site)
 
 
-def _ride(walk: Walk, call: Call, channel: Axis, tensor: Tensor | None, role: Any, axis: int = 0) -> None:
+def _ride(tracer: Tracer, call: Call, channel: Axis, tensor: Tensor | None, role: Any, axis: int = 0) -> None:
     """Entries of `tensor` belong to the channels one to one."""
     if tensor is None or tensor.numel() == 0:
         return
-    entries = walk.layout(tensor)[axis]
-    walk.ledger.assign(entries, role)
+    entries = tracer.layout(tensor)[axis]
+    tracer.table.assign(entries, role)
     if tensor.shape[axis] > 1 or (channel and len(channel[0]) == 1):
-        walk.ledger.join_axes([channel, entries], site(call))
+        tracer.table.join_axes([channel, entries], call.site)
 
 
 @rule("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution")
 @rule("conv1d_padding")
-def convolution(walk: Walk, call: Call) -> Layout:
+def convolution(tracer: Tracer, call: Call) -> Layout:
     """A convolution, plain, grouped, depthwise or transposed, with any kind of weight."""
     x, weight, bias, groups = call["input"], call["weight"], call["bias"], int(call["groups"])
     transposed = "transpose" in call.op or bool(call["transposed"])
     place = x.ndim - (weight.ndim - 1)
-    source, kernel = walk.layout(x), walk.layout(weight)
-    channel = _through(walk, call, source[place], kernel, weight.shape, x.shape[place], groups, transposed)
-    _ride(walk, call, channel, bias, "bias")
+    source, kernel = tracer.layout(x), tracer.layout(weight)
+    channel = _through(tracer, call, source[place], kernel, weight.shape, x.shape[place], groups, transposed)
+    _ride(tracer, call, channel, bias, "bias")
     layout = [*source[:place], channel]
     for axis in range(place + 1, x.ndim):
         keeps = bool(source[axis]) and call.out.shape[axis] == x.shape[axis] and not transposed
-        walk.ledger.soften(source[axis], f"{site(call)} slides over them", ordered=True)
+        tracer.table.mark_inexact(source[axis], f"{call.site} slides over them", ordered=True)
         if not keeps:
-            walk.ledger.freeze(source[axis], f"{site(call)} slides over them and changes their number")
+            tracer.table.freeze(source[axis], f"{call.site} slides over them and changes their number")
         layout.append(source[axis] if keeps else FIXED)
     return tuple(layout)
 
 
 def _through(
-    walk: Walk, call: Call, source: Axis, kernel: Layout, shape: Any, channels: int, groups: int, transposed: bool
+    tracer: Tracer, call: Call, source: Axis, kernel: Layout, shape: Any, channels: int, groups: int, transposed: bool
 ) -> Axis:
     """Join a convolution's input channels with its weight, and say what its output channels are."""
-    ledger, where = walk.ledger, site(call)
+    table, where = tracer.table, call.site
     out_axis, in_axis = (1, 0) if transposed else (0, 1)
     if groups == 1:
-        ledger.assign(kernel[out_axis], "filter")
-        _read(walk, call, source, kernel[in_axis])
+        table.assign(kernel[out_axis], "filter")
+        _read(tracer, call, source, kernel[in_axis])
         return kernel[out_axis]
-    vector = _single(walk, source, call)
+    vector = _single(tracer, source, call)
     if groups == channels and shape[1 if not transposed else 0] == (1 if not transposed else channels):
-        return _depthwise(walk, call, source, kernel, int(shape[1] if transposed else shape[0] // channels))
+        return _depthwise(tracer, call, source, kernel, int(shape[1] if transposed else shape[0] // channels))
     if transposed:
         reader = None if not kernel[0] else kernel[0][0].reshape(groups, -1)
         if reader is not None:
-            ledger.join(reader[:1], reader)
-        _read(walk, call, source, kernel[0])
-        ledger.assign(kernel[1], "filter")
+            table.join(reader[:1], reader)
+        _read(tracer, call, source, kernel[0])
+        table.assign(kernel[1], "filter")
         made = None if not kernel[1] else np.tile(kernel[1][0], groups)
         return FIXED if made is None else (made,)
-    ledger.assign(kernel[1], "kernel")
+    table.assign(kernel[1], "kernel")
     if vector is not None:
         parts = vector.reshape(groups, -1)
         if kernel[1]:
-            ledger.join(parts, kernel[1][0][None, :])
+            table.join(parts, kernel[1][0][None, :])
         else:
-            ledger.join(parts[:1], parts)
-            ledger.join_axes([(parts[0],), kernel[1]], where)
+            table.join(parts[:1], parts)
+            table.join_axes([(parts[0],), kernel[1]], where)
     elif source is not None:
-        ledger.freeze(kernel[1], f"reads an input of fixed size in {where}")
-    ledger.assign(kernel[0], "filter")
-    rows = _single(walk, kernel[0], call)
+        table.freeze(kernel[1], f"reads an input of fixed size in {where}")
+    table.assign(kernel[0], "filter")
+    rows = _single(tracer, kernel[0], call)
     if rows is None:
         return FIXED
-    ledger.join(rows.reshape(groups, -1)[:1], rows.reshape(groups, -1))
+    table.join(rows.reshape(groups, -1)[:1], rows.reshape(groups, -1))
     return (rows,)
 
 
-def _depthwise(walk: Walk, call: Call, source: Axis, kernel: Layout, multiplier: int) -> Axis:
+def _depthwise(tracer: Tracer, call: Call, source: Axis, kernel: Layout, multiplier: int) -> Axis:
     """Every input channel has its own filters: they go together."""
     rows = kernel[0]
     transposed = "transpose" in call.op
-    walk.ledger.assign(rows, "depthwise")
-    vector = _single(walk, source, call)
+    tracer.table.assign(rows, "depthwise")
+    vector = _single(tracer, source, call)
     spread: Axis = source if multiplier == 1 or vector is None else (np.repeat(vector, multiplier),)
     if transposed:
-        walk.ledger.join_axes([source, rows], site(call))
+        tracer.table.join_axes([source, rows], call.site)
         return spread
-    return walk.ledger.join_axes([spread, rows], site(call))
+    return tracer.table.join_axes([spread, rows], call.site)
 
 
 @rule("linear")
-def linear(walk: Walk, call: Call) -> Layout:
+def linear(tracer: Tracer, call: Call) -> Layout:
     """A product with Wᵀ, plus b, over the last axis."""
     x, weight = call["input"], call["weight"]
-    source, kernel = walk.layout(x), walk.layout(weight)
+    source, kernel = tracer.layout(x), tracer.layout(weight)
     if source[-1] and len(source[-1]) > 1:
-        _single(walk, source[-1], call)
-    _read(walk, call, source[-1], kernel[-1])
+        _single(tracer, source[-1], call)
+    _read(tracer, call, source[-1], kernel[-1])
     if weight.ndim == 1:
         return source[:-1]
-    walk.ledger.assign(kernel[0], "filter")
-    _ride(walk, call, kernel[0], call["bias"], "bias")
+    tracer.table.assign(kernel[0], "filter")
+    _ride(tracer, call, kernel[0], call["bias"], "bias")
     return (*source[:-1], kernel[0])
 
 
 @rule("embedding")
-def embedding(walk: Walk, call: Call) -> Layout:
+def embedding(tracer: Tracer, call: Call) -> Layout:
     """Rows of a table looked up by index: the table's second axis makes channels."""
-    table = walk.layout(call["weight"])
-    walk.ledger.assign(table[1], "filter")
-    walk.ledger.freeze(table[0], f"looked up by index in {site(call)}")
-    return (*walk.layout(call["indices"]), table[1])
+    table = tracer.layout(call["weight"])
+    tracer.table.assign(table[1], "filter")
+    tracer.table.freeze(table[0], f"looked up by index in {call.site}")
+    return (*tracer.layout(call["indices"]), table[1])
 
 
 @rule("batch_norm", "cudnn_batch_norm", "native_batch_norm", "_native_batch_norm_legit_no_training", "instance_norm")
-def batch_norm(walk: Walk, call: Call) -> Any:
+def batch_norm(tracer: Tracer, call: Call) -> Any:
     """Per-channel normalisation: every entry belongs to its channel."""
     x = call["input"]
-    layout = walk.layout(x)
+    layout = tracer.layout(x)
     for name in ("weight", "bias", "running_mean", "running_var"):
-        _ride(walk, call, layout[1], call[name], "norm")
+        _ride(tracer, call, layout[1], call[name], "norm")
     statistics = call["training"] or call["use_input_stats"]
     for axis in (*layout[:1], *layout[2:]):
         if axis and statistics:
-            walk.ledger.soften(axis, f"statistics over them in {site(call)}")
+            tracer.table.mark_inexact(axis, f"statistics over them in {call.site}")
     return [layout] + [(layout[1],)] * 2 if isinstance(call.out, tuple | list) else layout
 
 
 @rule("layer_norm", "native_layer_norm", "rms_norm")
-def layer_norm(walk: Walk, call: Call) -> Layout:
+def layer_norm(tracer: Tracer, call: Call) -> Layout:
     """Normalisation over the last axes: units are not mask-exact."""
     x = call["input"]
-    layout = walk.layout(x)
+    layout = tracer.layout(x)
     count = len(call["normalized_shape"])
     for offset in range(-count, 0):
-        walk.ledger.soften(layout[offset], f"normalised over in {site(call)}")
+        tracer.table.mark_inexact(layout[offset], f"normalised over in {call.site}")
         for name in ("weight", "bias"):
-            _ride(walk, call, layout[offset], call[name], "norm", offset)
+            _ride(tracer, call, layout[offset], call[name], "norm", offset)
     return layout
 
 
 @rule("group_norm")
-def group_norm(walk: Walk, call: Call) -> Layout:
+def group_norm(tracer: Tracer, call: Call) -> Layout:
     """Normalisation within groups of channels: every group keeps equally many; groups of one channel go with it."""
     x, groups = call["input"], int(call["num_groups"])
-    layout = walk.layout(x)
+    layout = tracer.layout(x)
     for name in ("weight", "bias"):
-        _ride(walk, call, layout[1], call[name], "norm")
-    vector = _single(walk, layout[1], call)
+        _ride(tracer, call, layout[1], call[name], "norm")
+    vector = _single(tracer, layout[1], call)
     if vector is not None and groups < x.shape[1]:
-        walk.ledger.soften(layout[1], f"normalised over in {site(call)}")
+        tracer.table.mark_inexact(layout[1], f"normalised over in {call.site}")
         if groups > 1:
-            walk.ledger.balance(vector, groups)
+            tracer.table.keep_balanced(vector, groups)
     for axis in layout[2:]:
-        walk.ledger.soften(axis, f"normalised over in {site(call)}")
+        tracer.table.mark_inexact(axis, f"normalised over in {call.site}")
     return layout
 
 
 @rule("prelu")
-def prelu(walk: Walk, call: Call) -> Layout:
+def prelu(tracer: Tracer, call: Call) -> Layout:
     """A slope for each channel, or one for all."""
     x, weight = call["self"], call["weight"]
-    layout = walk.layout(x)
+    layout = tracer.layout(x)
     if weight.numel() > 1:
-        _ride(walk, call, layout[1], weight, "norm")
+        _ride(tracer, call, layout[1], weight, "norm")
     return layout
 
 
 @rule("_weight_norm", "_weight_norm_interface")
-def weight_norm(walk: Walk, call: Call) -> Any:
+def weight_norm(tracer: Tracer, call: Call) -> Any:
     """Direction times length: kernels that read masked channels add nothing to the length."""
-    layout = walk.layout(call["v"])
+    layout = tracer.layout(call["v"])
     dim = call["dim"] % len(layout)
-    _ride(walk, call, layout[dim], call["g"], "norm", dim)
+    _ride(tracer, call, layout[dim], call["g"], "norm", dim)
     lengths = tuple(axis if place == dim else FIXED for place, axis in enumerate(layout))
     return [layout, lengths] if isinstance(call.out, tuple | list) else layout
 
 
 def _spatial(count: int) -> Any:
-    def apply(walk: Walk, call: Call) -> Any:
+    def apply(tracer: Tracer, call: Call) -> Any:
         """Pooling, resampling or padding over the last axes; the others pass."""
-        x = tensors_of(call)[0]
-        layout = walk.layout(x)
+        x = call.tensors[0]
+        layout = tracer.layout(x)
         first = call.out[0] if isinstance(call.out, tuple | list) else call.out
-        along = tuple(_slide(walk, call, layout[p], x.shape[p], first.shape[p], p + count) for p in range(-count, 0))
+        along = tuple(_slide(tracer, call, layout[p], x.shape[p], first.shape[p], p + count) for p in range(-count, 0))
         result = (*layout[:-count], *along)
         return [result] * len(call.out) if isinstance(call.out, tuple | list) else result
 
     return apply
 
 
-def _slide(walk: Walk, call: Call, axis: Axis, before: int, after: int, place: int) -> Axis:
+def _slide(tracer: Tracer, call: Call, axis: Axis, before: int, after: int, place: int) -> Axis:
     """One axis that a window slides along; with stride one, every position stays where its window has its middle."""
     if not axis:
         return axis
@@ -222,9 +222,9 @@ def _slide(walk: Walk, call: Call, axis: Axis, before: int, after: int, place: i
             return axis
         if after == before - width + 1 and not any(call["padding"] or ()):
             kept = tuple(vector[width // 2 : width // 2 + after] for vector in axis)
-            walk.ledger.soften(axis, f"{site(call)} slides over them", ordered=True)
+            tracer.table.mark_inexact(axis, f"{call.site} slides over them", ordered=True)
             return kept
-    walk.ledger.freeze(axis, f"{site(call)} pools or resamples along them")
+    tracer.table.freeze(axis, f"{call.site} pools or resamples along them")
     return FIXED
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from ..dispatch import Call, Split, Walk
+from ..dispatch import Call, Split, Tracer
 from ..labels import FIXED, FREE, Axis, Layout, Vector
-from . import broadcast, rule, site, tensors_of
+from . import broadcast, rule
 
 
-def reshape(walk: Walk, layout: Layout, old: Sequence[int], new: Sequence[int], hint: int | None) -> Layout:
+def reshape(tracer: Tracer, layout: Layout, old: Sequence[int], new: Sequence[int], hint: int | None) -> Layout:
     """The layout after a reshape from `old` to `new`; `hint` is the new axis whose size was left open (-1)."""
     result: list[Axis] = [FIXED] * len(new)
     if 0 in old:
@@ -35,7 +35,7 @@ def reshape(walk: Walk, layout: Layout, old: Sequence[int], new: Sequence[int], 
             for vector in axis or ():
                 spread = vector.reshape([-1 if p == place else 1 for p in range(len(sizes))])
                 block = np.broadcast_to(spread, sizes).reshape(shape)
-                target, kept = _settle(walk, block, chosen)
+                target, kept = _settle(tracer, block, chosen)
                 if kept is not None:
                     result[targets[target]] = (*(result[targets[target]] or ()), kept)
     return tuple(result)
@@ -72,7 +72,9 @@ def _stretches(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], 
     return runs
 
 
-def _settle(walk: Walk, block: np.ndarray[Any, np.dtype[np.int64]], chosen: int | None) -> tuple[int, Vector | None]:
+def _settle(
+    tracer: Tracer, block: np.ndarray[Any, np.dtype[np.int64]], chosen: int | None
+) -> tuple[int, Vector | None]:
     """Which axis of the block the labels run along; where they run along several, the others are tied."""
     varying = [a for a in range(block.ndim) if (np.take(block, [0], a) != block).any()]
     if not varying:
@@ -81,12 +83,12 @@ def _settle(walk: Walk, block: np.ndarray[Any, np.dtype[np.int64]], chosen: int 
         axis = varying[0]
     else:
         options = sorted(varying, key=lambda a: (a == chosen, block.shape[a], a), reverse=True)
-        axis = walk.choices.get(len(walk.splits), options[0])
-        walk.splits.append(Split(block.ravel(), tuple(options), axis))
+        axis = tracer.choices.get(len(tracer.splits), options[0])
+        tracer.splits.append(Split(block.ravel(), tuple(options), axis))
     rows = np.moveaxis(block, axis, 0).reshape(block.shape[axis], -1)
     vector = np.ascontiguousarray(rows[:, 0])
     if len(varying) > 1:
-        walk.ledger.join(vector[:, None], rows)
+        tracer.table.join(vector[:, None], rows)
     return axis, vector
 
 
@@ -95,42 +97,42 @@ def _open_axis(sizes: Any) -> int | None:
 
 
 @rule("view", "reshape", "_unsafe_view", "_reshape_alias", "view_copy")
-def view(walk: Walk, call: Call) -> Layout | None:
+def view(tracer: Tracer, call: Call) -> Layout | None:
     """Reshape to the given sizes."""
     if call["dtype"] is not None:
-        return walk.layout(call["self"])
+        return tracer.layout(call["self"])
     x = call["self"]
     sizes = call["size"] if call["size"] is not None else call["shape"]
     # An open first axis says nothing: it holds the batch.
-    return reshape(walk, walk.layout(x), x.shape, call.out.shape, _open_axis(sizes) or None)
+    return reshape(tracer, tracer.layout(x), x.shape, call.out.shape, _open_axis(sizes) or None)
 
 
 @rule("flatten", "ravel", "reshape_as", "view_as")
-def flatten(walk: Walk, call: Call) -> Layout:
+def flatten(tracer: Tracer, call: Call) -> Layout:
     """Merge axes."""
     x = call["self"]
-    return reshape(walk, walk.layout(x), x.shape, call.out.shape, None)
+    return reshape(tracer, tracer.layout(x), x.shape, call.out.shape, None)
 
 
 @rule("unflatten")
-def unflatten(walk: Walk, call: Call) -> Layout:
+def unflatten(tracer: Tracer, call: Call) -> Layout:
     """Split one axis."""
     x = call["self"]
     dim, place = call["dim"] % x.ndim, _open_axis(call["sizes"])
-    return reshape(walk, walk.layout(x), x.shape, call.out.shape, None if place is None else dim + place)
+    return reshape(tracer, tracer.layout(x), x.shape, call.out.shape, None if place is None else dim + place)
 
 
 @rule("permute")
-def permute(walk: Walk, call: Call) -> Layout:
+def permute(tracer: Tracer, call: Call) -> Layout:
     """Reorder axes."""
-    layout = walk.layout(call["self"])
+    layout = tracer.layout(call["self"])
     return tuple(layout[dim] for dim in call["dims"])
 
 
 @rule("transpose", "swapaxes", "swapdims")
-def transpose(walk: Walk, call: Call) -> Layout:
+def transpose(tracer: Tracer, call: Call) -> Layout:
     """Swap two axes."""
-    layout = list(walk.layout(call["self"]))
+    layout = list(tracer.layout(call["self"]))
     first = next(call[name] for name in ("dim0", "axis0") if call[name] is not None)
     second = next(call[name] for name in ("dim1", "axis1") if call[name] is not None)
     layout[first], layout[second] = layout[second], layout[first]
@@ -138,36 +140,36 @@ def transpose(walk: Walk, call: Call) -> Layout:
 
 
 @rule("t", "numpy_T", "mT", "adjoint", "mH")
-def turned(walk: Walk, call: Call) -> Layout:
+def turned(tracer: Tracer, call: Call) -> Layout:
     """Swap the last two axes, or all."""
-    layout = walk.layout(tensors_of(call)[0])
+    layout = tracer.layout(call.tensors[0])
     if len(layout) < 2 or call.op == "numpy_T":
         return layout[::-1]
     return (*layout[:-2], layout[-1], layout[-2])
 
 
 @rule("squeeze")
-def squeeze(walk: Walk, call: Call) -> Layout:
+def squeeze(tracer: Tracer, call: Call) -> Layout:
     """Drop axes of size one."""
     x, dim = call["self"], call["dim"]
-    layout = walk.layout(x)
+    layout = tracer.layout(x)
     dims = range(x.ndim) if dim is None else [d % x.ndim for d in ([dim] if isinstance(dim, int) else dim)]
     return tuple(axis for place, axis in enumerate(layout) if place not in dims or x.shape[place] != 1)
 
 
 @rule("unsqueeze")
-def unsqueeze(walk: Walk, call: Call) -> Layout:
+def unsqueeze(tracer: Tracer, call: Call) -> Layout:
     """A new axis of size one."""
-    layout = walk.layout(call["self"])
+    layout = tracer.layout(call["self"])
     dim = call["dim"] % (len(layout) + 1)
     return (*layout[:dim], FIXED, *layout[dim:])
 
 
 @rule("expand", "expand_as", "broadcast_to")
-def expand(walk: Walk, call: Call) -> Layout:
+def expand(tracer: Tracer, call: Call) -> Layout:
     """Axes of size one grow; their size follows whatever they are expanded for."""
     x = call["self"]
-    layout, lead = walk.layout(x), call.out.ndim - x.ndim
+    layout, lead = tracer.layout(x), call.out.ndim - x.ndim
     old = (1,) * lead + tuple(x.shape)
     axes = (FIXED,) * lead + layout
     grown = [size == 1 and new > 1 for size, new in zip(old, call.out.shape, strict=True)]
@@ -175,11 +177,11 @@ def expand(walk: Walk, call: Call) -> Layout:
 
 
 @rule("repeat", "tile")
-def repeat(walk: Walk, call: Call) -> Layout:
+def repeat(tracer: Tracer, call: Call) -> Layout:
     """Copies side by side."""
     x = call["self"]
     lead = call.out.ndim - x.ndim
-    layout = (FREE,) * lead + walk.layout(x)
+    layout = (FREE,) * lead + tracer.layout(x)
     old = (1,) * lead + tuple(x.shape)
     axes: list[Axis] = []
     for axis, size, new in zip(layout, old, call.out.shape, strict=True):
@@ -191,12 +193,12 @@ def repeat(walk: Walk, call: Call) -> Layout:
 
 
 @rule("repeat_interleave")
-def repeat_interleave(walk: Walk, call: Call) -> Layout | None:
+def repeat_interleave(tracer: Tracer, call: Call) -> Layout | None:
     """Every position several times in a row."""
     x, times, dim = call["self"], call["repeats"], call["dim"]
-    layout = list(walk.layout(x))
+    layout = list(tracer.layout(x))
     if not isinstance(times, int) or dim is None:
-        walk.freeze(tuple(layout), f"repeated by data in {site(call)}")
+        tracer.freeze(tuple(layout), f"repeated by data in {call.site}")
         return None
     axis = layout[dim]
     layout[dim] = tuple(np.repeat(vector, times) for vector in axis) if axis and x.shape[dim] > 1 else FREE
@@ -204,74 +206,74 @@ def repeat_interleave(walk: Walk, call: Call) -> Layout | None:
 
 
 @rule("cat", "concat", "concatenate")
-def concatenate(walk: Walk, call: Call) -> Layout:
+def concatenate(tracer: Tracer, call: Call) -> Layout:
     """Pieces end to end along one axis; all other axes are joined."""
     pieces = [piece for piece in call["tensors"] if piece.ndim > 1 or piece.numel()]
     ndim = call.out.ndim
     dim = (call["dim"] if call["dim"] is not None else call["axis"]) % ndim
-    where = site(call)
-    layouts = [walk.layout(piece) for piece in pieces]
+    where = call.site
+    layouts = [tracer.layout(piece) for piece in pieces]
     result = [
-        FIXED if place == dim else walk.ledger.join_axes([layout[place] for layout in layouts], where)
+        FIXED if place == dim else tracer.table.join_axes([layout[place] for layout in layouts], where)
         for place in range(ndim)
     ]
     along = [layout[dim] for layout in layouts]
     if any(along):
-        result[dim] = _end_to_end(walk, along, [int(piece.shape[dim]) for piece in pieces], where)
+        result[dim] = _end_to_end(tracer, along, [int(piece.shape[dim]) for piece in pieces], where)
     elif all(axis is FREE for axis in along):
         result[dim] = FREE
     return tuple(result)
 
 
-def _end_to_end(walk: Walk, axes: list[Axis], sizes: list[int], where: str) -> Axis:
+def _end_to_end(tracer: Tracer, axes: list[Axis], sizes: list[int], where: str) -> Axis:
     parts: list[Vector] = []
     for axis, size in zip(axes, sizes, strict=True):
         if axis and len(axis) > 1:
-            walk.ledger.freeze(axis, f"two channel axes merged into one before {where}")
+            tracer.table.freeze(axis, f"two channel axes merged into one before {where}")
         if not axis or len(axis) > 1:
-            parts.append(walk.ledger.constants(size, f"tied to positions of {where} that no layer makes"))
+            parts.append(tracer.table.constants(size, f"tied to positions of {where} that no layer makes"))
         else:
             parts.append(axis[0])
     return (np.concatenate(parts),)
 
 
 @rule("stack")
-def stack(walk: Walk, call: Call) -> Layout:
+def stack(tracer: Tracer, call: Call) -> Layout:
     """Pieces along a new axis; all their axes are joined."""
-    joined = broadcast(walk, call, list(call["tensors"]), call.out.ndim - 1)
+    joined = broadcast(tracer, call, list(call["tensors"]), call.out.ndim - 1)
     dim = call["dim"] % call.out.ndim
     return (*joined[:dim], FIXED, *joined[dim:])
 
 
 @rule("chunk", "split", "tensor_split", "unsafe_chunk", "unsafe_split", "split_with_sizes", "hsplit", "vsplit")
-def split(walk: Walk, call: Call) -> list[Layout]:
+def split(tracer: Tracer, call: Call) -> list[Layout]:
     """Pieces along one axis: of equal size, their places are tied; of given sizes, each is its own."""
-    x = tensors_of(call)[0]
+    x = call.tensors[0]
     dim = (call["dim"] or 0) % x.ndim
-    layout = walk.layout(x)
+    layout = tracer.layout(x)
     axis = layout[dim]
     sizes = [int(piece.shape[dim]) for piece in call.out]
     if not axis:
         return [layout] * len(sizes)
     if len(axis) > 1:
-        walk.ledger.freeze(axis, f"two channel axes merged into one before {site(call)}")
+        tracer.table.freeze(axis, f"two channel axes merged into one before {call.site}")
         return [(*layout[:dim], FIXED, *layout[dim + 1 :])] * len(sizes)
     vectors = np.split(axis[0], np.cumsum(sizes)[:-1])
     if len(set(sizes)) == 1:
-        walk.ledger.join(vectors[0][None], np.stack(vectors))
+        tracer.table.join(vectors[0][None], np.stack(vectors))
     elif call.op == "split_with_sizes":
-        walk.ledger.pieces += vectors
+        tracer.table.pieces += vectors
     else:
-        walk.ledger.freeze(axis, f"cut into pieces of unequal size by {site(call)}")
+        tracer.table.freeze(axis, f"cut into pieces of unequal size by {call.site}")
     return [(*layout[:dim], (vector,), *layout[dim + 1 :]) for vector in vectors]
 
 
 @rule("slice", "narrow")
-def narrow(walk: Walk, call: Call) -> Layout:
+def narrow(tracer: Tracer, call: Call) -> Layout:
     """Positions from a start to an end."""
     x = call["self"]
     dim = (call["dim"] or 0) % x.ndim
-    layout = walk.layout(x)
+    layout = tracer.layout(x)
     axis = layout[dim]
     if not axis or call.out.shape[dim] == x.shape[dim]:
         return layout
@@ -281,48 +283,48 @@ def narrow(walk: Walk, call: Call) -> Layout:
         start = int(call["start"]) % x.shape[dim]
         chosen = slice(start, start + call["length"])
     taken = tuple(vector[chosen] for vector in axis)
-    walk.ledger.pieces += taken
+    tracer.table.pieces += taken
     return (*layout[:dim], taken, *layout[dim + 1 :])
 
 
 @rule("select", "unbind")
-def select(walk: Walk, call: Call) -> Any:
+def select(tracer: Tracer, call: Call) -> Any:
     """One position of an axis, or each of them."""
     x = call["self"]
     dim = (call["dim"] or 0) % x.ndim
-    layout = walk.layout(x)
+    layout = tracer.layout(x)
     if x.shape[dim] > 1:
-        walk.ledger.freeze(layout[dim], f"picked by position in {site(call)}")
+        tracer.table.freeze(layout[dim], f"picked by position in {call.site}")
     rest = (*layout[:dim], *layout[dim + 1 :])
     return [rest] * len(call.out) if call.op == "unbind" else rest
 
 
 @rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle")
-def shuffle(walk: Walk, call: Call) -> Layout:
+def shuffle(tracer: Tracer, call: Call) -> Layout:
     """Channels into space, space into channels, or channels interleaved."""
-    x = tensors_of(call)[0]
-    layout = walk.layout(x)
+    x = call.tensors[0]
+    layout = tracer.layout(x)
     if not layout[-3]:
         return layout
     if call.op == "pixel_shuffle":
         squared = int(call["upscale_factor"]) ** 2
         channels = int(call.out.shape[-3])
-        split_ = reshape(walk, (layout[-3],), (x.shape[-3],), (channels, squared), 0)
+        split_ = reshape(tracer, (layout[-3],), (x.shape[-3],), (channels, squared), 0)
         return (*layout[:-3], split_[0], FIXED, FIXED)
     if call.op == "pixel_unshuffle":
         squared = int(call["downscale_factor"]) ** 2
         return (*layout[:-3], tuple(np.repeat(vector, squared) for vector in layout[-3]), FIXED, FIXED)
     groups, channels = int(call["groups"]), int(x.shape[-3])
-    parts = reshape(walk, (layout[-3],), (channels,), (groups, channels // groups), 1)
+    parts = reshape(tracer, (layout[-3],), (channels,), (groups, channels // groups), 1)
     merged = tuple(np.repeat(vector, groups) for vector in parts[1] or ())
     return (*layout[:-3], merged, *layout[-2:])
 
 
 @rule("pad", "constant_pad_nd")
-def pad(walk: Walk, call: Call) -> Layout:
+def pad(tracer: Tracer, call: Call) -> Layout:
     """Padding: along a channel axis the new positions belong to no layer."""
     x = call["self"]
-    layout = list(walk.layout(x))
+    layout = list(tracer.layout(x))
     amounts = list(call["pad"])
     for pair in range(len(amounts) // 2):
         before, after, dim = int(amounts[2 * pair]), int(amounts[2 * pair + 1]), x.ndim - 1 - pair
@@ -330,23 +332,23 @@ def pad(walk: Walk, call: Call) -> Layout:
             continue
         axis = layout[dim]
         if axis and len(axis) == 1 and min(before, after) >= 0 and x.shape[dim] > 1:
-            reason = f"tied to constant padding by {site(call)}"
-            ends = [walk.ledger.constants(count, reason) for count in (before, after)]
+            reason = f"tied to constant padding by {call.site}"
+            ends = [tracer.table.constants(count, reason) for count in (before, after)]
             layout[dim] = (np.concatenate([ends[0], axis[0], ends[1]]),)
         else:
-            walk.ledger.freeze(axis, f"padded by {site(call)}")
+            tracer.table.freeze(axis, f"padded by {call.site}")
             layout[dim] = FIXED
     return tuple(layout)
 
 
 @rule("im2col", "unfold", "col2im")
-def unfold(walk: Walk, call: Call) -> Layout:
+def unfold(tracer: Tracer, call: Call) -> Layout:
     """Sliding windows: `x.unfold(dim, …)` slides along an axis, `F.unfold` moves windows into channels."""
     x = call["self"]
-    layout = walk.layout(x)
+    layout = tracer.layout(x)
     if call.op == "unfold":
         dim = call["dimension"] % x.ndim
-        walk.ledger.freeze(layout[dim], f"{site(call)} slides over them")
+        tracer.table.freeze(layout[dim], f"{call.site} slides over them")
         return (*layout[:dim], FIXED, *layout[dim + 1 :], FIXED)
     squared = math.prod(call["kernel_size"])
     axis = layout[-3] if call.op == "im2col" else layout[-2]
@@ -354,5 +356,5 @@ def unfold(walk: Walk, call: Call) -> Layout:
         spread = tuple(np.repeat(vector, squared) for vector in axis) if axis else axis
         return (*layout[:-3], spread, FIXED)
     channels = int(call.out.shape[-3])
-    parts = reshape(walk, (axis,), (x.shape[-2],), (channels, squared), 0)
+    parts = reshape(tracer, (axis,), (x.shape[-2],), (channels, squared), 0)
     return (*layout[:-2], parts[0], FIXED, FIXED)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...plan import ChannelGroup, Slice
-from ...profiling.macs import LAYERS, WeightOps
+from ...profiling.weight_ops import LAYERS, WeightOps, WeightUse
 from ...utils.inputs import call
 from ...utils.model_state import preserved
 from .registry import Batch, Evidence, criterion
@@ -61,10 +61,10 @@ def observe(
     """
     moments: dict[str, _Moments] = {}
 
-    def seen(op: Any, data: Tensor, weight: Tensor, name: str | None, _macs: int, output: Tensor) -> None:
-        if name in wanted and op in LAYERS and op is not torch.ops.aten.bilinear:
-            values = statistic(_maps(data if inputs else output, op, weight))
-            moments.setdefault(str(name), _Moments()).add(values)
+    def seen(use: WeightUse) -> None:
+        if use.name in wanted and use.op in LAYERS and use.op is not torch.ops.aten.bilinear:
+            values = statistic(_maps(use.data if inputs else use.output, use.op, use.weight))
+            moments.setdefault(use.name, _Moments()).add(values)
 
     with preserved(model):
         for batch, _ in batches:

@@ -13,10 +13,10 @@ from torch import nn
 from ...errors import ConfigError
 from ...profiling.macs import measure
 from ...surgery.checkpoint import load
-from ..recipes import PruningRecipe
-from .config import DENSE, SCRATCH, Comparison, Setting, plan
-from .context import RunContext
-from .records import Record
+from ..trials.config import Comparison, Setting, plan
+from ..trials.context import RunContext
+from ..trials.records import Record
+from .recipe import PruningRecipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,24 +60,22 @@ def setting(
     if not epochs_scale > 0:
         raise ConfigError(f"epochs scale {epochs_scale:g}: give a number above 0, such as 0.1")
     _, again = recipe.schedule(retrain)
-    shared = dict(training or {})
     options = dict(data_options or {})
     if recipe.image_size != 32 and data != "digits":
         options.setdefault("image_size", recipe.image_size)
-    twin = {**_scaled(recipe.scratch, epochs_scale)} if recipe.scratch else {}
     retraining = {key: value for key, value in again.items() if key != "epochs"}
     return Setting(
         model=recipe.model,
         data=data or recipe.data,
         width=width,
         data_options=options,
-        recipe={**_scaled(recipe.base, epochs_scale), **shared},
+        recipe={**_scaled(recipe.base, epochs_scale), **(training or {})},
         retrain_epochs=_scaled(again, epochs_scale).get("epochs", 0),
         retrain_lr=retraining.get("lr", 0.001),
         retrain=retraining,
         shares=recipe.keep,
         follow=recipe.follow,
-        scratch=twin,
+        scratch=_scaled(recipe.scratch or {}, epochs_scale),
         weights=None if weights is None else str(weights),
     )
 
@@ -86,17 +84,17 @@ def comparison(
     recipe: PruningRecipe, chosen: Setting, *, seeds: Sequence[int] = (0,), scratch: bool = True
 ) -> Comparison:
     """The trials of a recipe: dense, pruned, and the twin from scratch if the recipe has one and `scratch` is set."""
-    twin = [SCRATCH] if scratch and recipe.scratch is not None else []
-    return plan(chosen, [DENSE, recipe.criterion, *twin], seeds=seeds)
+    twin = ["scratch"] if scratch and recipe.scratch is not None else []
+    return plan(chosen, ["dense", recipe.criterion, *twin], seeds=seeds)
 
 
-def networks(recipe: PruningRecipe, records: Iterable[Record], bench: RunContext) -> list[Network]:
+def networks(recipe: PruningRecipe, records: Iterable[Record], context: RunContext) -> list[Network]:
     """The finished trials with their counts as the paper counts: `uncounted` layers left out."""
     found = []
     for record in records:
         if record["status"] == "finished":
-            model = load(bench.model_file(record["id"]), bench.build, device=bench.device)
-            found.append(Network(record, *counts(model, bench.example, recipe.uncounted)))
+            model = load(context.model_file(record["id"]), context.build, device=context.device)
+            found.append(Network(record, *counts(model, context.example, recipe.uncounted)))
     return found
 
 
