@@ -325,7 +325,7 @@ class OnlineFilterClustering:
         uncut = copy.deepcopy(self._bare) if options.remedy == "kernels" else None
         plan, receipt = apply_with_sizes(
             plan,
-            self.model,
+            self._bare,
             self.example_inputs,
             None if options.verify else sizes_rewriter(self.groups),
             optimizer=self.optimizer,
