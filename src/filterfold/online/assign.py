@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -32,14 +32,7 @@ class ClusterRow(TypedDict):
 
 def read_row(row: Mapping[str, Any]) -> ClusterRow:
     """A row as it was written down."""
-    return ClusterRow(
-        epoch=row["epoch"],
-        group=row["group"],
-        k=row["k"],
-        inertia=row["inertia"],
-        cosine=row["cosine"],
-        changed=row["changed"],
-    )
+    return cast(ClusterRow, {name: row[name] for name in ClusterRow.__annotations__})
 
 
 def summary(rows: Sequence[ClusterRow], sizes: Mapping[str, int]) -> str:

@@ -47,17 +47,17 @@ def value_and_gradient(weight: Tensor, labels: Tensor, mean: Tensor, sign: Tenso
 
 
 def add_gradient(
-    grad: Tensor, rows: Tensor, labels: Tensor, mean: Tensor, sign: Tensor | None, strength: float, room: Tensor
+    grad: Tensor, rows: Tensor, labels: Tensor, mean: Tensor, sign: Tensor | None, strength: float, buffer: Tensor
 ) -> None:
     """Add strength times the gradient to `grad`, in place and without new memory: it is done after every batch.
 
     **Arguments:**
 
     - `grad`, `rows`: shape `(n, d)`, both float32 or float64. The others as for `pull`.
-    - `room`: shape `(3, n · d)` or longer, to work in.
+    - `buffer`: shape `(3, n · d)` or longer, to work in.
     """
     with torch.autocast(rows.device.type, enabled=False):
-        unit, own, centres = (part[: rows.numel()].view_as(rows) for part in room)
+        unit, own, centres = (part[: rows.numel()].view_as(rows) for part in buffer)
         inverse = _inverse(rows, sign)
         torch.mul(rows, inverse, out=unit)
         torch.index_select(means(unit, labels, mean, centres[: len(mean)]), 0, labels, out=own)
@@ -151,11 +151,11 @@ class CosinePull:
 
 @dataclass(frozen=True, slots=True)
 class _PulledRows:
-    """The filters of one parameter; `mean` as for `pull`; `room` is memory to work in, which all of them share."""
+    """The filters of one parameter; `mean` as for `pull`; `buffer` is memory to work in, which all of them share."""
 
     rows: ClusteredRows
     mean: Tensor
-    room: Tensor
+    buffer: Tensor
 
     def value(self) -> Tensor:
         """The clustering term of this parameter."""
@@ -172,7 +172,7 @@ class _PulledRows:
         rows, place = self._as_stored(parameter), self._as_stored(grad)
         wide = rows.dtype == place.dtype and rows.dtype in (torch.float32, torch.float64)
         if own.positions is None and wide and place.is_contiguous():
-            add_gradient(place.flatten(1), rows.flatten(1), labels, self.mean, sign, strength, self.room)
+            add_gradient(place.flatten(1), rows.flatten(1), labels, self.mean, sign, strength, self.buffer)
             return
         rows = own.pick(parameter)
         gradient = value_and_gradient(rows, labels, self.mean, sign)[1].to(grad.dtype).view_as(rows)
@@ -198,15 +198,15 @@ def _pulled_rows(
         for piece in group.producers
         if group.name in labels and piece.role in FILTER_ROLES and tensors[piece.tensor].requires_grad
     ]
-    rooms: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+    buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
     for parameter in sorted((rows.parameter for rows in found), key=torch.numel, reverse=True):
         device, dtype = parameter.device, parameter.dtype
-        if (device, dtype) not in rooms:
-            rooms[device, dtype] = torch.empty(3, parameter.numel(), device=device, dtype=dtype)
+        if (device, dtype) not in buffers:
+            buffers[device, dtype] = torch.empty(3, parameter.numel(), device=device, dtype=dtype)
     pulled = []
     for rows in found:
         device, dtype = rows.parameter.device, rows.parameter.dtype
         mean = averager(rows.labels).to(torch.promote_types(dtype, torch.float32))
         mean = mean.amax(dim=1, keepdim=True) if device.type == "cpu" else mean  # all that `means` asks for there
-        pulled.append(_PulledRows(rows, mean, rooms[device, dtype]))
+        pulled.append(_PulledRows(rows, mean, buffers[device, dtype]))
     return pulled

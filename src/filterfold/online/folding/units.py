@@ -94,15 +94,15 @@ def producer_layers(producers: Iterable[Slice]) -> tuple[ProducerLayer, ...]:
     return tuple(ProducerLayer(name, _kind(slices), slices) for name, slices in found.items())
 
 
-def filter_slices(maker: ProducerLayer) -> tuple[Slice, ...]:
+def filter_slices(layer: ProducerLayer) -> tuple[Slice, ...]:
     """The slices of a layer that are filters (depthwise ones too)."""
-    return tuple(piece for piece in maker.slices.values() if piece.role in FILTER_ROLES)
+    return tuple(piece for piece in layer.slices.values() if piece.role in FILTER_ROLES)
 
 
-def only_norm(makers: Sequence[ProducerLayer]) -> ProducerLayer | None:
+def only_norm(layers: Sequence[ProducerLayer]) -> ProducerLayer | None:
     """The batch norm of a group that is one filter with one norm, where they certainly belong together."""
-    norms = [maker for maker in makers if maker.kind == "norm"]
-    filters = [maker for maker in makers if maker.kind in FILTER_ROLES]
+    norms = [layer for layer in layers if layer.kind == "norm"]
+    filters = [layer for layer in layers if layer.kind in FILTER_ROLES]
     if len(norms) == 1 and len(filters) == 1 and len(filter_slices(filters[0])) == 1:
         return norms[0]
     return None
