@@ -172,7 +172,7 @@ def mean_difference(
 
 
 def mean_ratio(sample: ArrayLike, control: ArrayLike, *, confidence: float = 0.95, paired: bool = False) -> Difference:
-    """Geometric mean of `sample` over that of `control`, with interval and p-value: the form for times.
+    """Geometric mean of `sample` over that of `control`, with interval and p-value; for times.
 
     The t-test of `mean_difference` on logarithms; a value of .5 means half as long.
 
