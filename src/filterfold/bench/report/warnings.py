@@ -89,7 +89,7 @@ def _speedup_at_any_width(study: Study, judgements: Sequence[Judgement]) -> Iter
         # At least twice as many filters left, yet at most 1.3 times the time, and no difference that a test finds.
         means = [_mean(samples[few.label]), _mean(samples[many.label])]
         more, p = (many.clusters or 1) / (few.clusters or 1), stats.kruskal_wallis(samples).p
-        if more < 2 or means[1] > 1.3 * means[0] or p is None or p < ALPHA:
+        if more < 2 or means[1] > 1.3 * means[0] or p < ALPHA:
             continue
         suspects = tuple(g.label for g in groups if g.label in faster)
         text = (
@@ -113,7 +113,7 @@ def _dunn(study: Study) -> Iterator[StudyWarning]:
         others = [label for label in samples if label != control]
         below = [label for label in others if raw.p(control, label) < ALPHA]
         left = [label for label in below if holm.p(control, label) < ALPHA]
-        if overall is None or overall >= ALPHA or len(left) == len(below):
+        if overall >= ALPHA or len(left) == len(below):
             continue
         worst = max(raw.p(control, label) for label in below)
         kept = ", ".join(f"{label}, {p_words(holm.p(control, label))}" for label in left)
@@ -131,8 +131,10 @@ def _dunn(study: Study) -> Iterator[StudyWarning]:
 
 def _no_difference_is_not_equality(study: Study, judgements: Sequence[Judgement]) -> Iterator[StudyWarning]:
     samples = study.samples(TOP1)
-    p = stats.kruskal_wallis(samples).p if len(samples) > 1 and judgements else None
-    if p is None or p < ALPHA:
+    if len(samples) < 2 or not judgements:
+        return
+    p = stats.kruskal_wallis(samples).p
+    if p < ALPHA:
         return
     kept = [j.group.label for j in judgements if j.kept]
     shown = f"It is shown for {', '.join(kept)}." if kept else "It is shown for none of the settings."
@@ -152,7 +154,7 @@ def _pooled(study: Study) -> Iterator[StudyWarning]:
         if control is None or control in groups or min(len(pool), len(base)) < 2:
             continue
         p, change = stats.mann_whitney(pool, base).p, stats.mean_difference(pool, base).value
-        if p is None or p >= ALPHA:
+        if p >= ALPHA:
             continue
         text = (
             f"Pooled over its {len(groups)} settings, {name} has a mean top-1 of {_mean(pool):.3f} against "
