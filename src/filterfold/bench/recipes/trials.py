@@ -13,7 +13,7 @@ from torch import nn
 from ...errors import ConfigError
 from ...profiling.macs import measure
 from ...surgery.checkpoint import load
-from ..trials.config import Comparison, Setting, plan
+from ..trials.config import Comparison, Setting
 from ..trials.context import RunContext
 from ..trials.records import Record
 from .recipe import PruningRecipe
@@ -85,7 +85,7 @@ def comparison(
 ) -> Comparison:
     """The trials of a recipe: dense, pruned, and the twin from scratch if the recipe has one and `scratch` is set."""
     twin = ["scratch"] if scratch and recipe.scratch is not None else []
-    return plan(chosen, ["dense", recipe.criterion, *twin], seeds=seeds)
+    return Comparison.of(chosen, ["dense", recipe.criterion, *twin], seeds=seeds)
 
 
 def networks(recipe: PruningRecipe, records: Iterable[Record], context: RunContext) -> list[Network]:
