@@ -94,7 +94,7 @@ def networks(recipe: PruningRecipe, records: Iterable[Record], context: RunConte
     for record in records:
         if record["status"] == "finished":
             model = load(context.model_file(record["id"]), context.build, device=context.device)
-            found.append(Network(record, *counts(model, context.example, recipe.uncounted)))
+            found.append(Network(record, *counts(model, context.example, recipe.paper.uncounted)))
     return found
 
 
