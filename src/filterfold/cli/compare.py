@@ -133,7 +133,7 @@ def compare(
     same command goes on, here or on another machine. Exit code 3: stopped in time with work left; 1: all is done
     but some trial failed (the next call tries it again).
     """
-    from ..bench.trials.config import COMPARED, CONTROLS, Setting, plan
+    from ..bench.trials.config import COMPARED, CONTROLS, Comparison, Setting
 
     setting = Setting(
         model=chosen.model,
@@ -147,7 +147,7 @@ def compare(
         online=clustering.keywords(),
     )
     names = [*COMPARED, *CONTROLS] if methods is None else listed(methods, "--methods", str)
-    comparison = plan(
+    comparison = Comparison.of(
         setting,
         names,
         clusters=listed(clusters, "--clusters", int),
@@ -203,7 +203,7 @@ def demo(
     Real data that ships with scikit-learn, a small VGG, several seeds each, about two minutes. Done a second time, it
     shows what is there. One CPU thread: the images are so small that more only get in each other's way.
     """
-    from ..bench.trials.config import Setting, plan
+    from ..bench.trials.config import Comparison, Setting
 
     setting = Setting(
         model="vgg_small",
@@ -213,7 +213,7 @@ def demo(
         retrain_lr=0.01,  # the paper's .001 is for 390 steps an epoch; here are ten
         online=OnlineOptions().keywords(),
     )
-    comparison = plan(setting, ("dense", "l1", "online"), keep=[keep], seeds=range(trials))
+    comparison = Comparison.of(setting, ("dense", "l1", "online"), keep=[keep], seeds=range(trials))
     show(running.run(comparison, out), out, margin=1.0)
 
 
