@@ -80,7 +80,7 @@ def online(folder: Path) -> dict[str, Any]:
     recipe = Recipe(epochs=6, batch_size=64, lr=0.1, schedule="onecycle")
 
     def enough(_seconds: float) -> None:
-        if distributed.first() and len(seen) == 3:
+        if distributed.is_first() and len(seen) == 3:
             raise EnoughError("three epochs")
 
     def run(checkpoint: Path | None, check: Any) -> tuple[nn.Module, OnlineCallback, Any, Watch]:
@@ -128,4 +128,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     where = Path(sys.argv[1])
     found = {task.__name__: task(where) for task in (exact, online, plain_ddp.run)}
-    (where / f"{distributed.rank()}.json").write_text(json.dumps({"count": distributed.count(), **found}))
+    (where / f"{distributed.rank()}.json").write_text(json.dumps({"count": distributed.world_size(), **found}))

@@ -166,7 +166,12 @@ def test_parameters_that_no_gradient_reaches_are_noticed() -> None:
 
 def test_a_program_by_itself_needs_no_agreement() -> None:
     tensor = torch.ones(3)
-    assert (distributed.count(), distributed.rank(), distributed.here(), distributed.place()) == (1, 0, 1, 0)
+    assert (distributed.world_size(), distributed.rank(), distributed.local_world_size(), distributed.local_rank()) == (
+        1,
+        0,
+        1,
+        0,
+    )
     assert distributed.agreed(tensor) is tensor
     assert distributed.decided(lambda: tensor) is tensor
     assert distributed.summed(tensor) is tensor

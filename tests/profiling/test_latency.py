@@ -124,7 +124,7 @@ def test_more_speed_than_arithmetic_is_suspicious():
 def test_a_control_that_is_off_is_said():
     rows = (Latency("a", 4, (1.0,) * 6), Latency(CONTROL, 4, (0.9,) * 6))
     (warning,) = LatencyComparison(rows, {}).warnings
-    assert warning == ("batch 4: the A/A control gives 1.11x; the machine is too restless for differences below 11%")
+    assert warning == ("batch 4: the A/A control gives 1.11x; the machine is too unsteady for differences below 11%")
 
 
 def test_a_slow_network_is_not_timed_for_ever():

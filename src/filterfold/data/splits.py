@@ -203,7 +203,7 @@ def batches(
     - `device`, `dtype`, `channels_last`: what the images come as. A split in memory is best moved to
       the device once, with `split.to(device)`.
     - `drop_last`: leave an incomplete last batch out.
-    - `part`: from the number of images in a batch to the slice of them that is wanted, such as `distributed.part`:
+    - `part`: from the number of images in a batch to the slice of them that is wanted, such as `distributed.own_part`:
       processes that train together then see, batch for batch, what one process would see.
 
     **Returns:** an iterator over (images (b, channels, height, width), labels (b,)).

@@ -1,8 +1,9 @@
-"""How long networks and layers take, measured so that the figures hold up.
+"""What networks and layers cost: multiply-accumulates, and measured time.
 
-Fixed threads, warm-up, eval and inference mode, the same input for all, the networks timed in turn
-(so that a slow phase of the machine hits all of them), medians with intervals, and the first network
-timed a second time under another name: that A/A control must give 1.00, or the differences mean nothing.
+Networks are timed with a fixed number of threads, after a warm-up, in eval and inference mode, on the same input, and
+in turn, so that a slow phase of the machine affects all of them; the results are medians with intervals. The first
+network is timed a second time under another name. The ratio of this A/A control to itself must be 1.00; where it is
+not, differences of that size mean nothing.
 """
 
 from __future__ import annotations

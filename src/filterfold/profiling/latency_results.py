@@ -1,4 +1,4 @@
-"""What was measured: medians, intervals, ratios, and what to be wary of."""
+"""Results of timing: medians, intervals, ratios, and warnings about them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 CONTROL = "A/A control"
 
 
-RESTLESS = 0.03
+UNSTEADY = 0.03
 """An A/A control further than this from 1.00 makes differences of that size meaningless."""
 
 
 def median_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """A confidence interval of the median that supposes no distribution: two order statistics.
+    """A confidence interval of the median without an assumption on the distribution: two order statistics.
 
     With fewer than 6 values no two of them cover 95 %: then it is the smallest and the largest, and
     covers less.
@@ -115,9 +115,9 @@ class LatencyComparison:
         for row in self.rows:
             ratio = self.speedup(row.model, row.batch_size)
             fewer = self.macs_ratio(row.model)
-            if row.model == CONTROL and abs(ratio - 1) > RESTLESS:
+            if row.model == CONTROL and abs(ratio - 1) > UNSTEADY:
                 found.append(
-                    f"batch {row.batch_size}: the A/A control gives {ratio:.2f}x; the machine is too restless for "
+                    f"batch {row.batch_size}: the A/A control gives {ratio:.2f}x; the machine is too unsteady for "
                     f"differences below {abs(ratio - 1):.0%}"
                 )
             if fewer is not None and self.speedup_interval(row.model, row.batch_size)[0] > fewer:

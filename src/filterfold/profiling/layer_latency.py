@@ -1,4 +1,4 @@
-"""Time of single layers at other widths, and widths that the hardware likes."""
+"""Time of single layers at other widths, and widths at which the hardware is efficient."""
 
 from __future__ import annotations
 
@@ -194,13 +194,13 @@ class LayerTimes:
         return min(taken[0]), min(taken[1])
 
     def save(self) -> None:
-        """Keep what was measured; a folder that can't be written is only remarked upon."""
+        """Save what was measured; a folder that can't be written is a warning only."""
         if self._file is None or not self.measured:
             return
         try:
             write_json(self._file, {**self._about, "seconds": _read(self._file, self._about) | self._seconds})
         except OSError as error:
-            _LOG.warning("times of layers can't be kept in %s: %s", self._file, error)
+            _LOG.warning("times of layers can't be saved in %s: %s", self._file, error)
 
     def _key(self, layer: LayerCall) -> str:
         kind = [layer.op, layer.data, layer.weight, layer.bias, layer.options]
@@ -266,7 +266,7 @@ _FASTER = 1.02
 
 
 def friendly_step(size: int, device: torch.device) -> int:
-    """Multiples of how many channels the hardware likes, fine enough to choose among for `size` channels.
+    """The multiple of channels at which the hardware is efficient, fine enough to choose among for `size` channels.
 
     >>> [friendly_step(size, torch.device("cpu")) for size in (512, 64, 40, 16, 3)]
     [16, 16, 8, 4, 1]
@@ -286,7 +286,7 @@ def wasted_widths(
     times: LayerTimes | None = None,
     timer: Timer | None = None,
 ) -> tuple[str, ...]:
-    """Layers whose odd widths save nothing: rounded up to what the hardware likes they are as fast.
+    """Layers whose odd widths save nothing: rounded up to an efficient width they are as fast.
 
     Every convolution and linear layer is timed at its widths and at those rounded up to a multiple of
     16 (8 on a GPU), in turn.

@@ -90,7 +90,7 @@ def evaluate(
     autocast = torch.autocast(where.type, dtype=dtype) if dtype is not None else contextlib.nullcontext()
     started = time.perf_counter()
     with preserved(model), torch.inference_mode(), autocast:
-        part = distributed.part if together else whole
+        part = distributed.own_part if together else whole
         feed = batches(held, batch_size, device=where, channels_last=channels_last, part=part)
         for number, (images, labels) in enumerate(track(feed, description, -(-count // batch_size))):
             if not len(labels):  # the last batch may be smaller than there are processes

@@ -35,16 +35,16 @@ def _joined() -> ClusterEnvironment:
 
     class Joined(TorchElasticEnvironment):
         def world_size(self) -> int:
-            return distributed.count()
+            return distributed.world_size()
 
         def global_rank(self) -> int:
             return distributed.rank()
 
         def local_rank(self) -> int:
-            return distributed.place()
+            return distributed.local_rank()
 
         def node_rank(self) -> int:
-            return distributed.rank() // distributed.here()
+            return distributed.rank() // distributed.local_world_size()
 
     return Joined()
 
@@ -77,7 +77,7 @@ def make(device: str, recipe: Recipe, model: nn.Module, example: Tensor) -> Fabr
     from lightning_fabric import Fabric
 
     accelerator, index = _accelerator(device, recipe)
-    if distributed.count() == 1:
+    if distributed.world_size() == 1:
         chosen: list[int] | int = [int(index)] if index else 1
         return Fabric(accelerator=accelerator, devices=chosen, precision=recipe.precision)
 
@@ -88,8 +88,8 @@ def make(device: str, recipe: Recipe, model: nn.Module, example: Tensor) -> Fabr
         raise ConfigError(f"several processes can't train {what}; leave that out")
     fabric = Fabric(
         accelerator=accelerator,
-        devices=distributed.here(),
-        num_nodes=distributed.count() // distributed.here(),
+        devices=distributed.local_world_size(),
+        num_nodes=distributed.world_size() // distributed.local_world_size(),
         strategy=_strategy(unreached=_unreached(model, example)),
         plugins=[_joined()],
         precision=recipe.precision,
@@ -160,11 +160,11 @@ def lead_or_follow(command: Callable[[], object], work: Callable[[Any], object])
     """
     global _waiting
     distributed.join()
-    if not distributed.first():
+    if not distributed.is_first():
         _follow(work)
         distributed.leave()
         return
-    _waiting = distributed.count() > 1
+    _waiting = distributed.world_size() > 1
     try:
         command()
     finally:

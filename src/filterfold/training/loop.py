@@ -96,7 +96,7 @@ def train(
     job = Job(model, data, recipe, tuple(callbacks), optimizer, every, device, phase)
     leading = Leading(observers, Path(checkpoint) if checkpoint is not None else None, checkpoint_seconds, check)
     distributed.join()
-    if distributed.count() > 1:
+    if distributed.world_size() > 1:
         model.cpu()  # to be sent; each process moves it to its own device
     with handed_out(job):
         return work(job, leading)
@@ -130,8 +130,10 @@ def work(job: Job, leading: Leading | None = None) -> History:
     """Train in this process; `leading` is used in rank 0 only. See `train`."""
     model, data, recipe, callbacks = job.model, job.data, job.recipe, job.callbacks
     leading = leading or Leading()
-    if min(recipe.batch_size, len(data.train)) < distributed.count():
-        raise ConfigError(f"batches of {recipe.batch_size} images can't be shared by {distributed.count()} processes")
+    if min(recipe.batch_size, len(data.train)) < distributed.world_size():
+        raise ConfigError(
+            f"batches of {recipe.batch_size} images can't be shared by {distributed.world_size()} processes"
+        )
     with _given_back(model, recipe):
         fabric = make(job.device, recipe, model, data.example)
         model.to(fabric.device)
@@ -151,7 +153,7 @@ def work(job: Job, leading: Leading | None = None) -> History:
             for callback, kept in zip(callbacks, tree["callbacks"], strict=True):
                 callback.load_state_dict(kept)
         try:
-            with nullcontext() if distributed.first() else show(None):
+            with nullcontext() if distributed.is_first() else show(None):
                 loop.go()
         finally:
             run.optimizer.zero_grad(set_to_none=True)
@@ -172,7 +174,7 @@ class Loop:
         self.whole = len(self.split) >= run.recipe.batch_size
         self.steps = len(self.split) // run.recipe.batch_size if self.whole else 1
         self.images = min(len(self.split), run.recipe.batch_size)
-        self.part = distributed.part if distributed.count() > 1 else whole
+        self.part = distributed.own_part if distributed.world_size() > 1 else whole
         self.hooked = [c for c in job.callbacks if type(c).after_backward is not Callback.after_backward]
         self.written = time.monotonic()
 
@@ -210,13 +212,13 @@ class Loop:
             rate = recipe.rate(run.step, self.steps)
             total += self._batch(images, labels, rate)
             run.step += 1
-        loss = float(distributed.summed(total)) / (self.steps * distributed.count())
+        loss = float(distributed.summed(total)) / (self.steps * distributed.world_size())
         if not math.isfinite(loss):
             raise TrainingError(f"the loss of epoch {run.epoch} is {loss}; lower the learning rate (it was {rate:g})")
         run.loss = loss
-        if distributed.count() > 1:  # callbacks find the same network and the same random state everywhere
+        if distributed.world_size() > 1:  # callbacks find the same network and the same random state everywhere
             distributed.averaged(run.model.buffers())
-            _seed(recipe.seed, run.epoch, distributed.count())
+            _seed(recipe.seed, run.epoch, distributed.world_size())
         extra = run.extra_macs
         for callback in self.callbacks:
             callback.on_epoch_end(run)
@@ -244,8 +246,10 @@ class Loop:
                 f"{type(run.model).__name__} returns a {type(logits).__name__} in training mode, not logits"
             )
         loss = functional.cross_entropy(logits, labels, label_smoothing=run.recipe.label_smoothing)
-        if len(labels) * distributed.count() != self.images:  # parts of different sizes: the mean is to be over images
-            loss = loss * (len(labels) * distributed.count() / self.images)
+        if (
+            len(labels) * distributed.world_size() != self.images
+        ):  # parts of different sizes: the mean is to be over images
+            loss = loss * (len(labels) * distributed.world_size() / self.images)
         objective = loss
         run.batch = Batch(images, labels, logits)
         for callback in self.callbacks:
@@ -274,7 +278,7 @@ class Loop:
             device=run.device,
             channels_last=run.recipe.channels_last,
             description="validating",
-            together=distributed.count() > 1,
+            together=distributed.world_size() > 1,
         ).top1
 
     def _tell_and_save(self, row: Row) -> None:

@@ -1,4 +1,4 @@
-"""One training run in several processes: who is first, what all agree on, and renewing wrappers after a cut."""
+"""One training run in several processes: their numbers, exchanging values, and renewing DDP after a cut."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 PATIENCE = timedelta(days=7)
-"""How long a rank waits for rank 0's next word: as long as any job lasts."""
+"""How long a rank waits for a value from rank 0: as long as any job lasts."""
 
 
 _control: dict[int, Any] = {}
@@ -32,10 +32,10 @@ def launched() -> bool:
     return dist.is_available() and dist.is_torchelastic_launched()
 
 
-def count() -> int:
+def world_size() -> int:
     """Number of processes that train together; 1 until they have joined.
 
-    >>> count(), rank(), first()
+    >>> world_size(), rank(), is_first()
     (1, 0, True)
     """
     return dist.get_world_size() if _joined() else 1
@@ -46,23 +46,23 @@ def rank() -> int:
     return dist.get_rank() if _joined() else 0
 
 
-def first() -> bool:
+def is_first() -> bool:
     """Whether this process is the one that decides, writes and shows: rank 0, or the only one."""
     return rank() == 0
 
 
-def here() -> int:
+def local_world_size() -> int:
     """Number of the processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", count())) if _joined() else 1
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if _joined() else 1
 
 
-def place() -> int:
+def local_rank() -> int:
     """The number of this process among those on this machine; it computes on the GPU of this number."""
-    return int(os.environ.get("LOCAL_RANK", rank() % here())) if _joined() else 0
+    return int(os.environ.get("LOCAL_RANK", rank() % local_world_size())) if _joined() else 0
 
 
 def join() -> None:
-    """Meet the other processes that torchrun started. Does nothing in a program that runs by itself, or twice.
+    """Join the other processes that torchrun started. Does nothing in a program that runs by itself, or twice.
 
     Tensors on the CPU are exchanged by gloo, those on a GPU by NCCL.
 
@@ -80,7 +80,7 @@ def join() -> None:
     atexit.register(leave)
 
 
-def alone(what: str) -> None:
+def refuse_under_torchrun(what: str) -> None:
     """Refuse what can't be done in processes that torchrun started.
 
     **Raises:** `ConfigError`.
@@ -90,7 +90,7 @@ def alone(what: str) -> None:
 
 
 def leave() -> None:
-    """Part from the other processes."""
+    """Leave the other processes."""
     if _joined():
         _control.clear()
         dist.destroy_process_group()
@@ -104,9 +104,9 @@ def agreed(value: T) -> T:
     >>> agreed([1, 2])
     [1, 2]
     """
-    if count() == 1:
+    if world_size() == 1:
         return value
-    told = [value if first() else None]
+    told = [value if is_first() else None]
     dist.broadcast_object_list(told, src=0, group=control())
     return told[0]  # type: ignore[return-value]
 
@@ -117,17 +117,17 @@ def decided(decide: Callable[[], T]) -> T:
     >>> decided(lambda: 3)
     3
     """
-    if count() == 1:
+    if world_size() == 1:
         return decide()
     value: Any = None
     error: BaseException | None = None
-    if first():
+    if is_first():
         try:
             value = decide()
         except BaseException as raised:
             error = raised
     value, theirs = agreed((value, error))
-    if first() and error is not None:
+    if is_first() and error is not None:
         raise error
     if theirs is not None:
         raise theirs
@@ -135,41 +135,41 @@ def decided(decide: Callable[[], T]) -> T:
 
 
 def summed(tensor: Tensor) -> Tensor:
-    """The sum over all processes, in place: the same bits in every one."""
-    if count() > 1:
+    """The sum over all processes, in place; bit for bit the same in each."""
+    if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def averaged(tensors: Iterable[Tensor]) -> None:
     """Put the mean over all processes into floating-point tensors, and rank 0's values into others."""
-    if count() == 1:
+    if world_size() == 1:
         return
     for tensor in tensors:
         if tensor.is_floating_point():
-            summed(tensor).div_(count())
+            summed(tensor).div_(world_size())
         else:
             dist.broadcast(tensor, src=0)
 
 
 def shared(tensors: Iterable[Tensor]) -> None:
     """Put rank 0's values into tensors of equal shapes."""
-    if count() > 1:
+    if world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor, src=0)
 
 
-def part(length: int) -> slice:
-    """The part of so many things that is this process's: as many for each as can be, in order.
+def own_part(length: int) -> slice:
+    """The part of `length` things that this process takes: equal parts as far as possible, in order.
 
-    >>> part(5)
+    >>> own_part(5)
     slice(0, 5, None)
     """
-    return slice(rank() * length // count(), (rank() + 1) * length // count())
+    return slice(rank() * length // world_size(), (rank() + 1) * length // world_size())
 
 
 def control() -> Any:
-    """The group in which processes tell each other what is no tensor, without a time limit."""
+    """The group of processes for objects other than tensors, practically without a time limit."""
     world = id(dist.group.WORLD)
     if world not in _control:
         _control.clear()
@@ -190,7 +190,7 @@ _OPTIONS = ("device_ids", "output_device", "dim", "process_group", "find_unused_
 
 
 def check_wrappers(model: nn.Module) -> None:
-    """Refuse now what could not be taken up after a cut.
+    """Refuse wrappers that `renew` could not renew after a cut.
 
     **Raises:** `SurgeryError` for DDP with options that can't be told from the wrapper.
     """
@@ -203,7 +203,7 @@ def check_wrappers(model: nn.Module) -> None:
 
 
 def renew(model: nn.Module) -> None:
-    """Let the DDP wrappers around a network take up its parameters' new sizes, in place; without any, do nothing.
+    """Make the DDP wrappers around a network follow its parameters' new sizes, in place; without any, do nothing.
 
     The wrapper is initialised again with the options, hooks and mode that it has, so whoever holds it goes on. All
     processes must call this; weights and, where DDP does so, buffers are rank 0's afterwards.

@@ -1,4 +1,4 @@
-"""What a figure was made with: versions, hardware, commit. No number without it."""
+"""What a result was measured with: versions, hardware, commit; recorded beside it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def describe(device: str = "cpu") -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
-        "processes": distributed.count(),
+        "processes": distributed.world_size(),
         "commit": commit,
         "dirty": dirty,
         "packages": {name: found for name in _PACKAGES if (found := _version(name)) is not None},

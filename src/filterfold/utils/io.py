@@ -1,4 +1,4 @@
-"""Writing files so that nothing is ever half there, and reading them without executing anything.
+"""Writing files atomically, and reading them without executing anything.
 
 Trees of tensors and plain values go into one safetensors file: tensors by path, the rest as JSON
 in the header. There is no pickle anywhere.

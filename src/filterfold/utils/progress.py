@@ -1,6 +1,6 @@
-"""Progress that the library offers and only the command line shows.
+"""Progress: reported by the library, shown by the command line only.
 
-Library code wraps its long loops in `track`; nothing is printed until somebody installs a display
+Library code wraps its long loops in `track`; nothing is printed unless a display is installed
 with `show` (the command line does, with Rich).
 """
 

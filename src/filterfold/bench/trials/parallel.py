@@ -51,7 +51,7 @@ class Parallel:
     def __init__(self, count: int) -> None:
         if count < 1:
             raise ConfigError(f"{count} trials at a time make no sense; give at least 1")
-        distributed.alone("trials in worker processes")
+        distributed.refuse_under_torchrun("trials in worker processes")
         self.count = count
 
     def __call__(self, trials: Sequence[Trial], runner: Runner) -> Generator[Record, None, None]:

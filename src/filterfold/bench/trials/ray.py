@@ -59,7 +59,7 @@ class RayCluster:
     ) -> None:
         if not share > 0 or (parallel is not None and parallel < 1):
             raise ConfigError(f"a share of {share:g} for each of {parallel} trials makes no sense; give more than 0")
-        distributed.alone("tasks on a Ray cluster")
+        distributed.refuse_under_torchrun("tasks on a Ray cluster")
         try:
             import ray  # noqa: F401  # found missing now, not after the folder is claimed
         except ImportError:
