@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from .errors import PlanError
@@ -245,15 +245,8 @@ class Plan:
 
     def to_json(self, indent: int | None = None) -> str:
         """The plan as JSON text; `from_json` gives back an equal plan."""
-        document = {
-            "format": FORMAT,
-            "cuts": [_cut_to_dict(cut) for cut in self.cuts],
-            "attributes": [
-                {"module": a.module, "attribute": a.attribute, "old": a.old, "new": a.new} for a in self.attributes
-            ],
-            "notes": dict(self.notes),
-        }
-        return json.dumps(document, indent=indent)
+        document = {"format": FORMAT, "cuts": _plain(self.cuts), "attributes": _plain(self.attributes)}
+        return json.dumps(document | {"notes": dict(self.notes)}, indent=indent)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -289,17 +282,16 @@ def keep_units(size: int, kept: Iterable[int]) -> tuple[int, ...]:
     return tuple(assignment)
 
 
-def _cut_to_dict(cut: Cut) -> dict[str, Any]:
-    entry: dict[str, Any] = {
-        "group": cut.group,
-        "assignment": _encode(cut.assignment),
-        "producers": [_slice_to_dict(part) for part in cut.producers],
-        "consumers": [_slice_to_dict(part) for part in cut.consumers],
-    }
-    for name, values in (("blend", cut.blend), ("gain", cut.gain)):
-        if values is not None:
-            entry[name] = list(values)
-    return entry
+def _plain(value: Any) -> Any:
+    """Cuts, slices and attribute changes as dictionaries; what is None is left out, and labels become runs."""
+    if isinstance(value, Cut | Slice | AttributeChange):
+        found = {entry.name: getattr(value, entry.name) for entry in fields(value)}
+        return {
+            name: _encode(item) if name in ("assignment", "units") else _plain(item)
+            for name, item in found.items()
+            if item is not None
+        }
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _cut_from_dict(entry: Mapping[str, Any]) -> Cut:
@@ -311,11 +303,6 @@ def _cut_from_dict(entry: Mapping[str, Any]) -> Cut:
         blend=tuple(entry["blend"]) if "blend" in entry else None,
         gain=tuple(entry["gain"]) if "gain" in entry else None,
     )
-
-
-def _slice_to_dict(part: Slice) -> dict[str, Any]:
-    entry = {"tensor": part.tensor, "axis": part.axis, "units": _encode(part.units), "role": part.role}
-    return entry if part.weight is None else entry | {"weight": list(part.weight)}
 
 
 def _slice_from_dict(entry: Mapping[str, Any]) -> Slice:

@@ -1,4 +1,4 @@
-"""Rules for layers: what consumes labels and makes new ones, and what rides on them."""
+"""Rules for layers: what reads channels and makes new ones, and what goes along with them."""
 
 from __future__ import annotations
 
