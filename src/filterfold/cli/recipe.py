@@ -15,8 +15,7 @@ from .display import say, table
 from .options import DATA_HELP, DataOptions, EngineOptions, Precision, listed
 
 if TYPE_CHECKING:
-    from ..bench.recipes import PruningRecipe
-    from ..bench.recipes.trials import Network
+    from ..bench.recipes import CountedTrial, PruningRecipe
     from ..bench.report.table import Table
 
 
@@ -111,7 +110,7 @@ def run(
     Done a second time, it goes on from where it was. Exit code 3: stopped in time with work left.
     """
     from ..bench.recipes import load
-    from ..bench.recipes.trials import comparison, networks, setting
+    from ..bench.recipes.trials import comparison, counted, setting
     from ..bench.trials.context import RunContext
 
     recipe = load(name)
@@ -134,7 +133,7 @@ def run(
     trials = comparison(recipe, chosen, seeds=listed(seeds, "--seeds", int), scratch=scratch)
     outcome = running.run(trials, folder, cache_dir=images.cache_dir)
     context = RunContext(chosen, folder, running.device, cache_dir=images.cache_dir)
-    if found := networks(recipe, outcome.records, context):
+    if found := counted(recipe, outcome.records, context):
         _show(_write(recipe, found, folder))
     for record in outcome.failed:
         say(f"failed: {record['label']} seed {record['seed']}: {record['reason']}")
@@ -144,11 +143,11 @@ def run(
     leave(outcome)
 
 
-def _write(recipe: PruningRecipe, found: list[Network], folder: Path) -> Table:
-    from ..bench.report.paper_table import Measured, paper_table
+def _write(recipe: PruningRecipe, found: list[CountedTrial], folder: Path) -> Table:
+    from ..bench.report.paper_table import paper_table
     from ..utils.io import write_text
 
-    result = paper_table(recipe, [Measured(dict(one.record), one.macs, one.weights) for one in found])
+    result = paper_table(recipe, found)
     write_text(folder / "paper_table.csv", result.csv())
     write_text(folder / "paper_table.md", result.markdown())
     return result

@@ -50,7 +50,7 @@ def test_resnet34_trains_is_pruned_by_its_shortcut_and_trains_again(folder: Path
     outcome = compare(trials, tmp_path / "run", device="cpu", timing_rounds=1, batch_sizes=[])
     assert outcome.complete, [record["reason"] for record in outcome.failed]
     bench = RunContext(chosen, tmp_path / "run", "cpu")
-    networks = recipe_runs.networks(small, outcome.records, bench)
+    networks = recipe_runs.counted(small, outcome.records, bench)
     dense, pruned = (one.weights for one in networks)
     assert 1 - pruned / dense == pytest.approx(0.072 * 21.6 / 21.1, abs=0.002)  # of 1000 classes, 3 are left
     model = load(bench.model_file(outcome.records[1]["id"]), bench.build)

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from filterfold.bench.recipes import load
+from filterfold.bench.recipes import CountedTrial, load
 from filterfold.bench.report.figure import group_styles
-from filterfold.bench.report.paper_table import Measured, paper_table
+from filterfold.bench.report.paper_table import paper_table
 from filterfold.bench.report.plots import shares
 from filterfold.bench.report.study import studies
 
@@ -51,7 +51,7 @@ def test_a_papers_table_has_our_mean_and_its_figures(make: Factory) -> None:
             record = make(method, seed)
             record["result"] |= {"top1": top1, "best_top1": 94.5}
             record["options"] |= {"data_options": {}, "retrain_epochs": 40, "retrain_lr": 0.001}
-            found.append(Measured(record, macs, weights))
+            found.append(CountedTrial(record, macs, weights))
     table = paper_table(recipe, found)
     head, dense, pruned = csv.reader(io.StringIO(table.csv()))
     row = dict(zip(head, pruned, strict=False))

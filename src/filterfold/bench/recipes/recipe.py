@@ -71,6 +71,15 @@ class Paper:
 
 
 @dataclass(frozen=True, slots=True)
+class CountedTrial:
+    """A finished trial of a recipe: its record, and its network's counts as the paper counts."""
+
+    record: Mapping[str, Any]
+    macs: int
+    weights: int
+
+
+@dataclass(frozen=True, slots=True)
 class PruningRecipe:
     """A network's way from fresh weights to a small one.
 

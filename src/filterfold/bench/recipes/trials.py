@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,7 @@ from ...surgery.checkpoint import load
 from ..trials.config import Comparison, Setting
 from ..trials.context import RunContext
 from ..trials.records import Record
-from .recipe import PruningRecipe
-
-
-@dataclass(frozen=True, slots=True)
-class Network:
-    """One row of a paper's table, ours: a trial, and its network's counts without what the paper leaves out."""
-
-    record: Record
-    macs: int
-    weights: int
+from .recipe import CountedTrial, PruningRecipe
 
 
 def setting(
@@ -88,13 +78,13 @@ def comparison(
     return Comparison.of(chosen, ["dense", recipe.criterion, *twin], seeds=seeds)
 
 
-def networks(recipe: PruningRecipe, records: Iterable[Record], context: RunContext) -> list[Network]:
+def counted(recipe: PruningRecipe, records: Iterable[Record], context: RunContext) -> list[CountedTrial]:
     """The finished trials with their counts as the paper counts: `uncounted` layers left out."""
     found = []
     for record in records:
         if record["status"] == "finished":
             model = load(context.model_file(record["id"]), context.build, device=context.device)
-            found.append(Network(record, *counts(model, context.example, recipe.paper.uncounted)))
+            found.append(CountedTrial(record, *counts(model, context.example, recipe.paper.uncounted)))
     return found
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
-from ..recipes import Figures, PruningRecipe
+from ..recipes import CountedTrial, Figures, PruningRecipe
 from .format import MISSING, number
 from .study import TOP1
 from .table import Cell, Table, cell, mean_cell
@@ -26,16 +24,7 @@ COLUMNS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """One finished trial: its record, and its counts as the paper counts."""
-
-    record: Mapping[str, Any]
-    macs: int
-    weights: int
-
-
-def paper_table(recipe: PruningRecipe, found: Sequence[Measured]) -> Table:
+def paper_table(recipe: PruningRecipe, found: Sequence[CountedTrial]) -> Table:
     """Table 1's rows for one recipe: dense, pruned, from scratch; ours with mean and standard deviation over seeds.
 
     **Arguments:** `found`: finished trials of the recipe, in any order.
@@ -57,7 +46,7 @@ def paper_table(recipe: PruningRecipe, found: Sequence[Measured]) -> Table:
     return Table(recipe.name, f"{title}: ours beside the paper's", COLUMNS, tuple(rows), _notes(recipe, found))
 
 
-def _row(name: str, ours: Sequence[Measured], dense: Sequence[Measured], paper: Figures) -> tuple[Cell, ...]:
+def _row(name: str, ours: Sequence[CountedTrial], dense: Sequence[CountedTrial], paper: Figures) -> tuple[Cell, ...]:
     errors = [100 - one.record["result"]["top1"] for one in ours]
     best = [100 - b for one in ours if (b := one.record["result"]["best_top1"]) is not None]
     macs, weights = ours[0].macs, ours[0].weights
@@ -88,7 +77,7 @@ def _printed(amount: str | None, removed: float | None) -> str:
     return MISSING if amount is None else amount + ("" if removed is None else f", {removed:.1f} %")
 
 
-def _notes(recipe: PruningRecipe, found: Sequence[Measured]) -> tuple[str, ...]:
+def _notes(recipe: PruningRecipe, found: Sequence[CountedTrial]) -> tuple[str, ...]:
     """The conditions: what a reader must know to compare."""
     if not found:
         return ()
