@@ -11,7 +11,6 @@ LAB = (
     "jinja2",
     "lightning_fabric",
     "matplotlib",
-    "pandas",
     "PIL",
     "rich",
     "sklearn",

@@ -9,12 +9,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
+import matplotlib
 import pytest
 
 from filterfold.bench import report
 from filterfold.bench.report.curves import cut_epochs
-from filterfold.bench.report.figure import COLOURS, CONTROL, COOL, INK, METHODS, PAPER, WARM, group_styles
-from filterfold.bench.report.study import studies
+from filterfold.bench.report.figure import COLOURS, CONTROL, COOL, INK, MATPLOTLIB, METHODS, PAPER, WARM, group_styles
+from filterfold.bench.report.plots import scatter
+from filterfold.bench.report.study import MACS, studies
 from filterfold.errors import ConfigError
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
@@ -156,6 +158,18 @@ def test_groups_never_look_the_same(records):
 
 
 @pytest.mark.slow
+def test_legends_of_many_long_names_stay_inside_the_figure(make):
+    records = [make("l1", 0) | {"label": f"{i:02} a method with a long name", "method": f"m{i}"} for i in range(19)]
+    [study] = studies([make("dense", 0), *records])
+    with matplotlib.rc_context(MATPLOTLIB):
+        plot = scatter(study, group_styles(study), MACS, "accuracy_macs", "work", "MACs")
+    width = float(re.search(r'viewBox="0 0 ([\d.]+)', plot.svg)[1])
+    names = re.findall(r'<text style="[^"]*" x="([-\d.]+)"[^>]*>\d\d a method', plot.svg)
+    assert len(names) == 19
+    # 28 letters of 7.5 points, at most .6 em wide, begin here
+    assert all(0 < float(x) < width - 28 * 7.5 * 0.6 for x in names)
+
+
 def test_everything_from_records_is_escaped(make, tmp_path):
     evil = '<script>alert("1")</script>$x^2$'
     records = [make(m, s) | {"model": evil, "data": evil, "command": evil} for m in ("dense", "l1") for s in (0, 1)]

@@ -194,12 +194,16 @@ def _facts(chapters: Sequence[Chapter], margin: float) -> Iterator[str]:
     trials, failed, settings = (
         sum(len(getattr(c.study, name)) for c in chapters) for name in ("trials", "failed", "groups")
     )
-    yield f"{trials} trial{'s'[: trials != 1]}" + (f", {failed} failed" if failed else "")
-    yield f"{settings} setting{'s'[: settings != 1]}"
+    yield _plural(trials, "trial") + (f", {failed} failed" if failed else "")
+    yield _plural(settings, "setting")
     controls = dict.fromkeys(c.study.control for c in chapters if c.study.control)
     if controls:
         yield f"control: {', '.join(controls)}"
         yield f"margin: {points(margin)} of top-1"
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _words(j: Judgement) -> str:

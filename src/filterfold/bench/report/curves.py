@@ -27,7 +27,7 @@ def training_curves(study: Study, styles: Mapping[str, Style], key: str, title: 
         look: dict[str, Any] = {"color": colour, "drawstyle": "steps-post" if key == "macs" else "default"}
         for line in lines if len(lines) > 1 else ():
             axes.plot(*zip(*line, strict=True), **look, linewidth=0.6, alpha=0.22)
-        # One-shot methods begin with the control's very curve: neither may hide the other.
+        # One-shot methods share the control's curve at first: dashes keep both visible.
         control = group.label == study.control
         look |= {"linestyle": (0, (3, 1.6)), "zorder": 3} if control else {"linestyle": _DASHES[drawn // 8 % 4]}
         drawn += not control
@@ -54,7 +54,7 @@ def _scale_curves(axes: Any, key: str, lines: Sequence[Line]) -> str:
     if key == "train_loss":
         return " Logarithmic scale." if scale_axis(axes, "y", values, lambda y: f"{y:g}", 8) else ""
     if key == "validation_top1":
-        # The climb out of guessing would squeeze the part in which the methods differ.
+        # The steep rise of the first epochs would squeeze the part in which the methods differ.
         late = [y for line in lines for _, y in line[len(line) // 4 :]]
         low, high = min(late), max(values)
         if low - min(values) > 0.5 * (high - low):
@@ -115,7 +115,7 @@ def _history(trial: Record, key: str) -> list[tuple[int, float]]:
 
 
 def _mean_curve(lines: Sequence[Line]) -> dict[int, float]:
-    """Mean at every epoch that all lines have; trials cut short don't bend it."""
+    """Mean at every epoch that all lines have, so that trials that ended early do not distort it."""
     points = [dict(line) for line in lines]
     common = [x for x in points[0] if all(x in line for line in points)]
     return {x: sum(line[x] for line in points) / len(points) for x in common}

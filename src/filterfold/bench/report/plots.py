@@ -79,7 +79,7 @@ def differences(styles: Styles, judgements: Sequence[Judgement]) -> Plot | None:
     axes.axvline(0, color=INK.light, linewidth=0.9, zorder=1)
     # Single trials, which have no interval, may lie far out: they must not squeeze the intervals.
     bounds = [x for _, tost in found if tost.low is not None and tost.high is not None for x in (tost.low, tost.high)]
-    shown = [-margin, margin, *(bounds or [tost.difference for _, tost in found])]
+    shown = [-margin, margin, *(bounds or [tost.value for _, tost in found])]
     pad = 0.06 * (max(shown) - min(shown))
     low, high, outside = min(shown) - pad, max(shown) + pad, False
     axes.set_xlim(low, high)
@@ -87,17 +87,17 @@ def differences(styles: Styles, judgements: Sequence[Judgement]) -> Plot | None:
         style, colour = styles[j.group.label], styles[j.group.label].colour.light
         if tost.low is not None:
             axes.plot([tost.low, tost.high], [row, row], color=colour, linewidth=2.6, solid_capstyle="round")
-        place = min(max(tost.difference, low + pad / 2), high - pad / 2)
+        place = min(max(tost.value, low + pad / 2), high - pad / 2)
         mark = {"color": colour, "markersize": 6.5, "markeredgecolor": PAPER.light}
-        if low < tost.difference < high:
-            axes.plot(tost.difference, row, style.marker, **mark)
+        if low < tost.value < high:
+            axes.plot(tost.value, row, style.marker, **mark)
         else:
             outside = True
-            left = tost.difference <= low
+            left = tost.value <= low
             axes.plot(place, row, "<" if left else ">", color=colour, markersize=6, markerfacecolor="none")
             beside: dict[str, Any] = {"xytext": (7 if left else -7, 0), "ha": "left" if left else "right"}
             beside |= {"textcoords": "offset points", "va": "center", "color": MUTED.light, "fontsize": 8}
-            axes.annotate(signed(tost.difference, 1), (place, row), **beside)
+            axes.annotate(signed(tost.value, 1), (place, row), **beside)
     name_rows(axes, [j.group.label for j, _ in found])
     caption = (
         f"Mean difference in top-1 from {control}, with the 90 % interval of the equivalence test. An interval right "

@@ -94,7 +94,7 @@ def kruskal_wallis(study: Study) -> Table | None:
             continue
         found = stats.kruskal_wallis(samples)
         n = "–".join(dict.fromkeys((str(min(found.n)), str(max(found.n)))))
-        h = cell(found.statistic, None if found.statistic is None else f"{found.statistic:.3f}")
+        h = cell(found.statistic, f"{found.statistic:.3f}")
         rows.append((cell(measure.title), cell(len(samples)), cell(n), h, p_cell(found.p)))
         notes |= dict.fromkeys(found.notes)
     note = "A small p says that at least one group differs. A large p is no evidence that the groups are equal."

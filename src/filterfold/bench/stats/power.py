@@ -1,4 +1,4 @@
-"""What n allows: the difference that can be seen, and the trials that a claim needs."""
+"""Power of t-tests: the smallest difference that they show, and the trials that a claim needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def resolvable_difference(
     """The smallest true difference that n against m trials would show in `power` of all experiments.
 
     Two-sided t-test at `alpha`; `sd` is the spread between trials, or, if `paired`, the spread of the
-    differences. The unit is that of `sd`; smaller losses go unseen.
+    differences. The unit is that of `sd`; smaller differences are likely to be missed.
 
     >>> round(resolvable_difference(5, 5, 0.15), 2)
     0.3

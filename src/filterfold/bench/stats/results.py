@@ -19,14 +19,13 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class Significance:
-    """A test's name, statistic and p-value (None where it can't be computed), with its caveats.
+    """A test's statistic and p-value, with its caveats.
 
     `exact` says that the p-value comes from full enumeration rather than from an approximation.
     """
 
-    test: str
-    statistic: float | None
-    p: float | None
+    statistic: float
+    p: float
     n: tuple[int, ...]
     exact: bool = False
     notes: tuple[str, ...] = ()
@@ -36,8 +35,6 @@ class Significance:
 class Pairwise:
     """p-values of all pairs of groups; look one up with `result.p("a", "b")`, in either order."""
 
-    test: str
-    adjust: str | None
     names: tuple[str, ...]
     matrix: tuple[tuple[float, ...], ...]
     notes: tuple[str, ...] = ()
@@ -51,17 +48,14 @@ class Pairwise:
 class Difference:
     """Mean of the first sample minus mean of the second (control), with a two-sided interval.
 
-    `p` is that of Welch's t-test (of the paired t-test if `paired`); interval and p are None where
-    a sample has no spread to reckon with.
+    `p` is that of Welch's or the paired t-test; interval and p are None where a sample has no spread to reckon with.
     """
 
     value: float
     low: float | None
     high: float | None
-    confidence: float
     p: float | None
     n: tuple[int, int]
-    paired: bool
     notes: tuple[str, ...] = ()
 
 
@@ -77,31 +71,17 @@ class Effect:
 
 
 @dataclass(frozen=True, slots=True)
-class Equivalence:
-    """Two one-sided tests of the difference (first minus control) against a margin.
+class Equivalence(Difference):
+    """A difference with two one-sided tests against a margin.
 
-    `p_not_worse` tests "the loss is the margin or more", `p_not_better` the other side; `p`, the
-    larger of the two, is the p-value of equivalence (TOST). `low` and `high` bound the difference
-    with confidence 1 - 2·alpha, the interval that belongs to these tests.
+    `p_not_worse` tests "the loss is the margin or more", `p_not_better` the other side; `p`, the larger of the two, is
+    the p-value of equivalence (TOST). `low` and `high` bound the difference with confidence 1 - 2·alpha, the interval
+    that belongs to these tests.
     """
 
-    difference: float
-    low: float | None
-    high: float | None
-    margin: float
-    alpha: float
-    p_not_worse: float | None
-    p_not_better: float | None
-    n: tuple[int, int]
-    paired: bool
-    notes: tuple[str, ...] = ()
-
-    @property
-    def p(self) -> float | None:
-        """The p-value of equivalence: the larger of the two one-sided ones."""
-        if self.p_not_worse is None or self.p_not_better is None:
-            return None
-        return max(self.p_not_worse, self.p_not_better)
+    alpha: float = 0.05
+    p_not_worse: float | None = None
+    p_not_better: float | None = None
 
     @property
     def not_worse(self) -> bool:

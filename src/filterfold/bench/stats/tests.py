@@ -103,10 +103,10 @@ def permutation(sample: ArrayLike, control: ArrayLike, *, paired: bool = False, 
     # With equal sizes, exchanging the sides gives the same absolute difference once more.
     if (least := (2 if n[0] == n[1] else 1) / ways) > 0.05:
         trials = f"{n[0]} pairs" if paired else f"{n[0]} against {n[1]} trials"
-        notes.append(f"with {trials} no p-value under {least:.2g} is possible")
+        notes.append(f"with {trials} no p-value under {least:.3g} is possible")
     if ways > RESAMPLES:
         notes.append(f"estimated from {RESAMPLES} random regroupings")
-    return Significance("permutation", float(x.mean() - y.mean()), p, n, ways <= RESAMPLES, tuple(notes))
+    return Significance(float(x.mean() - y.mean()), p, n, ways <= RESAMPLES, tuple(notes))
 
 
 def _distance(x: Array, y: Array, axis: int) -> Array:
@@ -165,14 +165,14 @@ def mean_difference(
     value, n = float(x.mean() - y.mean()), (len(x), len(y))
     reason = no_spread(x, y, paired)
     if reason:
-        return Difference(value, None, None, confidence, None, n, paired, (reason,))
+        return Difference(value, None, None, None, n, (reason,))
     test = _t_test(x, y, paired, "two-sided")
     interval = test.confidence_interval(confidence)
-    return Difference(value, float(interval.low), float(interval.high), confidence, float(test.pvalue), n, paired)
+    return Difference(value, float(interval.low), float(interval.high), float(test.pvalue), n)
 
 
 def mean_ratio(sample: ArrayLike, control: ArrayLike, *, confidence: float = 0.95, paired: bool = False) -> Difference:
-    """Geometric mean of `sample` over that of `control`, with interval and p-value: the form for times.
+    """Geometric mean of `sample` over that of `control`, with interval and p-value; for times.
 
     The t-test of `mean_difference` on logarithms; a value of .5 means half as long.
 
@@ -184,7 +184,7 @@ def mean_ratio(sample: ArrayLike, control: ArrayLike, *, confidence: float = 0.9
         raise ConfigError(f"a ratio needs values above 0, but one is {min(x.min(), y.min()):g}")
     log = mean_difference(np.log(x), np.log(y), confidence=confidence, paired=paired)
     low, high = (None if bound is None else math.exp(bound) for bound in (log.low, log.high))
-    return Difference(math.exp(log.value), low, high, confidence, log.p, log.n, paired, log.notes)
+    return Difference(math.exp(log.value), low, high, log.p, log.n, log.notes)
 
 
 def cliffs_delta(sample: ArrayLike, control: ArrayLike) -> Effect:
@@ -211,10 +211,10 @@ def mann_whitney(sample: ArrayLike, control: ArrayLike) -> Significance:
     x, y = check_pair(sample, control, False)
     n, together = (len(x), len(y)), np.concatenate([x, y])
     if len(np.unique(together)) == 1:
-        return Significance("Mann–Whitney", len(x) * len(y) / 2, 1.0, n, notes=("all values are equal",))
+        return Significance(len(x) * len(y) / 2, 1.0, n, notes=("all values are equal",))
     exact = len(np.unique(together)) == len(together) and min(n) <= 8  # SciPy's rule for method="auto"
     statistic, p = stats.mannwhitneyu(x, y, alternative="two-sided", method="exact" if exact else "asymptotic")
-    return Significance("Mann–Whitney", float(statistic), float(p), n, exact)
+    return Significance(float(statistic), float(p), n, exact)
 
 
 def equivalence(
@@ -239,11 +239,12 @@ def equivalence(
         raise ConfigError(f"margin is {margin}; it must be above 0, in the unit of the values (default 0.5 points)")
     inner = mean_difference(sample, control, confidence=1 - 2 * alpha, paired=paired)
     if inner.low is None:
-        return Equivalence(inner.value, None, None, margin, alpha, None, None, inner.n, paired, inner.notes)
+        return Equivalence(inner.value, None, None, None, inner.n, inner.notes, alpha)
     x, y = check_pair(sample, control, paired)
     not_worse = float(_t_test(x + margin, y, paired, "greater").pvalue)
     not_better = float(_t_test(x - margin, y, paired, "less").pvalue)
-    return Equivalence(inner.value, inner.low, inner.high, margin, alpha, not_worse, not_better, inner.n, paired)
+    p = max(not_worse, not_better)
+    return Equivalence(inner.value, inner.low, inner.high, p, inner.n, (), alpha, not_worse, not_better)
 
 
 def _t_test(x: Array, y: Array, paired: bool, alternative: Literal["two-sided", "greater", "less"]) -> Any:
@@ -276,9 +277,9 @@ def kruskal_wallis(groups: Samples) -> Significance:
     samples = check_groups(groups, least=2)
     n = tuple(len(x) for x in samples.values())
     if len(np.unique(np.concatenate(list(samples.values())))) == 1:
-        return Significance("Kruskal–Wallis", 0.0, 1.0, n, notes=("all values are equal",))
+        return Significance(0.0, 1.0, n, notes=("all values are equal",))
     statistic, p = stats.kruskal(*samples.values())
-    return Significance("Kruskal–Wallis", float(statistic), float(p), n, notes=small_groups(samples))
+    return Significance(float(statistic), float(p), n, notes=small_groups(samples))
 
 
 def dunn(groups: Samples, adjust: Literal["holm"] | None = "holm") -> Pairwise:
@@ -298,7 +299,7 @@ def dunn(groups: Samples, adjust: Literal["holm"] | None = "holm") -> Pairwise:
     samples = check_groups(groups, least=2)
     names = tuple(samples)
     if len(np.unique(np.concatenate(list(samples.values())))) == 1:
-        return Pairwise("Dunn", adjust, names, ((1.0,) * len(names),) * len(names), ("all values are equal",))
+        return Pairwise(names, ((1.0,) * len(names),) * len(names), ("all values are equal",))
     from scipy import stats
 
     together = np.concatenate(list(samples.values()))
@@ -314,7 +315,7 @@ def dunn(groups: Samples, adjust: Literal["holm"] | None = "holm") -> Pairwise:
         p[upper] = holm(p[upper].tolist())
         p.T[upper] = p[upper]
     matrix = tuple(tuple(float(entry) for entry in row) for row in p)
-    return Pairwise("Dunn", adjust, names, matrix, small_groups(samples))
+    return Pairwise(names, matrix, small_groups(samples))
 
 
 def holm(p_values: Sequence[float | None]) -> tuple[float | None, ...]:
