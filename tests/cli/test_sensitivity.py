@@ -58,7 +58,7 @@ def test_a_sweep_is_drawn_written_read_again_and_becomes_a_recipe(weights: Path,
     assert (folder / "sensitivity.json").read_bytes() == before
     recipe = recipes.load(folder / "suggested.toml")
     assert recipe.model == "vgg_small"
-    assert recipe.rules
+    assert recipe.prune
     out = tmp_path / "run"
     more = ["--epochs-scale", "0.01", "--train-limit", "100", "--width", "0.5", "--weights", str(weights)]
     run("recipe", "run", str(folder / "suggested.toml"), *more, "--no-scratch", "--threads", "1", "--out", str(out))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from filterfold.bench.trials.config import Setting, plan
+from filterfold.bench.trials.config import Comparison, Setting
 from filterfold.bench.trials.runner import compare
 from filterfold.data import ImageData, load
 from filterfold.errors import ConfigError
@@ -69,7 +69,7 @@ def test_event_files_hold_the_history_across_an_interruption(tmp_path: Path, dig
 
 def test_a_comparison_is_logged_trial_by_trial(tmp_path: Path) -> None:
     setting = Setting("vgg_small", "digits", width=0.25, data_options={"train_limit": 256}, recipe={"epochs": 2})
-    comparison = plan(setting, ["dense", "online"], keep=[0.5], seeds=[0])
+    comparison = Comparison.of(setting, ["dense", "online"], keep=[0.5], seeds=[0])
     outcome = compare(comparison, tmp_path / "run", trackers=["tensorboard"], timing_rounds=1)
     assert outcome.complete
     for record in outcome.records:

@@ -123,7 +123,7 @@ def compare(
     same command goes on, here or on another machine. Exit code 3: stopped in time with work left; 1: all is done
     but some trial failed (the next call tries it again).
     """
-    from ..bench.trials.config import COMPARED, CONTROLS, plan
+    from ..bench.trials.config import COMPARED, CONTROLS, Comparison
 
     setting = setting_of(
         chosen,
@@ -135,7 +135,7 @@ def compare(
         round_to=round_to,
     )
     names = [*COMPARED, *CONTROLS] if methods is None else listed(methods, "--methods", str)
-    comparison = plan(
+    comparison = Comparison.of(
         setting,
         names,
         clusters=listed(clusters, "--clusters", int),
@@ -191,7 +191,7 @@ def demo(
     Real data that ships with scikit-learn, a small VGG, several seeds each, about two minutes. Done a second time, it
     shows what is there. One CPU thread: the images are so small that more only get in each other's way.
     """
-    from ..bench.trials.config import plan
+    from ..bench.trials.config import Comparison
 
     setting = setting_of(
         ModelOptions("vgg_small"),
@@ -201,7 +201,7 @@ def demo(
         retrain_epochs=max(1, round(0.4 * epochs)),
         retrain_lr=0.01,  # the paper's .001 is for 390 steps an epoch; here are ten
     )
-    comparison = plan(setting, ("dense", "l1", "online"), keep=[keep], seeds=range(trials))
+    comparison = Comparison.of(setting, ("dense", "l1", "online"), keep=[keep], seeds=range(trials))
     show(running.run(comparison, out), out, margin=1.0)
 
 

@@ -70,10 +70,10 @@ def list_() -> None:
 
     rows = []
     for recipe in map(load, names()):
-        ratios = ", ".join(f"{rule.ratio:.0%} of {' '.join(rule.layers)}" for rule in recipe.rules)
-        paper = recipe.pruned
+        ratios = ", ".join(f"{rule.ratio:.0%} of {' '.join(rule.layers)}" for rule in recipe.prune)
+        paper = recipe.paper.pruned
         removed = "" if paper.macs_removed is None else f"{paper.macs_removed:.1f} %"
-        error = "" if paper.error is None else f"{recipe.dense.error:.2f} -> {paper.error:.2f} %"
+        error = "" if paper.error is None else f"{recipe.paper.dense.error:.2f} -> {paper.error:.2f} %"
         rows.append((recipe.name, ratios, recipe.data, removed, error))
     table("Recipes", ("name", "removed", "data", "MACs removed", "error (paper)"), rows, texts=3)
     say("filterfold recipe show NAME prints one as a file to start from; filterfold recipe run NAME runs it")

@@ -204,7 +204,7 @@ def _write_recipe(
         title=f"{model}, suggested",
         model=model,
         data=source.data,
-        rules=rules,
+        prune=rules,
         image_size=data.image_size,
         classes=len(data.classes),
         criterion=chosen.criterion,

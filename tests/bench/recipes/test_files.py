@@ -32,7 +32,7 @@ def test_every_recipe_is_complete(name: str) -> None:
     assert (paper["lr"], paper["schedule"]) == (0.001, "constant")
     assert paper["epochs"] == cosine["epochs"] == (20 if "34" in name else 40)
     assert (cosine["lr"], cosine["schedule"]) == (0.01, "cosine")
-    assert (recipe.scratch is not None) == (recipe.scratched.error is not None or "34" in name)
+    assert (recipe.scratch is not None) == (recipe.paper.scratch.error is not None or "34" in name)
 
 
 @pytest.mark.parametrize("name", recipes.names())
@@ -58,6 +58,8 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
         (GOOD.replace("ratio = 0.5", "ratio = "), "not a recipe"),
         (GOOD.replace("ratio = 0.5", ""), "lacks 'ratio'"),
         (GOOD.replace('layers = ["features.*"]', "layers = []"), "names no layers"),
+        (GOOD + "[paper]\ndence = { error = 1.0 }\n", "an entry 'dence' of no meaning"),
+        (GOOD + "[paper]\ndense = { error = 'low' }\n", "error must be a number"),
         (GOOD + "[retrain]\npaper = 3\n", "retrain.paper must be a table"),
         (GOOD + "criterium = 'l1'\n", "an entry 'criterium' of no meaning"),
         (GOOD.replace("[[prune]]", "image_size = 'big'\n[[prune]]"), "image_size must be a whole number"),

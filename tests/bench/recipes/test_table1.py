@@ -50,7 +50,7 @@ def pruned(recipe: PruningRecipe) -> tuple[nn.Module, Cost, Cost]:
 
 
 def counted(cost: Cost, recipe: PruningRecipe) -> tuple[int, int]:
-    layers = [layer for layer in cost.layers if not any(fnmatchcase(layer.name, p) for p in recipe.uncounted)]
+    layers = [layer for layer in cost.layers if not any(fnmatchcase(layer.name, p) for p in recipe.paper.uncounted)]
     return sum(layer.macs for layer in layers), sum(layer.weights for layer in layers)
 
 
@@ -87,15 +87,15 @@ def test_resnet34_counts_agree_with_the_printed_digits(name: str, table: dict[st
 @pytest.mark.parametrize("name", ROWS)
 def test_figures_in_the_files_are_those_of_the_table(name: str, table: dict[str, dict[str, str]]) -> None:
     recipe = recipes.load(name)
-    for figures, row in zip((recipe.dense, recipe.pruned), ROWS[name], strict=True):
+    for figures, row in zip((recipe.paper.dense, recipe.paper.pruned), ROWS[name], strict=True):
         line = table[row]
         assert figures.error == float(line["error_percent"])
         assert float(figures.macs or "nan") == float(line["macs_paper"])
         assert float(figures.weights or "nan") == float(line["parameters_paper"])
-    assert recipe.pruned.macs_removed == float(table[ROWS[name][1]]["macs_pruned_percent"])
-    assert recipe.pruned.weights_removed == float(table[ROWS[name][1]]["parameters_pruned_percent"])
+    assert recipe.paper.pruned.macs_removed == float(table[ROWS[name][1]]["macs_pruned_percent"])
+    assert recipe.paper.pruned.weights_removed == float(table[ROWS[name][1]]["parameters_pruned_percent"])
     twin = table.get(f"{ROWS[name][1]}-scratch")
-    assert recipe.scratched.error == (float(twin["error_percent"]) if twin else None)
+    assert recipe.paper.scratch.error == (float(twin["error_percent"]) if twin else None)
 
 
 def test_following_the_shortcut_removes_the_projections_smallest_filters() -> None:

@@ -11,7 +11,7 @@ import torch
 from filterfold.bench import recipes
 from filterfold.bench.recipes.recipe import keep_shares
 from filterfold.bench.trials import trial as running
-from filterfold.bench.trials.config import COMPARED, CONTROLS, Setting, Trial, plan
+from filterfold.bench.trials.config import COMPARED, CONTROLS, Comparison, Setting, Trial
 from filterfold.bench.trials.context import RunContext
 from filterfold.bench.trials.records import Record
 from filterfold.bench.trials.runner import compare
@@ -166,7 +166,7 @@ def test_dense_for_as_long_as_those_that_are_trained_again(tmp_path: Path) -> No
         "vgg_small", "digits", width=0.25, data_options={"train_limit": 256},
         recipe={"epochs": 2, "lr": 0.1, "schedule": "onecycle"}, retrain_epochs=1,
     )  # fmt: skip
-    comparison = plan(setting, [*COMPARED, *CONTROLS], keep=[0.5], seeds=[0])
+    comparison = Comparison.of(setting, [*COMPARED, *CONTROLS], keep=[0.5], seeds=[0])
     outcome = compare(comparison, tmp_path / "run", timing_rounds=1)
     assert [record["method"] for record in outcome.records] == [
         "dense", "dense-long", "l1", "random", "scratch", "online", "online-l1",

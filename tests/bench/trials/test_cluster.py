@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from filterfold.bench.trials import ray, records, runner
-from filterfold.bench.trials.config import Setting, Trial, plan
+from filterfold.bench.trials.config import Comparison, Setting, Trial
 from filterfold.bench.trials.context import RunContext
 from filterfold.bench.trials.ray import RayCluster
 from filterfold.errors import ConfigError
@@ -27,7 +27,7 @@ SETTING = Setting(
 
 @pytest.mark.slow
 def test_twelve_trials_two_workers_one_killed(tmp_path: Path) -> None:
-    comparison = plan(SETTING, ["dense", "l1", "online"], keep=[0.5], seeds=range(4))
+    comparison = Comparison.of(SETTING, ["dense", "l1", "online"], keep=[0.5], seeds=range(4))
     killed: list[int] = []
 
     def deadly(pending: Sequence[Trial], run: runner.Runner) -> Generator[records.Record, None, None]:
@@ -58,7 +58,7 @@ def test_a_node_that_does_not_see_the_run_folder_sends_what_it_made(
     monkeypatch.setattr(ray.tempfile, "gettempdir", lambda: str(tmp_path / "node"))
     bench = RunContext(SETTING, tmp_path / "run", "cpu")
     run = runner.Runner(bench)
-    dense, l1 = plan(SETTING, ["dense", "l1"], seeds=[0]).trials
+    dense, l1 = Comparison.of(SETTING, ["dense", "l1"], seeds=[0]).trials
     record, files = ray._run(run, dense, "not in that folder", 1, {})
     assert record is not None
     assert not bench.folder.exists()
@@ -72,7 +72,7 @@ def test_a_node_that_does_not_see_the_run_folder_sends_what_it_made(
     assert later["history"][:2] == record["history"]  # seconds and all: it was not trained again
     assert more[base[1]] == trained
     alone = runner.compare(
-        plan(SETTING, ["dense", "l1"], seeds=[0]), tmp_path / "alone", timing_rounds=1, batch_sizes=[]
+        Comparison.of(SETTING, ["dense", "l1"], seeds=[0]), tmp_path / "alone", timing_rounds=1, batch_sizes=[]
     )
     assert [figures(one) for one in (record, later)] == [figures(one) for one in alone.records]
 

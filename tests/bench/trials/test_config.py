@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from filterfold.bench.trials.config import Comparison, Setting, Trial, plan
+from filterfold.bench.trials.config import Comparison, Setting, Trial
 from filterfold.bench.trials.context import Deadline, Stopped, seconds
 from filterfold.bench.trials.method_names import Method
 from filterfold.errors import ConfigError, FilterfoldError, RecordError
@@ -55,7 +55,7 @@ def test_redo_from_the_record() -> None:
 
 
 def test_the_documents_experiment_has_35_trials() -> None:
-    comparison = plan(SETTING, ["l1", "online"], clusters=[5, 10, 15, 20, 25, 30], seeds=range(5))
+    comparison = Comparison.of(SETTING, ["l1", "online"], clusters=[5, 10, 15, 20, 25, 30], seeds=range(5))
     labels = [trial.label for trial in comparison.trials]
     assert len(labels) == 35
     assert {label: labels.count(label) for label in labels} == dict.fromkeys(
@@ -65,7 +65,7 @@ def test_the_documents_experiment_has_35_trials() -> None:
 
 
 def test_shares_multiply_the_methods_that_cut() -> None:
-    comparison = plan(SETTING, ["dense", "l1", "online", "online-l1"], keep=[0.5, 0.25], seeds=[0])
+    comparison = Comparison.of(SETTING, ["dense", "l1", "online", "online-l1"], keep=[0.5, 0.25], seeds=[0])
     assert [trial.label for trial in comparison.trials] == [
         "dense", "l1 keep=0.5", "l1 keep=0.25", "online keep=0.5", "online keep=0.25",
         "online-l1 keep=0.5", "online-l1 keep=0.25",
@@ -74,7 +74,7 @@ def test_shares_multiply_the_methods_that_cut() -> None:
 
 def test_shares_of_the_macs_are_another_kind_of_budget() -> None:
     methods = ["dense", "l1", "scratch-long", "online", "online-l1+repair+distill"]
-    comparison = plan(SETTING, methods, keep=[0.5], macs=[0.25], seeds=[0])
+    comparison = Comparison.of(SETTING, methods, keep=[0.5], macs=[0.25], seeds=[0])
     assert [trial.label for trial in comparison.trials] == [
         "dense", "l1 keep=0.5", "l1 macs=0.25", "scratch-long keep=0.5", "scratch-long macs=0.25", "online keep=0.5",
         "online macs=0.25", "online-l1+repair+distill keep=0.5", "online-l1+repair+distill macs=0.25",
@@ -102,7 +102,7 @@ def test_names_are_taken_apart(name: str, method: Method) -> None:
 
 
 def test_without_budgets_the_methods_have_their_own() -> None:
-    comparison = plan(SETTING, ["dense", "l1", "online", "online-l1"], seeds=[0])
+    comparison = Comparison.of(SETTING, ["dense", "l1", "online", "online-l1"], seeds=[0])
     assert [trial.label for trial in comparison.trials] == ["dense", "l1", "online keep=0.5", "online-l1 keep=0.5"]
 
 
@@ -130,7 +130,7 @@ def test_without_budgets_the_methods_have_their_own() -> None:
         (lambda: Trial("l1", 0, SETTING, clusters=5), "takes no number of clusters"),
         (lambda: Trial("dense", 0, SETTING, keep=0.5), "'dense' cuts nothing"),
         (lambda: Trial("onlin", 0, SETTING, keep=0.5), "no method 'onlin'; did you mean online"),
-        (lambda: plan(SETTING, ["dense"], seeds=[]), "nothing to compare"),
+        (lambda: Comparison.of(SETTING, ["dense"], seeds=[]), "nothing to compare"),
         (lambda: Setting("m", "d", width=0), "width = 0"),
         (lambda: Setting("m", "d", round_to=0), "round_to = 0"),
         (lambda: Comparison(Setting("m", "d"), (Trial("dense", 0, SETTING),)), "must share their setting"),
@@ -143,19 +143,19 @@ def test_nonsense_is_refused(make: Any, message: str) -> None:
 
 def test_a_folder_takes_more_trials_of_its_comparison_and_no_other(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    plan(SETTING, ["dense"], seeds=[0]).claim(folder, "first")
-    plan(SETTING, ["dense"], seeds=[1]).claim(folder, "second")
+    Comparison.of(SETTING, ["dense"], seeds=[0]).claim(folder, "first")
+    Comparison.of(SETTING, ["dense"], seeds=[1]).claim(folder, "second")
     assert len(json.loads((folder / "comparison.json").read_text())["trials"]) == 2
     before = (folder / "comparison.json").read_bytes()
     with pytest.raises(RecordError, match=r"different comparison \(recipe.lr is 0.1 there, 0.2 here\)"):
-        plan(replace(SETTING, recipe={"epochs": 2, "lr": 0.2}), ["dense"], seeds=[0]).claim(folder)
+        Comparison.of(replace(SETTING, recipe={"epochs": 2, "lr": 0.2}), ["dense"], seeds=[0]).claim(folder)
     assert (folder / "comparison.json").read_bytes() == before
 
 
 def test_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("do not touch")
     with pytest.raises(RecordError, match="not empty and holds no comparison"):
-        plan(SETTING, ["dense"], seeds=[0]).claim(tmp_path)
+        Comparison.of(SETTING, ["dense"], seeds=[0]).claim(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
@@ -163,7 +163,7 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
 def test_a_damaged_description_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "comparison.json").write_text(text)
     with pytest.raises(RecordError, match=r"comparison\.json"):
-        plan(SETTING, ["dense"], seeds=[0]).claim(tmp_path)
+        Comparison.of(SETTING, ["dense"], seeds=[0]).claim(tmp_path)
 
 
 def test_deadline() -> None:

@@ -48,9 +48,11 @@ def test_steps_cost_three_forward_passes_of_the_network_that_was_trained(bench: 
 
 
 def test_records_have_it(tmp_path: Path) -> None:
-    from filterfold.bench.trials.config import plan
+    from filterfold.bench.trials.config import Comparison
 
-    outcome = compare(plan(SETTING, ["dense", "l1"], seeds=[0]), tmp_path / "run", device="cpu", timing_rounds=1)
+    outcome = compare(
+        Comparison.of(SETTING, ["dense", "l1"], seeds=[0]), tmp_path / "run", device="cpu", timing_rounds=1
+    )
     dense, cut = (record["result"] for record in outcome.records)
     assert dense is not None
     assert cut is not None

@@ -12,12 +12,12 @@ import pytest
 from filelock import FileLock
 
 from filterfold.bench.trials import records, runner
-from filterfold.bench.trials.config import Setting, Trial, plan
+from filterfold.bench.trials.config import Comparison, Setting, Trial
 from filterfold.bench.trials.context import RunContext, Stopped, resolve
 from filterfold.errors import DataError, ModelError, RecordError
 
 SETTING = Setting("vgg_small", "digits", recipe={"epochs": 1})
-COMPARISON = plan(SETTING, ["dense", "l1"], seeds=range(2))
+COMPARISON = Comparison.of(SETTING, ["dense", "l1"], seeds=range(2))
 
 
 class Lab:
@@ -61,7 +61,7 @@ def test_each_trial_runs_once(tmp_path: Path, lab: Lab) -> None:
     assert lab.ran == ["dense/0", "l1/0", "dense/1", "l1/1"]
     assert again.records == first.records
     assert again.ran == ()
-    more = runner.compare(plan(SETTING, ["dense", "l1"], seeds=range(3)), tmp_path / "run")
+    more = runner.compare(Comparison.of(SETTING, ["dense", "l1"], seeds=range(3)), tmp_path / "run")
     assert lab.ran[4:] == ["dense/2", "l1/2"]
     assert len(more.records) == 6
     fresh = runner.compare(COMPARISON, tmp_path / "run", fresh=True)
@@ -121,7 +121,7 @@ def test_what_no_trial_could_run_with_is_refused_before_the_folder_is_touched(
     tmp_path: Path, lab: Lab, setting: Setting, error: Any
 ) -> None:
     with pytest.raises(error):
-        runner.compare(plan(setting, ["dense"], seeds=[0]), tmp_path / "run")
+        runner.compare(Comparison.of(setting, ["dense"], seeds=[0]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -129,7 +129,7 @@ def test_a_different_comparison_is_refused(tmp_path: Path, lab: Lab) -> None:
     runner.compare(COMPARISON, tmp_path / "run")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.json")}
     with pytest.raises(RecordError, match="different comparison"):
-        runner.compare(plan(replace(SETTING, width=0.5), ["dense"], seeds=[0]), tmp_path / "run")
+        runner.compare(Comparison.of(replace(SETTING, width=0.5), ["dense"], seeds=[0]), tmp_path / "run")
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.json")} == before
 
 

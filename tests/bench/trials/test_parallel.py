@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from filterfold.bench.trials import records, runner
-from filterfold.bench.trials.config import Setting, Trial, plan
+from filterfold.bench.trials.config import Comparison, Setting, Trial
 from filterfold.bench.trials.context import RunContext, lock
 from filterfold.bench.trials.methods import must_wait
 from filterfold.bench.trials.parallel import Parallel
@@ -49,7 +49,7 @@ def figures(record: records.Record) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_the_same_records_as_in_sequence(tmp_path: Path) -> None:
-    comparison = plan(SETTING, ["dense", "l1", "random", "online"], keep=[0.5], seeds=range(2))
+    comparison = Comparison.of(SETTING, ["dense", "l1", "random", "online"], keep=[0.5], seeds=range(2))
     together = runner.compare(comparison, tmp_path / "two", engine=Parallel(2), timing_rounds=1, batch_sizes=[])
     alone = runner.compare(comparison, tmp_path / "one", timing_rounds=1, batch_sizes=[])
     assert together.complete
@@ -63,7 +63,7 @@ def test_the_same_records_as_in_sequence(tmp_path: Path) -> None:
 def test_a_worker_that_dies_fails_its_trial_and_no_other(tmp_path: Path) -> None:
     (tmp_path / "deadly.py").write_text(DEADLY)
     setting = Setting(f"{tmp_path / 'deadly.py'}:factory", "digits", recipe=RECIPE)
-    comparison = plan(setting, ["dense"], seeds=range(3))
+    comparison = Comparison.of(setting, ["dense"], seeds=range(3))
     outcome = runner.compare(comparison, tmp_path / "run", engine=Parallel(2), timing_rounds=1, batch_sizes=[])
     assert len(outcome.records) == 3
     (failed,) = outcome.failed
@@ -75,7 +75,7 @@ def test_a_worker_that_dies_fails_its_trial_and_no_other(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_stopping_in_time(tmp_path: Path) -> None:
-    comparison = plan(SETTING, ["dense"], seeds=range(2))
+    comparison = Comparison.of(SETTING, ["dense"], seeds=range(2))
     before = children()
     outcome = runner.compare(comparison, tmp_path / "run", engine=Parallel(2), stop_after=0.5)
     assert (outcome.left, outcome.timed, outcome.records) == (2, False, ())
@@ -170,7 +170,7 @@ def test_two_processes_with_one_trial_do_it_once(tmp_path: Path) -> None:
 
 def test_a_trial_waits_while_another_process_trains_its_dense_network(tmp_path: Path) -> None:
     context = RunContext(SETTING, tmp_path, "cpu")
-    trials = plan(SETTING, ["dense", "l1", "online", "scratch"], keep=[0.5], seeds=range(2)).trials
+    trials = Comparison.of(SETTING, ["dense", "l1", "online", "scratch"], keep=[0.5], seeds=range(2)).trials
     base = trials[0].base
     with context.locked(f"base-{base.id}"):
         assert [(trial.method, trial.seed) for trial in trials if must_wait(trial, context)] == [
@@ -186,7 +186,7 @@ def test_workers_pass_over_trials_that_others_have(tmp_path: Path, monkeypatch: 
     ran: list[str] = []
     context = RunContext(SETTING, tmp_path, "cpu")
     worker = runner.Runner(context)
-    trials = plan(SETTING, ["dense", "online"], keep=[0.5], seeds=range(2)).trials
+    trials = Comparison.of(SETTING, ["dense", "online"], keep=[0.5], seeds=range(2)).trials
     monkeypatch.setattr(runner.Runner, "_run", lambda self, trial: ran.append(trial.id) or {"id": trial.id})
     taken = [0, 0, 0, 0]
     with lock(tmp_path, trials[0].id):

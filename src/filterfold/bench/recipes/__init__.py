@@ -6,6 +6,6 @@ file of the user's own.
 
 from __future__ import annotations
 
-from .recipe import Figures, PruningRecipe, Rule, load, names, read, to_toml
+from .recipe import Figures, Paper, PruningRecipe, Rule, load, names, read, to_toml
 
-__all__ = ["Figures", "PruningRecipe", "Rule", "load", "names", "read", "to_toml"]
+__all__ = ["Figures", "Paper", "PruningRecipe", "Rule", "load", "names", "read", "to_toml"]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from types import UnionType
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import tomli_w
 
@@ -56,6 +57,20 @@ class Figures:
 
 
 @dataclass(frozen=True, slots=True)
+class Paper:
+    """What a publication says about the networks of a recipe.
+
+    - `dense`, `pruned`, `scratch`: the figures of each.
+    - `uncounted`: patterns of layers that its counts leave out.
+    """
+
+    dense: Figures = Figures()
+    pruned: Figures = Figures()
+    scratch: Figures = Figures()
+    uncounted: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class PruningRecipe:
     """A network's way from fresh weights to a small one.
 
@@ -63,20 +78,19 @@ class PruningRecipe:
 
     - `name`, `title`: for the command line, and for tables.
     - `model`: for `zoo.build`, with `classes` and `image_size`; `data`: for `data.load`.
-    - `rules`: what is removed.
+    - `prune`: what is removed.
     - `criterion`: which filters go; `follow`: see `filterfold.pruning.criteria.score`.
     - `base`: fields of `training.Recipe` for the dense network.
     - `retrain`: name → fields of `training.Recipe` for training after the cut; the first is the default.
     - `scratch`: fields of `training.Recipe` in which the small network's training from fresh weights differs from the
       base's; None: no such twin.
-    - `dense`, `pruned`, `scratched`: the publication's figures.
-    - `uncounted`: patterns of layers that the publication's counts leave out.
+    - `paper`: the publication's figures.
     """
 
     name: str
     model: str
     data: str
-    rules: tuple[Rule, ...]
+    prune: tuple[Rule, ...]
     title: str = ""
     image_size: int = 32
     classes: int = 10
@@ -85,18 +99,12 @@ class PruningRecipe:
     base: Mapping[str, Any] = field(default_factory=dict)
     retrain: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     scratch: Mapping[str, Any] | None = None
-    dense: Figures = Figures()
-    pruned: Figures = Figures()
-    scratched: Figures = Figures()
-    uncounted: tuple[str, ...] = ()
+    paper: Paper = Paper()
 
     def __post_init__(self) -> None:
-        """Refuse a recipe that removes nothing, and a retraining without fields."""
-        if not self.rules:
+        """Refuse a recipe that removes nothing."""
+        if not self.prune:
             raise ConfigError(f"recipe {self.name!r} has no [[prune]] entry, so it removes nothing")
-        for name, changes in self.retrain.items():
-            if not isinstance(changes, Mapping):
-                raise ConfigError(f"retrain.{name} must be a table")
 
     @property
     def keep(self) -> dict[str, float]:
@@ -106,7 +114,7 @@ class PruningRecipe:
         {'a.*': 0.7, 'a.1': 1.0}
         """
         shares: dict[str, float] = {}
-        for rule in self.rules:
+        for rule in self.prune:
             shares |= dict.fromkeys(rule.layers, round(1 - rule.ratio, 9)) | dict.fromkeys(rule.skip, 1.0)
         return shares
 
@@ -153,7 +161,7 @@ def load(name: str | Path) -> PruningRecipe:
 
     **Raises:** `ConfigError` for an unknown name or a file that is no recipe.
 
-    >>> load("resnet56-b").rules[0].ratio
+    >>> load("resnet56-b").prune[0].ratio
     0.6
     """
     if str(name).endswith(".toml"):
@@ -176,49 +184,48 @@ def read(text: str, where: str) -> PruningRecipe:
     **Raises:** `ConfigError` naming what is malformed.
     """
     try:
-        document = tomllib.loads(text)
-        if unknown := sorted(document.keys() & _RENAMED):
-            raise ConfigError(f"has an entry {unknown[0]!r} of no meaning")
-        paper = document.pop("paper", {})
-        figures = {name: _built(Figures, paper.get(name, {})) for name in ("dense", "pruned", "scratch")}
-        document |= {
-            "rules": [_built(Rule, entry) for entry in document.pop("prune", [])],
-            "dense": figures["dense"],
-            "pruned": figures["pruned"],
-            "scratched": figures["scratch"],
-            "uncounted": paper.get("uncounted", []),
-        }
-        return _built(PruningRecipe, document)
-    except (tomllib.TOMLDecodeError, TypeError, AttributeError) as error:
+        return _built(PruningRecipe, tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{where}: not a recipe: {' '.join(str(error).split())}") from error
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
 
 
-_RENAMED = {"rules", "dense", "pruned", "scratched", "uncounted"}
-"""Fields of `PruningRecipe` that have other places in a file."""
-
-
 def _built(kind: Callable[..., T], table: Mapping[str, Any]) -> T:
     """A dataclass from a table of a TOML file; entries that lack, are unknown or of the wrong type are refused."""
-    known = {field.name: field for field in fields(cast(Any, kind))}
-    required = [name for name, field in known.items() if field.default is field.default_factory is MISSING]
-    for name in required:
-        if name not in table:
-            raise ConfigError(f"lacks {name!r}")
-    for name, value in table.items():
-        if name not in known:
+    hints = get_type_hints(kind)
+    for entry in fields(cast(Any, kind)):
+        if entry.name not in table and entry.default is entry.default_factory is MISSING:
+            raise ConfigError(f"lacks {entry.name!r}")
+    for name in table:
+        if name not in hints:
             raise ConfigError(f"has an entry {name!r} of no meaning")
-        wanted = _TYPES.get(str(known[name].type).partition("[")[0].removesuffix(" | None"), object)
-        if not isinstance(value, wanted):
-            raise ConfigError(f"{name} must be {_CALLED[wanted]}")
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in table.items()})
+    return kind(**{name: _value(name, value, hints[name]) for name, value in table.items()})
 
 
-_TYPES: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "tuple": list, "Mapping": dict}
+def _value(name: str, value: Any, hint: Any) -> Any:
+    """A value of a file as a field of this type takes it."""
+    if hint is Any:
+        return value
+    hint = get_args(hint)[0] if isinstance(hint, UnionType) else hint  # what may be None
+    kind = get_origin(hint) or hint
+    accepted, called = _TYPES.get(kind, (dict, "a table"))
+    if not isinstance(value, accepted):
+        raise ConfigError(f"{name} must be {called}")
+    if kind is tuple:
+        return tuple(_value(name, item, get_args(hint)[0]) for item in value)
+    if kind is Mapping:
+        return {key: _value(f"{name}.{key}", item, get_args(hint)[1]) for key, item in value.items()}
+    return _built(cast(Any, kind), value) if is_dataclass(kind) else value
 
 
-_CALLED = {str: "a text", int: "a whole number", (int, float): "a number", list: "an array", dict: "a table"}
+_TYPES: dict[Any, tuple[Any, str]] = {
+    str: (str, "a text"),
+    int: (int, "a whole number"),
+    float: ((int, float), "a number"),
+    tuple: (list, "an array"),
+}
+"""Type of a field → what TOML gives for it, and how it is called; all others are tables."""
 
 
 def to_toml(recipe: PruningRecipe, remarks: str = "") -> str:
@@ -229,21 +236,19 @@ def to_toml(recipe: PruningRecipe, remarks: str = "") -> str:
     >>> read(to_toml(load("vgg16-a")), "text") == load("vgg16-a")
     True
     """
-    table = asdict(recipe)
-    paper = {"dense": table["dense"], "pruned": table["pruned"], "scratch": table["scratched"]}
-    document = {name: value for name, value in table.items() if name not in _RENAMED}
-    document["prune"] = [_given(rule) for rule in table["rules"]]
-    document["paper"] = _given({name: _given(figures) for name, figures in paper.items()})
-    if recipe.uncounted:
-        document["paper"]["uncounted"] = recipe.uncounted
-    document = _given(document) | ({} if recipe.scratch is None else {"scratch": recipe.scratch})
+    table = _given(asdict(recipe))
+    if recipe.scratch is not None:
+        table["scratch"] = dict(recipe.scratch)  # an empty one is not the same as none
     comment = "".join(f"# {line}".rstrip() + "\n" for line in remarks.splitlines())
-    return comment + tomli_w.dumps(document)
+    return comment + tomli_w.dumps(table)
 
 
-def _given(table: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries that say something; TOML has no None."""
-    return {name: value for name, value in table.items() if value not in (None, (), {})}
+def _given(value: Any) -> Any:
+    """Without None, which TOML does not have, and without what is empty."""
+    if isinstance(value, Mapping):
+        given = {name: _given(item) for name, item in value.items()}
+        return {name: item for name, item in given.items() if item not in (None, (), {})}
+    return tuple(map(_given, value)) if isinstance(value, tuple) else value
 
 
 _FAVOURED = {"vgg16": "vgg16-a", "resnet56": "resnet56-b", "resnet110": "resnet110-b"}

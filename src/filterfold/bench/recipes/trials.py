@@ -13,7 +13,7 @@ from torch import nn
 from ...errors import ConfigError
 from ...profiling.macs import measure
 from ...surgery.checkpoint import load
-from ..trials.config import Comparison, Setting, plan
+from ..trials.config import Comparison, Setting
 from ..trials.context import RunContext
 from ..trials.records import Record
 from .recipe import PruningRecipe
@@ -85,7 +85,7 @@ def comparison(
 ) -> Comparison:
     """The trials of a recipe: dense, pruned, and the twin from scratch if the recipe has one and `scratch` is set."""
     twin = ["scratch"] if scratch and recipe.scratch is not None else []
-    return plan(chosen, ["dense", recipe.criterion, *twin], seeds=seeds)
+    return Comparison.of(chosen, ["dense", recipe.criterion, *twin], seeds=seeds)
 
 
 def networks(recipe: PruningRecipe, records: Iterable[Record], context: RunContext) -> list[Network]:
@@ -94,7 +94,7 @@ def networks(recipe: PruningRecipe, records: Iterable[Record], context: RunConte
     for record in records:
         if record["status"] == "finished":
             model = load(context.model_file(record["id"]), context.build, device=context.device)
-            found.append(Network(record, *counts(model, context.example, recipe.uncounted)))
+            found.append(Network(record, *counts(model, context.example, recipe.paper.uncounted)))
     return found
 
 

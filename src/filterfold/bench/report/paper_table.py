@@ -44,15 +44,15 @@ def paper_table(recipe: PruningRecipe, found: Sequence[Measured]) -> Table:
     """
     title = recipe.title or recipe.name
     printed = {
-        "dense": (recipe.dense, title.partition("-pruned")[0]),
-        "scratch": (recipe.scratched, f"{title} scratch"),
+        "dense": (recipe.paper.dense, title.partition("-pruned")[0]),
+        "scratch": (recipe.paper.scratch, f"{title} scratch"),
     }
     rows = []
     dense = [one for one in found if one.record["method"] == "dense"]
     for method in ("dense", recipe.criterion, "scratch"):
         ours = [one for one in found if one.record["method"] == method]
         if ours:
-            figures, name = printed.get(method, (recipe.pruned, title))
+            figures, name = printed.get(method, (recipe.paper.pruned, title))
             rows.append(_row(name, ours, dense, figures))
     return Table(recipe.name, f"{title}: ours beside the paper's", COLUMNS, tuple(rows), _notes(recipe, found))
 
@@ -110,6 +110,6 @@ def _notes(recipe: PruningRecipe, found: Sequence[Measured]) -> tuple[str, ...]:
             "The dense network's weights came from a file: they may have been trained on the images that are held out "
             "for validation here, so the validation error says little."
         )
-    if recipe.uncounted:
-        notes.append(f"As in the paper, {', '.join(recipe.uncounted)} are not counted.")
+    if recipe.paper.uncounted:
+        notes.append(f"As in the paper, {', '.join(recipe.paper.uncounted)} are not counted.")
     return tuple(notes)

@@ -218,6 +218,41 @@ class Comparison:
         if any(trial.setting != self.setting for trial in self.trials):
             raise ConfigError("the trials of a comparison must share their setting")
 
+    @classmethod
+    def of(
+        cls,
+        setting: Setting,
+        methods: Sequence[str],
+        *,
+        clusters: Iterable[int] = (),
+        keep: Iterable[float] = (),
+        macs: Iterable[float] = (),
+        seeds: Iterable[int] = range(5),
+    ) -> Comparison:
+        """The trials of a comparison, seed by seed, so that a comparison that is stopped early is still balanced.
+
+        **Arguments:**
+
+        - `methods`: see `Trial`.
+        - `clusters`: numbers of clusters; online methods run once with each.
+        - `keep`, `macs`: shares of the filters, of the multiply-accumulates to keep; every method that cuts runs once
+          with each. Without any, the criteria keep their own default; without `clusters` either, the online methods
+          keep half.
+
+        >>> found = Comparison.of(Setting("m", "d"), ["dense", "l1", "online"], clusters=[5, 10], seeds=[0])
+        >>> [trial.label for trial in found.trials]
+        ['dense', 'l1', 'online k=5', 'online k=10']
+        """
+        counts = list(clusters)
+        shares: list[dict[str, Any]] = [*({"keep": share} for share in keep), *({"macs": share} for share in macs)]
+        trials = [
+            Trial(method, seed, setting, **budget)
+            for seed in seeds
+            for method in dict.fromkeys(methods)
+            for budget in _budgets(method, counts, shares)
+        ]
+        return cls(setting, tuple({trial.id: trial for trial in trials}.values()))
+
     def claim(self, folder: Path, command: str | None = None, *, ours: bool = False) -> None:
         """Take a run folder for this comparison, or take it up again.
 
@@ -246,38 +281,6 @@ class Comparison:
         if not ours and Path(folder).is_dir() and any(Path(folder).glob("[!.]*")):
             raise RecordError(f"{folder} is not empty and holds no comparison; give another folder")
         return entries
-
-
-def plan(
-    setting: Setting,
-    methods: Sequence[str],
-    *,
-    clusters: Iterable[int] = (),
-    keep: Iterable[float] = (),
-    macs: Iterable[float] = (),
-    seeds: Iterable[int] = range(5),
-) -> Comparison:
-    """The trials of a comparison, seed by seed, so that a comparison that is stopped early is still balanced.
-
-    **Arguments:**
-
-    - `methods`: see `Trial`.
-    - `clusters`: numbers of clusters; online methods run once with each.
-    - `keep`, `macs`: shares of the filters, of the multiply-accumulates to keep; every method that cuts runs once with
-      each. Without any, the criteria keep their own default; without `clusters` either, the online methods keep half.
-
-    >>> [t.label for t in plan(Setting("m", "d"), ["dense", "l1", "online"], clusters=[5, 10], seeds=[0]).trials]
-    ['dense', 'l1', 'online k=5', 'online k=10']
-    """
-    counts = list(clusters)
-    shares: list[dict[str, Any]] = [*({"keep": share} for share in keep), *({"macs": share} for share in macs)]
-    trials = [
-        Trial(method, seed, setting, **budget)
-        for seed in seeds
-        for method in dict.fromkeys(methods)
-        for budget in _budgets(method, counts, shares)
-    ]
-    return Comparison(setting, tuple({trial.id: trial for trial in trials}.values()))
 
 
 def _budgets(method: str, clusters: Sequence[int], shares: list[dict[str, Any]]) -> list[dict[str, Any]]:

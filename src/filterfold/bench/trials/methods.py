@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any, Literal, cast
 
 from torch import nn
@@ -20,13 +19,14 @@ from ...errors import ConfigError, RecordError
 from ...graph import trace
 from ...online import ClusterRow, OnlineCallback
 from ...plan import Plan
+from ...pruning.budgets.patterns import by_group
 from ...pruning.prune import Scoring, prune
 from ...surgery.checkpoint import load, load_weights, save
 from ...training import Row
 from ...utils.io import write_json
 from .config import Trial
 from .context import RunContext
-from .costs import Shares, budget, paid_epochs, shares, shrink
+from .costs import budget, paid_epochs, shares, shrink
 
 
 @dataclass
@@ -185,23 +185,11 @@ def _rounds(trial: Trial, context: RunContext, model: nn.Module) -> list[dict[st
     """Budgets for several rounds, about as many groups in each, in the order of the network; a round has an epoch."""
     if trial.macs is not None:
         raise ConfigError(f"{trial.method}: cutting layer after layer needs shares of the filters, not of the MACs")
-    keep = shares(trial)
-    wanted: dict[str, float] = {}
-    for group in trace(model, context.example):
-        if group.frozen is None:
-            share = _share(keep, [group.name, *(part.tensor.rpartition(".")[0] for part in group.producers)])
-            if share < 1:
-                wanted[group.name] = share
+    groups = [group for group in trace(model, context.example) if group.frozen is None]
+    asked = by_group(groups, "keep", shares(trial))
+    wanted = {group.name: asked[group.name] for group in groups if asked.get(group.name, 1.0) < 1}
     if not wanted:
         raise ConfigError("nothing would be cut: no channel group is asked to keep less than all its units")
     names, count = list(wanted), min(max(1, trial.setting.retrain_epochs), len(wanted))
     parts = [names[number * len(names) // count : (number + 1) * len(names) // count] for number in range(count)]
     return [{"keep": {name: wanted[name] for name in part}} for part in parts]
-
-
-def _share(keep: Shares, names: Sequence[str]) -> float:
-    """What a group with these layers is to keep: the last pattern that matches counts."""
-    if not isinstance(keep, Mapping):
-        return keep
-    found = [share for pattern, share in keep.items() if any(fnmatchcase(name, pattern) for name in names)]
-    return found[-1] if found else 1.0

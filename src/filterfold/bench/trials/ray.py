@@ -14,6 +14,7 @@ import secrets
 import tempfile
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -192,8 +193,4 @@ def _read(path: Path) -> bytes | None:
 def _place(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write files to their places, in the order given: a base's description comes after its weights."""
     for name, content in files.items():
-
-        def write(path: Path, content: bytes = content) -> None:
-            path.write_bytes(content)
-
-        write_atomically(folder / name, write)
+        write_atomically(folder / name, partial(Path.write_bytes, data=content))
