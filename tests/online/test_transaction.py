@@ -1,4 +1,4 @@
-"""A cut during training is one transaction: an error at any stage leaves everything as it was; it can be tried again."""
+"""A cut during training is one transaction: an error at any stage leaves all as it was, and it can be tried again."""
 
 from __future__ import annotations
 
