@@ -68,13 +68,13 @@ def compare(layers, rounds: int) -> dict:
     """Seconds, inertia and speed-up over interleaved rounds."""
     from sklearn.cluster import KMeans
 
-    from filterfold.online.clustering import spherical_kmeans
+    from filterfold.online.clustering import cluster
 
     seconds: dict[str, list[float]] = {"filterfold": [], "scikit-learn": []}
     inertia: dict[str, list[float]] = {"filterfold": [], "scikit-learn": []}
     for index in range(-1, rounds):  # the first round warms both up and is thrown away
         runs = {
-            "filterfold": lambda x, s=index: spherical_kmeans(x, len(x) // 2, restarts=1, seed=s + 1).inertia,
+            "filterfold": lambda x, s=index: cluster(x, clusters=len(x) // 2, restarts=1, seed=s + 1).inertia,
             "scikit-learn": lambda x, s=index: (
                 KMeans(len(x) // 2, n_init=1, random_state=s + 1).fit(x.numpy()).inertia_
             ),

@@ -84,3 +84,18 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     code = f"import sys, filterfold; print(*[m for m in {HEAVY!r} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.split() == []
+
+
+def test_the_architecture_document_names_every_room() -> None:
+    """Rooms, and folders in them, with the floor and the wing that the tests above hold them to."""
+    document = (PACKAGE.parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in document.splitlines() if line.startswith("|")
+    ]
+    named = {row[1].strip("`"): (row[0], row[3]) for row in rows if len(row) == 4 and row[3] in ("lab", "library")}
+    folders = {str(path.parent.relative_to(PACKAGE)) for path in PACKAGE.rglob("__init__.py")} - {"."}
+    assert set(named) == set(FLOOR) | folders
+    for name, (floor, wing) in named.items():
+        room = name.split("/")[0]
+        assert wing == ("lab" if room in LAB else "library"), name
+        assert floor == ("" if "/" in name else str(FLOOR[room])), name

@@ -11,7 +11,7 @@ import torch
 from sklearn.cluster import KMeans
 
 from filterfold.errors import ConfigError, ModelError
-from filterfold.online.clustering import Clustering, cluster, directions, merging_inertias, moved, spherical_kmeans
+from filterfold.online.clustering import Clustering, cluster, directions, merging_inertias, moved
 from filterfold.utils.io import read_safetensors
 
 
@@ -33,7 +33,7 @@ def oracle_inertia(x: torch.Tensor, labels: torch.Tensor) -> float:
 @pytest.mark.parametrize("noise", [0.3, 3.0])
 def test_inertia_within_one_percent_of_scikit_learn(n: int, d: int, k: int, noise: float) -> None:
     x = bundles(n, d, k, noise=noise)
-    found = spherical_kmeans(x, k)
+    found = cluster(x, clusters=k)
     theirs = KMeans(k, n_init=4, random_state=0).fit((x / x.norm(dim=1, keepdim=True)).numpy()).inertia_
     assert found.inertia <= 1.01 * theirs
     assert found.inertia == pytest.approx(oracle_inertia(x, found.labels), rel=1e-4)
@@ -47,7 +47,7 @@ def test_inertia_on_trained_filters(shared) -> None:
     for x in layers:
         k = len(x) // 2
         theirs = KMeans(k, n_init=1, random_state=0).fit((x / x.norm(dim=1, keepdim=True)).numpy()).inertia_
-        assert spherical_kmeans(x, k).inertia <= 1.01 * theirs
+        assert cluster(x, clusters=k).inertia <= 1.01 * theirs
 
 
 def test_euclidean_inertia_within_one_percent_of_scikit_learn() -> None:
@@ -65,7 +65,7 @@ def test_reaches_the_best_partition_of_a_tiny_set(seed: int) -> None:
         return sum(float(unit[[i for i in range(7) if labels[i] == c]].sum(dim=0).norm()) for c in range(3))
 
     best = max(objective(labels) for labels in itertools.product(range(3), repeat=7) if len(set(labels)) == 3)
-    found = spherical_kmeans(x, 3, restarts=20)
+    found = cluster(x, clusters=3, restarts=20)
     assert objective(tuple(found.labels.tolist())) == pytest.approx(best, rel=1e-9)
 
 
@@ -76,7 +76,7 @@ def test_positive_multiples_share_a_cluster(dtype: torch.dtype, seed: int) -> No
     base = torch.randn(9, 50, generator=generator, dtype=dtype)
     which = torch.cat([torch.arange(9), torch.randint(9, (23,), generator=generator)])
     x = base[which] * torch.rand(32, 1, generator=generator, dtype=dtype).add(0.01)
-    found = spherical_kmeans(x, 9, restarts=1, seed=seed)
+    found = cluster(x, clusters=9, restarts=1, seed=seed)
     assert found.labels.tolist() == which.tolist()  # the first nine rows come in order, so numbering is canonical
     assert found.inertia == pytest.approx(0, abs=1e-5)
     assert found.cosine == pytest.approx(1)
@@ -94,7 +94,7 @@ def test_canonical_and_complete(method) -> None:
 def test_same_seed_same_result_and_global_generator_untouched() -> None:
     x = torch.randn(60, 30, generator=torch.Generator().manual_seed(1))
     state = torch.get_rng_state()
-    one, two, three = (spherical_kmeans(x, 20, seed=seed) for seed in (3, 3, 4))
+    one, two, three = (cluster(x, clusters=20, seed=seed) for seed in (3, 3, 4))
     assert torch.equal(one.labels, two.labels)
     assert not torch.equal(one.labels, three.labels)
     assert torch.equal(torch.get_rng_state(), state)
@@ -104,37 +104,37 @@ def test_input_is_not_modified_and_half_precision_is_read() -> None:
     x = bundles(30, 16, 6)
     kept = x.clone()
     cluster(x, clusters=6, method="euclidean")
-    spherical_kmeans(x, 6)
+    cluster(x, clusters=6)
     assert torch.equal(x, kept)
-    assert torch.equal(spherical_kmeans(x.bfloat16(), 6).labels, spherical_kmeans(x.bfloat16().float(), 6).labels)
+    assert torch.equal(cluster(x.bfloat16(), clusters=6).labels, cluster(x.bfloat16().float(), clusters=6).labels)
 
 
 def test_rows_without_direction() -> None:
     x = torch.eye(4)
     x[1] = 0
-    assert spherical_kmeans(x, 2).count == 2
-    assert spherical_kmeans(x, 3).labels.tolist() == [0, 0, 1, 2]
-    assert spherical_kmeans(x, 4).labels.tolist() == [0, 1, 2, 3]
-    assert spherical_kmeans(torch.zeros(5, 3), 2).labels.tolist() == [0] * 5
+    assert cluster(x, clusters=2).count == 2
+    assert cluster(x, clusters=3).labels.tolist() == [0, 0, 1, 2]
+    assert cluster(x, clusters=4).labels.tolist() == [0, 1, 2, 3]
+    assert cluster(torch.zeros(5, 3), clusters=2).labels.tolist() == [0] * 5
     tiny = torch.tensor([[1e-30, 0.0], [0.0, 1e-30], [1.0, 0.0]])
-    assert spherical_kmeans(tiny, 2).labels.tolist() == [0, 1, 0]
+    assert cluster(tiny, clusters=2).labels.tolist() == [0, 1, 0]
 
 
 def test_more_clusters_than_rows_or_than_directions() -> None:
-    assert spherical_kmeans(torch.eye(3), 7).labels.tolist() == [0, 1, 2]
-    assert spherical_kmeans(torch.ones(6, 2), 3).count == 3  # what was asked for, though there is one direction only
-    assert spherical_kmeans(torch.eye(3), 1).labels.tolist() == [0, 0, 0]
+    assert cluster(torch.eye(3), clusters=7).labels.tolist() == [0, 1, 2]
+    assert cluster(torch.ones(6, 2), clusters=3).count == 3  # what was asked for, though there is one direction only
+    assert cluster(torch.eye(3), clusters=1).labels.tolist() == [0, 0, 0]
 
 
 def test_warm_start_stays_where_it_is_best() -> None:
     x = bundles(80, 40, 16)
-    first = spherical_kmeans(x, 16)
-    again = spherical_kmeans(x, 16, start=first.labels)
+    first = cluster(x, clusters=16)
+    again = cluster(x, clusters=16, start=first.labels)
     assert torch.equal(first.labels, again.labels)
-    few = spherical_kmeans(x, 16, start=[0] * 80)
+    few = cluster(x, clusters=16, start=[0] * 80)
     assert few.count == 16
     with pytest.raises(ConfigError, match="start has 16 clusters, more than the 10 asked for"):
-        spherical_kmeans(x, 10, start=first.labels)
+        cluster(x, clusters=10, start=first.labels)
 
 
 def test_threshold_is_a_promise_about_every_pair() -> None:
@@ -180,7 +180,7 @@ def test_bad_matrices() -> None:
 
 
 def test_result_shapes() -> None:
-    found = spherical_kmeans(bundles(20, 7, 4), 4)
+    found = cluster(bundles(20, 7, 4), clusters=4)
     assert isinstance(found, Clustering)
     assert found.labels.dtype == torch.int64
     assert found.centroids.shape == (4, 7)
@@ -228,5 +228,5 @@ def test_merging_inertias_against_scikit_learn(n: int) -> None:
         groups = [unit[labels == label] for label in range(k)]
         inertia = sum(float((rows - rows.mean(dim=0)).square().sum()) for rows in groups)
         assert found[k - 1].item() == pytest.approx(inertia, abs=1e-9)
-        assert found[k - 1] <= 1.2 * spherical_kmeans(x, k).inertia + 1e-9
+        assert found[k - 1] <= 1.2 * cluster(x, clusters=k).inertia + 1e-9
     assert bool((found.diff() <= 1e-12).all())

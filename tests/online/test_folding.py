@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from filterfold.errors import PlanError
+from filterfold.errors import SelectionError
 from filterfold.graph.trace import trace
 from filterfold.online.clustering import cluster
 from filterfold.online.folding import features, fold, importance
@@ -216,8 +216,7 @@ def test_clustering_finds_the_twins(make) -> None:
     tensors = {**dict(net.named_parameters()), **dict(net.named_buffers())}
     for makers in net.makers:
         group = groups.by_name[makers[0][0]]
-        (part,) = parts(group)
-        found = cluster(features(group, part, tensors), clusters=group.size - 3)
+        found = cluster(features(group, tensors), clusters=group.size - 3)
         labels[group.name] = found.labels
         assert found.inertia < 1e-20
     apply(fold(groups, labels, net), net)
@@ -274,8 +273,7 @@ def test_importance_is_scale_times_what_is_read() -> None:
         net[1].bias.copy_(torch.tensor([4.0, 0.0]))
         net[3].weight.copy_(torch.tensor([[0.6, 1.0], [0.8, 0.0]])[..., None, None])
     group = trace(net, torch.zeros(1, 1, 4, 4))[0]
-    (part,) = parts(group)
-    torch.testing.assert_close(importance(group, part, dict(net.named_parameters())), torch.tensor([5.0, 1.0]))
+    torch.testing.assert_close(importance(group, dict(net.named_parameters())), torch.tensor([5.0, 1.0]))
 
 
 def test_regression_of_relu_outputs_against_samples() -> None:
@@ -315,11 +313,11 @@ def test_widths_are_shared_out_among_classes_and_blocks(classes, blocks, total: 
 def test_refusals() -> None:
     net = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 1))
     mixed = by_hand([0, 0, 1, 1], [0] * 4)
-    with pytest.raises(PlanError, match="cluster 1 mixes units of different classes or blocks"):
+    with pytest.raises(SelectionError, match="cluster 1 spans more than one class"):
         fold([mixed], {"0": [0, 1, 1, 2]}, net)
-    with pytest.raises(PlanError, match="3 labels for 4 units"):
+    with pytest.raises(SelectionError, match="3 labels for 4 units"):
         fold([mixed], {"0": [0, 1, 1]}, net)
-    with pytest.raises(PlanError, match="'no', which the model does not have"):
+    with pytest.raises(SelectionError, match="no group is named 'no'"):
         fold([mixed], {"no": [0]}, net)
 
 
@@ -331,9 +329,8 @@ def test_features_of_units_take_batch_norm_in() -> None:
         net[1].bias.copy_(torch.tensor([0.0, 1.0, 0.0]))
     group = trace(net, torch.zeros(1, 2, 4, 4))[0]
     tensors = dict(net.named_parameters())
-    (part,) = parts(group)
-    filters = features(group, part, tensors)
+    filters = features(group, tensors)
     torch.testing.assert_close(filters, torch.tensor([[0.6, 0.8]] * 3))
-    units = features(group, part, tensors, "units")
+    units = features(group, tensors, "units")
     half = 0.5**0.5
     torch.testing.assert_close(units, torch.tensor([[0.6, 0.8, 0.0], [0.6 * half, 0.8 * half, half], [0.6, 0.8, 0.0]]))

@@ -101,14 +101,19 @@ def shrinking(**options: Any) -> Any:
     return LightningCallback(**options)
 
 
-def test_lightning_goes_on_from_the_checkpoint_of_a_smaller_network(tmp_path) -> None:
+BY_EPOCH = Schedule((1, 2, 3), ((2, 0.5), (4, 1.0)))
+
+
+@pytest.mark.parametrize("schedule", [BY_EPOCH, Schedule((2, 4, 6), ((4, 0.5), (11, 1.0)), unit="step")])
+def test_lightning_goes_on_from_the_checkpoint_of_a_smaller_network(tmp_path, schedule: Schedule) -> None:
     pytest.importorskip("lightning")
-    whole, first = classifier(), shrinking()
+    whole, first = classifier(), shrinking(schedule=schedule)
     fit(whole, first, 6, tmp_path / "whole")
     assert whole.body[0].out_channels == 6
     assert len(first.online.cuts) == 2
+    assert {row["epoch"] for row in first.online.history} == {*schedule.updates, *dict(schedule.milestones)}
     for epoch in (0, 2):  # the second one is of a network that is cut already
-        again, second = classifier(), shrinking()
+        again, second = classifier(), shrinking(schedule=schedule)
         fit(again, second, 6, tmp_path / "whole", ckpt_path=tmp_path / "whole" / f"epoch={epoch}.ckpt")
         assert second.online.plans == first.online.plans
         assert second.online.history == first.online.history
@@ -142,7 +147,8 @@ def test_lightning_levels_off_and_refuses(tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_hugging_face_goes_on_from_the_checkpoint_of_a_smaller_network(tmp_path) -> None:
+@pytest.mark.parametrize("schedule", [BY_EPOCH, Schedule((3, 6, 9), ((7, 0.5), (17, 1.0)), unit="step")])
+def test_hugging_face_goes_on_from_the_checkpoint_of_a_smaller_network(tmp_path, schedule: Schedule) -> None:
     pytest.importorskip("transformers")
     from transformers import Trainer, TrainingArguments, set_seed
 
@@ -161,7 +167,7 @@ def test_hugging_face_goes_on_from_the_checkpoint_of_a_smaller_network(tmp_path)
         callback = HuggingFaceCallback(
             {"pixel_values": torch.zeros(1, 1, 8, 8)},
             keep=0.5,
-            schedule=Schedule((1, 2, 3), ((2, 0.5), (4, 1.0))),
+            schedule=schedule,
             strength=0.3,
         )
         if checkpoint is not None and resized:

@@ -1,4 +1,4 @@
-"""A cut during training is one transaction: an error at any stage leaves all as it was, and it can be tried again."""
+"""A cut during training is one transaction: an error at any stage leaves everything as it was."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from filterfold.errors import VerificationError
 from filterfold.online import CutOptions, OnlineFilterClustering, Pull, Schedule, online_clustering
 
-STAGES = ("fold", "observed", "rehearsed", "apply_with_sizes", "trace_and_measure", "mend", "relative_change",
+STAGES = ("fold", "observed", "rehearsed", "apply_with_sizes", "trace_and_measure", "apply_remedy", "relative_change",
           "renew", "CutResult")  # fmt: skip
 """What `cluster_and_prune` calls, in this order; an error after the call comes when it has done its work."""
 
@@ -80,10 +80,12 @@ def same(one: Any, two: Any) -> bool:
 
 
 CASES = [
-    *((stage, False, None) for stage in STAGES if stage != "mend"),
-    *((stage, True, None) for stage in STAGES if stage not in ("mend", "apply_with_sizes")),  # it gives the receipt
-    *((stage, after, "kernels") for stage in ("mend", "renew") for after in (False, True)),
-    ("mend", True, "norms"),
+    *((stage, False, None) for stage in STAGES if stage != "apply_remedy"),
+    *(
+        (stage, True, None) for stage in STAGES if stage not in ("apply_remedy", "apply_with_sizes")
+    ),  # it gives the receipt
+    *((stage, after, "kernels") for stage in ("apply_remedy", "renew") for after in (False, True)),
+    ("apply_remedy", True, "norms"),
 ]
 
 

@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from ..utils.dispatch import Function, OperationMode, signature, tensors_in
 from .labels import FIXED, LabelTable, Layout, Vector
-from .views import Region, remember_base, write_in_place
+from .views import Region, view_of, write_in_place
 
 _LABELS = "_filterfold_labels"
 """Attribute in which a tensor made by the network carries its labels; it goes away with the tensor."""
@@ -221,10 +221,8 @@ class Recorder(OperationMode):
             if any(tensor is argument for argument in written):
                 write_in_place(tracer, tensor, layout)
             elif not any(tensor is argument for argument in arguments):
-                labels = TensorLabels(layout, weight)
-                if is_view:
-                    remember_base(tracer, labels, call, place)
-                tracer.put(tensor, labels)
+                view = view_of(tracer, call, place) if is_view else ()
+                tracer.put(tensor, TensorLabels(layout, weight, *view))
         return tuple(outputs)
 
 
@@ -241,9 +239,13 @@ def numbers_in(args: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def module_stack(model: nn.Module, stack: list[str], note: Callable[[str, Any], None] | None = None) -> Iterator[None]:
-    """Keep the qualified name of the running module on top of `stack`; tell `note` what each module returns."""
+def module_stack(model: nn.Module, note: Callable[[str, Any], None] | None = None) -> Iterator[list[str]]:
+    """Gives a list of the qualified names of the running modules, outermost first, and keeps it current.
+
+    `note` is told what each module returns, with its name.
+    """
     names = {id(module): name for name, module in model.named_modules()}
+    stack: list[str] = []
 
     def enter(module: nn.Module, _inputs: Any) -> None:
         stack.append(names.get(id(module), stack[-1] if stack else ""))
@@ -255,8 +257,7 @@ def module_stack(model: nn.Module, stack: list[str], note: Callable[[str, Any], 
 
     handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
     try:
-        yield
+        yield stack
     finally:
         for handle in handles:
             handle.remove()
-        stack.clear()

@@ -64,15 +64,14 @@ def attempt(model: nn.Module, inputs: Any, steps: Sequence[Step], predicted: Pre
     - `steps`: of the unpruned network.
     - `predicted`: the sizes after the cut.
     """
-    found, stack = Attempt(), list[str]()
-    checker = _Checker(steps, predicted, stack, found)
-    with preserved(model), random_state_preserved(model):
+    with preserved(model), random_state_preserved(model), module_stack(model) as stack:
+        checker = _Checker(steps, predicted, stack)
         try:
-            with torch.inference_mode(), module_stack(model, stack), checker:
+            with torch.inference_mode(), checker:
                 call(model, inputs)
         except Exception as error:
-            found.error = one_line(error)
-    return found
+            checker.found.error = one_line(error)
+    return checker.found
 
 
 class _MismatchError(Exception):
@@ -83,12 +82,12 @@ class _Checker(OperationMode):
     """Compares each operation with the same step of the unpruned network.
 
     A wrong number is noted and replaced before the operation runs. So one run finds all of them, though the network
-    as it is would stop at the first.
+    as it is would stop at the first. `found`: what the run showed so far.
     """
 
-    def __init__(self, steps: Sequence[Step], predicted: PredictedSizes, stack: list[str], found: Attempt) -> None:
+    def __init__(self, steps: Sequence[Step], predicted: PredictedSizes, stack: list[str]) -> None:
         super().__init__()
-        self.steps, self.predicted, self.stack, self.found = steps, predicted, stack, found
+        self.steps, self.predicted, self.stack, self.found = steps, predicted, stack, Attempt()
 
     def rule_for(self, func: Function) -> Any:
         """The tracing rule: what had none while tracing was decomposed there, too."""

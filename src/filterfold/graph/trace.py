@@ -190,7 +190,7 @@ def _run(model: nn.Module, tracer: Tracer, inputs: Any) -> None:
     for tensor in leaves(inputs):
         tracer.know(tensor, TensorLabels((FIXED,) * tensor.ndim))
     try:
-        with torch.inference_mode(), module_stack(model, tracer.stack, tracer.note), Recorder(tracer):
+        with torch.inference_mode(), module_stack(model, tracer.note) as tracer.stack, Recorder(tracer):
             outputs = call(model, inputs)
     except TraceError:
         raise

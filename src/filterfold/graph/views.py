@@ -16,7 +16,7 @@ from torch import Tensor
 from .labels import FIXED, FREE, Axis, Layout, Vector, same_layout
 
 if TYPE_CHECKING:
-    from .dispatch import Call, TensorLabels, Tracer
+    from .dispatch import Call, Tracer
 
 Region = tuple[Vector | None, ...]
 """For each axis of a base the positions that a view of it shows; None where it shows all."""
@@ -28,35 +28,30 @@ _WHOLE_VIEWS = ("alias", "detach", "view_as")
 _PIECES = ("chunk", "split", "split_with_sizes", "tensor_split")
 
 
-def remember_base(tracer: Tracer, labels: TensorLabels, call: Call, place: int) -> None:
-    """Note in a view's labels what it shows of which tensor; `place`: which of the results of `call` it is.
+def view_of(tracer: Tracer, call: Call, place: int) -> tuple[Tensor | None, Region | None, tuple[int, ...]]:
+    """Base, region and axes of a view; `place`: which of the results of `call` it is.
 
-    A view that can't be described that way (a transpose, a reshape) gets its base but no region.
+    A view that can't be described that way (a transpose, a reshape) has a base but no region.
     """
     if not call.tensors:
-        return
-    source = call.tensors[0]
+        return None, None, ()
+    source, view = call.tensors[0], call.outputs[place]
     parent = tracer.labels_of(source)
-    region: Region | None = (None,) * source.ndim
-    base, axes = source, tuple(range(source.ndim))
-    if parent.base is not None:
-        base, region, axes = parent.base, parent.region, parent.axes
-    labels.base, view = base, call.outputs[place]
-    if region is None:
-        return
-    if call.op in _WHOLE_VIEWS or (call.op == "view" and view.shape == source.shape):
-        labels.region, labels.axes = region, axes
-        return
+    base, region, axes = parent.base, parent.region, parent.axes
+    if base is None:
+        base, region, axes = source, (None,) * source.ndim, tuple(range(source.ndim))
+    if region is None or call.op in _WHOLE_VIEWS or (call.op == "view" and view.shape == source.shape):
+        return base, region, axes
     positions = _positions(call, source, place)
     if positions is None:
-        return
+        return base, None, ()
     dim = (call["dim"] or 0) % source.ndim
     axis, size = axes[dim], base.shape[axes[dim]]
     # A view of a view: positions count within what the first one shows.
     shown = np.arange(size)[positions] if (before := region[axis]) is None else before[positions]
     part = None if len(shown) == size else shown
-    labels.region = tuple(part if a == axis else r for a, r in enumerate(region))
-    labels.axes = tuple(a for d, a in enumerate(axes) if not (call.op == "select" and d == dim))
+    left = tuple(a for d, a in enumerate(axes) if not (call.op == "select" and d == dim))
+    return base, tuple(part if a == axis else r for a, r in enumerate(region)), left
 
 
 def _positions(call: Call, source: Tensor, place: int) -> slice | list[int] | None:

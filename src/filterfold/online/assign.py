@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from dataclasses import dataclass
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -31,14 +32,7 @@ class ClusterRow(TypedDict):
 
 def read_row(row: Mapping[str, Any]) -> ClusterRow:
     """A row as it was written down."""
-    return ClusterRow(
-        epoch=row["epoch"],
-        group=row["group"],
-        k=row["k"],
-        inertia=row["inertia"],
-        cosine=row["cosine"],
-        changed=row["changed"],
-    )
+    return cast(ClusterRow, {name: row[name] for name in ClusterRow.__annotations__})
 
 
 def summary(rows: Sequence[ClusterRow], sizes: Mapping[str, int]) -> str:
@@ -70,15 +64,16 @@ def regroup(
     **Returns:** labels `(size,)` on the CPU, and what they are like.
     """
     labels = torch.zeros(group.size, dtype=torch.int64)
+    rows, weights = features(group, tensors, kind), importance(group, tensors)
     count, inertia, cosine = 0, 0.0, 0.0
     for index, part in enumerate(parts(group)):
         units = torch.tensor(part.units)
-        x = features(group, part, tensors, kind)
+        x = rows[units]
         start = None if before is None else before[units]
         if isinstance(wanted, float):
             found = cluster(x, threshold=wanted)
         else:
-            found = _partition(x, wanted[index], importance(group, part, tensors), start, seed, fresh)
+            found = _partition(x, wanted[index], weights[units], start, seed, fresh)
         labels[units] = found.labels.cpu() + count
         count += found.count
         inertia += found.inertia
@@ -106,6 +101,41 @@ def along(piece: Slice, labels: Tensor) -> tuple[Tensor | None, Tensor]:
     rank = torch.arange(len(own)) - torch.searchsorted(own, own)
     key = labels[own] * (int(rank.max()) + 1) + rank
     return positions, torch.unique(key, return_inverse=True)[1]
+
+
+@dataclass(frozen=True, slots=True)
+class ClusteredRows:
+    """The rows of one parameter that make a group's units, with the cluster of each.
+
+    **Arguments:**
+
+    - `parameter`: the parameter; its rows run along `axis`.
+    - `positions`: those of the rows that belong to units; None: all.
+    - `labels`: shape `(n,)`: cluster of each row.
+    - `sign`: shape `(n, 1)`, -1 for rows that count as their negatives; None: none does.
+    """
+
+    parameter: Tensor
+    axis: int
+    positions: Tensor | None
+    labels: Tensor
+    sign: Tensor | None
+
+    @classmethod
+    def of(cls, piece: Slice, parameter: Tensor, labels: Tensor, sign: Tensor | None) -> ClusteredRows:
+        """The rows of a slice; `labels` and `sign`: of the group's units, `(size,)`."""
+        positions, own = along(piece, labels)
+        device = parameter.device
+        if sign is not None:
+            units = torch.tensor(piece.units) if positions is None else torch.tensor(piece.units)[positions]
+            sign = sign[units][:, None].to(device)
+        place = None if positions is None else positions.to(device)
+        return cls(parameter, piece.axis, place, own.to(device), sign)
+
+    def pick(self, tensor: Tensor) -> Tensor:
+        """The rows of a tensor that is laid out like the parameter, shape `(n, …)`."""
+        rows = tensor.movedim(self.axis, 0) if self.axis else tensor
+        return rows if self.positions is None else rows[self.positions]
 
 
 def _partition(x: Tensor, k: int, weights: Tensor, start: Tensor | None, seed: int, fresh: bool) -> Clustering:

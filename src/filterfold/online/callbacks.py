@@ -46,7 +46,8 @@ class OnlineCallback:
         temperature: float = 2.0,
         **options: Any,
     ) -> None:
-        Schedule.of(schedule, 1)  # refuses unknown names now
+        if Schedule.of(schedule, 1).unit != "epoch":
+            raise ConfigError("OnlineCallback counts epochs: for a schedule by steps, write a loop of your own")
         if not (math.isfinite(distill) and distill >= 0):
             raise ConfigError(f"distill={distill}: must be a number of 0 or more")
         check_temperature(temperature)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..plan import ChannelGroup, Slice
-from .assign import along
+from .assign import ClusteredRows
 from .cosine_pull import averager, means
 from .folding import FILTER_ROLES, signs
 
@@ -31,31 +31,31 @@ _GENTLE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
-    """One parameter of a group's units: `positions` along `axis`, all where None, and the cluster of each."""
+class _DrawnRows:
+    """Rows of one parameter, and with what strength those of a cluster are drawn together."""
 
-    parameter: nn.Parameter
-    axis: int
-    positions: Tensor | None
-    labels: Tensor
-    sign: Tensor | None
+    rows: ClusteredRows
     strength: float
+
+    @property
+    def parameter(self) -> Tensor:
+        """The parameter that the rows are of."""
+        return self.rows.parameter
 
     def pick(self, tensor: Tensor) -> Tensor:
         """The rows of a tensor like the parameter, shape `(n, d)`, in at least 32 bits."""
-        rows = tensor.detach().movedim(self.axis, 0)
-        rows = rows if self.positions is None else rows[self.positions]
+        rows = self.rows.pick(tensor.detach())
         rows = rows.reshape(len(rows), -1)
         return rows if rows.dtype == torch.float64 else rows.float()
 
     def put(self, gradient: Tensor, rows: Tensor) -> None:
         """Write rows into the parameter's gradient."""
-        place = gradient.movedim(self.axis, 0)
+        place = gradient.movedim(self.rows.axis, 0)
         rows = rows.to(gradient.dtype).reshape(-1, *place.shape[1:])
-        if self.positions is None:
+        if self.rows.positions is None:
             place.copy_(rows)
         else:
-            place.index_copy_(0, self.positions, rows)
+            place.index_copy_(0, self.rows.positions, rows)
 
 
 class Centripetal:
@@ -81,8 +81,8 @@ class Centripetal:
             for found in _of(group, labels[group.name], tensors, strength)
         ]
         self._device = rows[0].parameter.device.type if rows else "cpu"
-        self._wide = [(entry, averager(entry.labels)) for entry in rows if entry.parameter.ndim > 1]
-        narrow: dict[tuple[torch.device, torch.dtype], list[_Rows]] = {}
+        self._wide = [(entry, averager(entry.rows.labels)) for entry in rows if entry.parameter.ndim > 1]
+        narrow: dict[tuple[torch.device, torch.dtype], list[_DrawnRows]] = {}
         for entry in rows:
             if entry.parameter.ndim == 1:
                 narrow.setdefault((entry.parameter.device, entry.parameter.dtype), []).append(entry)
@@ -97,9 +97,9 @@ class Centripetal:
                     continue
                 weight = entry.pick(entry.parameter)
                 rows = entry.pick(gradient).sub(weight, alpha=entry.strength)
-                rows = rows if entry.sign is None else rows.mul_(entry.sign)
-                rows = means(rows, entry.labels, mean.to(rows))[entry.labels]
-                rows = rows if entry.sign is None else rows.mul_(entry.sign)
+                rows = rows if entry.rows.sign is None else rows.mul_(entry.rows.sign)
+                rows = means(rows, entry.rows.labels, mean.to(rows))[entry.rows.labels]
+                rows = rows if entry.rows.sign is None else rows.mul_(entry.rows.sign)
                 entry.put(gradient, rows.add_(weight, alpha=entry.strength))
             for vectors in self._narrow:
                 vectors.merge()
@@ -108,17 +108,19 @@ class Centripetal:
 class _Vectors:
     """All biases and norm entries of the network as one vector: dozens of tiny tensors would cost more in calls."""
 
-    def __init__(self, entries: Sequence[_Rows]) -> None:
+    def __init__(self, entries: Sequence[_DrawnRows]) -> None:
         self.entries = entries
         device, count, labels = entries[0].parameter.device, 0, []
         for entry in entries:
-            labels.append(entry.labels + count)
-            count += int(entry.labels.max()) + 1
-        self.sizes = [len(entry.labels) for entry in entries]
+            labels.append(entry.rows.labels + count)
+            count += int(entry.rows.labels.max()) + 1
+        self.sizes = [len(entry.rows.labels) for entry in entries]
         self.labels = torch.cat(labels)
         ones = [torch.ones(size, device=device) for size in self.sizes]
         self.strength = torch.cat([one * entry.strength for one, entry in zip(ones, entries, strict=True)])
-        signs_ = [one if entry.sign is None else entry.sign[:, 0] for one, entry in zip(ones, entries, strict=True)]
+        signs_ = [
+            one if entry.rows.sign is None else entry.rows.sign[:, 0] for one, entry in zip(ones, entries, strict=True)
+        ]
         self.sign = torch.cat(signs_)
         self.members = _members(self.labels)
         self.share = 1 / torch.bincount(self.labels).to(self.strength)
@@ -141,26 +143,15 @@ class _Vectors:
                 entry.put(entry.parameter.grad, part)
 
 
-def _of(group: ChannelGroup, labels: Tensor, tensors: Mapping[str, Tensor], strength: float) -> list[_Rows]:
+def _of(group: ChannelGroup, labels: Tensor, tensors: Mapping[str, Tensor], strength: float) -> list[_DrawnRows]:
     """Every trainable parameter that makes the group's units."""
     sign, found = signs(group, tensors), []
     for piece in group.producers:
         parameter = tensors[piece.tensor]
-        if not isinstance(parameter, nn.Parameter) or not parameter.requires_grad:
-            continue
-        positions, own = along(piece, labels)
-        units = torch.tensor(piece.units) if positions is None else torch.tensor(piece.units)[positions]
-        device = parameter.device
-        found.append(
-            _Rows(
-                parameter,
-                piece.axis,
-                None if positions is None else positions.to(device),
-                own.to(device),
-                sign[units][:, None].to(device) if sign is not None and _is_signed(piece) else None,
-                strength if piece.role in (*FILTER_ROLES, "bias") else _GENTLE * strength,
-            )
-        )
+        if isinstance(parameter, nn.Parameter) and parameter.requires_grad:
+            rows = ClusteredRows.of(piece, parameter, labels, sign if _is_signed(piece) else None)
+            gentle = piece.role not in (*FILTER_ROLES, "bias")
+            found.append(_DrawnRows(rows, _GENTLE * strength if gentle else strength))
     return found
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..plan import ChannelGroup
-from .assign import along
+from .assign import ClusteredRows
 from .folding import FILTER_ROLES, signs
 
 
@@ -47,17 +47,17 @@ def value_and_gradient(weight: Tensor, labels: Tensor, mean: Tensor, sign: Tenso
 
 
 def add_gradient(
-    grad: Tensor, rows: Tensor, labels: Tensor, mean: Tensor, sign: Tensor | None, strength: float, room: Tensor
+    grad: Tensor, rows: Tensor, labels: Tensor, mean: Tensor, sign: Tensor | None, strength: float, buffer: Tensor
 ) -> None:
     """Add strength times the gradient to `grad`, in place and without new memory: it is done after every batch.
 
     **Arguments:**
 
     - `grad`, `rows`: shape `(n, d)`, both float32 or float64. The others as for `pull`.
-    - `room`: shape `(3, n · d)` or longer, to work in.
+    - `buffer`: shape `(3, n · d)` or longer, to work in.
     """
     with torch.autocast(rows.device.type, enabled=False):
-        unit, own, centres = (part[: rows.numel()].view_as(rows) for part in room)
+        unit, own, centres = (part[: rows.numel()].view_as(rows) for part in buffer)
         inverse = _inverse(rows, sign)
         torch.mul(rows, inverse, out=unit)
         torch.index_select(means(unit, labels, mean, centres[: len(mean)]), 0, labels, out=own)
@@ -136,7 +136,7 @@ class CosinePull:
         strength: float,
     ) -> None:
         self.strength = strength
-        self.rows = clustered_rows(groups, labels, tensors)
+        self.rows = _pulled_rows(groups, labels, tensors)
 
     def loss(self) -> Tensor | None:
         """The term, differentiable once; None without filters."""
@@ -150,79 +150,63 @@ class CosinePull:
 
 
 @dataclass(frozen=True, slots=True)
-class ClusteredRows:
-    """The filters of one parameter, with their clusters; `positions` along `axis` of it, all where None.
+class _PulledRows:
+    """The filters of one parameter; `mean` as for `pull`; `buffer` is memory to work in, which all of them share."""
 
-    `room` is memory to work in, which all of them share.
-    """
-
-    parameter: Tensor
-    axis: int
-    positions: Tensor | None
-    labels: Tensor
+    rows: ClusteredRows
     mean: Tensor
-    sign: Tensor | None
-    room: Tensor
+    buffer: Tensor
 
     def value(self) -> Tensor:
         """The clustering term of this parameter."""
-        return pull(self._rows(self.parameter), self.labels, self.mean, self.sign)
+        rows = self.rows
+        return pull(rows.pick(rows.parameter), rows.labels, self.mean, rows.sign)
 
     def add_gradient(self, strength: float) -> None:
         """Add strength times the term's gradient to the parameter's."""
-        parameter = self.parameter.detach()
-        if self.parameter.grad is None:
-            self.parameter.grad = torch.zeros_like(parameter)
-        grad = self.parameter.grad
+        own, labels, sign = self.rows, self.rows.labels, self.rows.sign
+        parameter = own.parameter.detach()
+        if own.parameter.grad is None:
+            own.parameter.grad = torch.zeros_like(parameter)
+        grad = own.parameter.grad
         rows, place = self._as_stored(parameter), self._as_stored(grad)
         wide = rows.dtype == place.dtype and rows.dtype in (torch.float32, torch.float64)
-        if self.positions is None and wide and place.is_contiguous():
-            flat = place.flatten(1), rows.flatten(1)
-            add_gradient(*flat, self.labels, self.mean, self.sign, strength, self.room)
+        if own.positions is None and wide and place.is_contiguous():
+            add_gradient(place.flatten(1), rows.flatten(1), labels, self.mean, sign, strength, self.buffer)
             return
-        rows = self._rows(parameter)
-        gradient = value_and_gradient(rows, self.labels, self.mean, self.sign)[1].to(grad.dtype).view_as(rows)
-        if self.positions is None:
-            grad.movedim(self.axis, 0).add_(gradient, alpha=strength)
+        rows = own.pick(parameter)
+        gradient = value_and_gradient(rows, labels, self.mean, sign)[1].to(grad.dtype).view_as(rows)
+        if own.positions is None:
+            grad.movedim(own.axis, 0).add_(gradient, alpha=strength)
         else:
-            grad.movedim(self.axis, 0).index_add_(0, self.positions, gradient, alpha=strength)
+            grad.movedim(own.axis, 0).index_add_(0, own.positions, gradient, alpha=strength)
 
     def _as_stored(self, tensor: Tensor) -> Tensor:
         """The filters' axis first, the others as they lie in the parameter's memory: flat rows are then a view."""
-        first = self.parameter.movedim(self.axis, 0)
+        first = self.rows.parameter.movedim(self.rows.axis, 0)
         others = sorted(range(1, first.dim()), key=first.stride, reverse=True)
-        return tensor.movedim(self.axis, 0).permute(0, *others)
-
-    def _rows(self, parameter: Tensor) -> Tensor:
-        rows = parameter.movedim(self.axis, 0) if self.axis else parameter
-        return rows if self.positions is None else rows[self.positions]
+        return tensor.movedim(self.rows.axis, 0).permute(0, *others)
 
 
-def clustered_rows(
+def _pulled_rows(
     groups: Sequence[ChannelGroup], labels: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
-) -> list[ClusteredRows]:
+) -> list[_PulledRows]:
     """Every trainable filter tensor of the groups that have labels."""
-    pieces = [
-        (group, piece)
+    found = [
+        ClusteredRows.of(piece, tensors[piece.tensor], labels[group.name], signs(group, tensors))
         for group in groups
         for piece in group.producers
         if group.name in labels and piece.role in FILTER_ROLES and tensors[piece.tensor].requires_grad
     ]
-    rooms: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-    for parameter in sorted((tensors[piece.tensor] for _, piece in pieces), key=torch.numel, reverse=True):
-        key = parameter.device, parameter.dtype
-        if key not in rooms:
-            rooms[key] = torch.empty(3, parameter.numel(), device=parameter.device, dtype=parameter.dtype)
-    found = []
-    for group, piece in pieces:
-        parameter, sign = tensors[piece.tensor], signs(group, tensors)
+    buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+    for parameter in sorted((rows.parameter for rows in found), key=torch.numel, reverse=True):
         device, dtype = parameter.device, parameter.dtype
-        positions, own = along(piece, labels[group.name])
-        units = torch.tensor(piece.units) if positions is None else torch.tensor(piece.units)[positions]
-        own_sign = None if sign is None else sign[units][:, None].to(device)
-        place = None if positions is None else positions.to(device)
-        mean = averager(own).to(device, torch.promote_types(dtype, torch.float32))
+        if (device, dtype) not in buffers:
+            buffers[device, dtype] = torch.empty(3, parameter.numel(), device=device, dtype=dtype)
+    pulled = []
+    for rows in found:
+        device, dtype = rows.parameter.device, rows.parameter.dtype
+        mean = averager(rows.labels).to(torch.promote_types(dtype, torch.float32))
         mean = mean.amax(dim=1, keepdim=True) if device.type == "cpu" else mean  # all that `means` asks for there
-        room = rooms[device, dtype]
-        found.append(ClusteredRows(parameter, piece.axis, place, own.to(device), mean, own_sign, room))
-    return found
+        pulled.append(_PulledRows(rows, mean, buffers[device, dtype]))
+    return pulled

@@ -81,7 +81,7 @@ def relative_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     return float((change / size) ** 0.5) if size else float(change**0.5)
 
 
-def mend(options: CutOptions, model: nn.Module, before: nn.Module | None, plan: Plan) -> None:
+def apply_remedy(options: CutOptions, model: nn.Module, before: nn.Module | None, plan: Plan) -> None:
     """Measure batch norms anew, or, with the network before the cut, solve the next layers' kernels as well."""
     assert options.loader is not None
     if before is None:

@@ -86,8 +86,9 @@ class HuggingFaceCallback(TrainerCallback):
             raise ConfigError("HuggingFaceCallback works on one device; use OnlineFilterClustering in your own loop")
         if args.fp16 and not args.max_grad_norm:
             raise ConfigError("HuggingFaceCallback: fp16 gradients are unscaled only where max_grad_norm is set")
-        at = int((state.epoch or 0) + 1e-6)
-        if state.global_step and (self._state is None or self._state["epoch"] != at):
+        schedule = Schedule.of(self.schedule, math.ceil(args.num_train_epochs))
+        done = state.global_step if schedule.unit == "step" else int((state.epoch or 0) + 1e-6)
+        if state.global_step and (self._state is None or self._state["epoch"] != done):
             raise ConfigError(
                 "HuggingFaceCallback: before training goes on from a checkpoint, call resume(model, checkpoint) with it"
             )
@@ -97,7 +98,7 @@ class HuggingFaceCallback(TrainerCallback):
             kwargs["model"],
             example,
             getattr(optimizer, "optimizer", optimizer),  # out of accelerate's wrapper
-            schedule=Schedule.of(self.schedule, math.ceil(args.num_train_epochs)),
+            schedule=schedule,
             **self.options,
         )
         if self._state is not None:
@@ -121,10 +122,16 @@ class HuggingFaceCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Do what the schedule says."""
-        if self.online is None:
+        """Do what a schedule by epochs says."""
+        self._step("epoch", round(state.epoch or 0), state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Do what a schedule by optimizer steps says."""
+        self._step("step", state.global_step, state)
+
+    def _step(self, unit: str, done: int, state: TrainerState) -> None:
+        if self.online is None or self.online.schedule is None or self.online.schedule.unit != unit:
             return
         metric = next((row[self.monitor] for row in reversed(state.log_history) if self.monitor in row), None)
-        epoch = round(state.epoch or 0)
-        for event in self.online.step(epoch, metric):
-            _LOG.info("epoch %d: %s", epoch, event)
+        for event in self.online.step(done, metric):
+            _LOG.info("%s %d: %s", unit, done, event)

@@ -99,13 +99,23 @@ class LightningCallback(Callback):
             self.online.add_gradients()
             self.online.merge_gradients()
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Do what a schedule by optimizer steps says, once for each."""
+        if self.online is not None and self.online.epoch < trainer.global_step:
+            self._step("step", trainer.global_step, trainer)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do what the schedule says."""
-        if self.online is None:
+        """Do what a schedule by epochs says."""
+        self._step("epoch", trainer.current_epoch + 1, trainer)
+
+    def _step(self, unit: str, done: int, trainer: Trainer) -> None:
+        if self.online is None or self.online.schedule is None or self.online.schedule.unit != unit:
             return
         metric = None if self.monitor is None else trainer.callback_metrics.get(self.monitor)
-        for event in self.online.step(trainer.current_epoch + 1, None if metric is None else float(metric)):
-            _LOG.info("epoch %d: %s", trainer.current_epoch + 1, event)
+        for event in self.online.step(done, None if metric is None else float(metric)):
+            _LOG.info("%s %d: %s", unit, done, event)
 
     def state_dict(self) -> dict[str, Any]:
         """The clustering's state and the network's structure."""

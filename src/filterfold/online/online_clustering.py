@@ -1,4 +1,4 @@
-"""The two verbs of online clustering: `update_clusters()` looks, `cluster_and_prune()` cuts."""
+"""Online clustering: `update_clusters()` groups the filters, `cluster_and_prune()` cuts the network."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from .cut import (
     CutResult,
     Undo,
     all_or_nothing,
+    apply_remedy,
     kept_values,
-    mend,
     observed,
     rehearsed,
     relative_change,
@@ -49,7 +49,7 @@ _LOG = logging.getLogger("filterfold.online")
 class OnlineFilterClustering:
     """Groups the filters of a network by direction while it trains, and folds each cluster into one filter.
 
-    Three lines in anybody's training loop: make one, add `loss()` to the loss, call `step(epoch)` after each epoch.
+    Three lines in a training loop: make one, add `loss()` to the loss, call `step(epoch)` after each epoch.
     Parameters keep their identity, so the optimizer, schedulers and hooks go on.
 
     **Arguments:**
@@ -320,12 +320,12 @@ class OnlineFilterClustering:
         return trace_and_measure(self._bare, self.example_inputs)
 
     def _cut(self, plan: Plan, undo: Undo) -> Plan:
-        """Make the cut, look at what came of it, and mend that."""
+        """Make the cut, trace the network that it leaves, and apply the remedy."""
         options = self.cutting
         uncut = copy.deepcopy(self._bare) if options.remedy == "kernels" else None
         plan, receipt = apply_with_sizes(
             plan,
-            self.model,
+            self._bare,
             self.example_inputs,
             None if options.verify else sizes_rewriter(self.groups),
             optimizer=self.optimizer,
@@ -336,7 +336,7 @@ class OnlineFilterClustering:
         self.groups, self._cost = self._traced()
         if options.remedy is not None:
             undo(kept_values(self._bare))
-            mend(options, self._bare, uncut, plan)
+            apply_remedy(options, self._bare, uncut, plan)
         return plan
 
     def _plan(self, share: float) -> Plan:

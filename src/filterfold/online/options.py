@@ -131,16 +131,6 @@ def check_method(method: str, target: Target, pull: Pull) -> None:
         raise ConfigError(f"pull='centripetal' has no effect with method={method!r}: leave it out")
 
 
-_DIRECT = {"averaged", "clusters", "keep", "threshold", "macs", "round_to", "ignore", "target", "pull", "method"}
-
-
-_OBJECTS: dict[str, tuple[str, type]] = {
-    **{field.name: ("cutting", CutOptions) for field in fields(CutOptions)},
-    "strength": ("pull", Pull),
-    "min_keep": ("target", Target),
-}
-
-
 def as_objects(plain: Mapping[str, Any]) -> dict[str, Any]:
     """Keywords of `OnlineFilterClustering` from plain values, which can be written down.
 
@@ -148,19 +138,17 @@ def as_objects(plain: Mapping[str, Any]) -> dict[str, Any]:
 
     **Raises:** `ConfigError` for a name that there is not, or a value that makes no sense.
 
-    >>> as_objects({"keep": 0.5, "strength": 0.01, "seed": 1})["cutting"].seed
-    1
+    >>> as_objects({"keep": 0.5, "strength": 0.01, "seed": 1})["pull"]
+    Pull(kind='cosine', strength=0.01)
     """
-    unknown = sorted(set(plain) - _DIRECT - set(_OBJECTS) - {"cutting"})
+    found: dict[str, Any] = dict(plain)
+    for name, kind in (("target", Target), ("cutting", CutOptions)):
+        own = {field.name: found.pop(field.name) for field in fields(kind) if field.name in found}
+        if own:
+            found[name] = kind(**own)
+    if "strength" in found:
+        found["pull"] = Pull(found.pop("pull", "cosine"), found.pop("strength"))
+    unknown = sorted(set(found) - {"averaged", "target", "cutting", "pull", "method"})
     if unknown:
         raise ConfigError(f"online clustering has no option {unknown[0]!r}")
-    found = {name: value for name, value in plain.items() if name in _DIRECT or name == "cutting"}
-    targets = {field.name for field in fields(Target)}
-    if "min_keep" in plain:
-        found["target"] = Target(**{name: found.pop(name) for name in targets & set(found)}, min_keep=plain["min_keep"])
-    if "strength" in plain:
-        found["pull"] = Pull(found.get("pull", "cosine"), plain["strength"])
-    options = {field.name: plain[field.name] for field in fields(CutOptions) if field.name in plain}
-    if options:
-        found["cutting"] = CutOptions(**options)
     return found

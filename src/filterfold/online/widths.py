@@ -137,7 +137,8 @@ def clustering_curve(
     in one pass, by `merging_inertias`.
     """
     group = ranked.group
-    inertias = [merging_inertias(features(group, part, tensors, kind)) for part in parts(group)]
+    rows = features(group, tensors, kind)
+    inertias = [merging_inertias(rows[list(part.units)]) for part in parts(group)]
     losses = {group.size: 0.0}
     for width in widths[1:]:
         kept = ranked.shared_out(width)

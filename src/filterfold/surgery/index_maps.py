@@ -1,9 +1,12 @@
-"""What a plan means for each tensor: pure index arithmetic, nothing is touched.
+"""What becomes of every axis of every tensor under a plan: index arithmetic only, nothing is changed here.
 
 `edits_of` turns a plan into one `AxisCut` for every (tensor, axis) that changes; `cut_tensor` applies
-them to a tensor, or to anything of its shape: a gradient, a momentum. The new unit lies where the
-lowest of the units folded into it lay, on every axis, so a fold moves positions exactly as dropping
-all but that unit would; after a pure drop an axis is simply the old one with positions removed.
+them to a tensor, or to anything of its shape: a gradient, a momentum.
+
+An axis may hold several positions of one unit (a flattened feature map has one for each pixel), and slices of several
+groups (a concatenation). So everything is computed per position. Units that are folded together end up where the
+lowest of them lay, the i-th position of each with the i-th of that one; a fold therefore keeps the same positions as a
+drop of all but the lowest unit would, and what stays keeps its order.
 """
 
 from __future__ import annotations
@@ -45,10 +48,6 @@ class AxisCut:
     target: Tensor
     weight: Tensor
 
-    def fits(self, tensor: Tensor, axis: int) -> bool:
-        """Whether the tensor has the positions along that axis that this is about."""
-        return tensor.shape[axis] == self.length
-
     def apply(self, tensor: Tensor, axis: int, kind: Kind) -> Tensor:
         """The tensor after the cut; sums are taken in float64 so that folding equal rows is exact."""
         device = tensor.device
@@ -67,6 +66,9 @@ class AxisCut:
 
 
 def _weights(weight: Tensor, slot: Tensor, count: int, kind: Kind) -> Tensor:
+    """The weights of a sum by kind: as they are for values; for moments their sizes, scaled to a mean; for variances
+    that mean times (Σ weight)², as Var(a·x) = a²·Var(x).
+    """
     if kind == "value":
         return weight
     size = torch.zeros(count, dtype=weight.dtype).index_add_(0, slot, weight.abs())
@@ -113,18 +115,12 @@ def representatives(cut: Cut) -> np.ndarray[Any, np.dtype[np.int64]]:
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """A cut as arrays, made once for its many slices."""
+    """A cut as arrays, made once for its many slices; `plain`: units are only dropped, no sum is ever taken."""
 
     cut: Cut
     representative: Any
-    plain: bool  # whether units are only dropped, so that no sum is ever taken
+    plain: bool
     arrays: dict[int, tuple[Any, Any]]
-
-    def units(self, part: Slice) -> Any:
-        """A slice's units as an array; most slices of a cut share one tuple."""
-        if id(part.units) not in self.arrays:
-            self.arrays[id(part.units)] = (part.units, np.asarray(part.units))
-        return self.arrays[id(part.units)][1]
 
     @classmethod
     def of(cls, cut: Cut) -> _Prepared:
@@ -135,6 +131,12 @@ class _Prepared:
     @property
     def changes(self) -> bool:
         return self.cut.changes or not self.plain
+
+    def units(self, part: Slice) -> Any:
+        """A slice's units as an array; most slices of a cut share one tuple."""
+        if id(part.units) not in self.arrays:
+            self.arrays[id(part.units)] = (part.units, np.asarray(part.units))
+        return self.arrays[id(part.units)][1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,10 +150,9 @@ class _Part:
 
 def _axis(name: str, length: int, parts: Sequence[_Part]) -> AxisCut | None:
     """Combine all slices along one axis of one tensor; None where nothing changes."""
-    here = np.arange(length)
-    owner = np.full(length, -1)  # index of the slice that owns the position
-    home = here.copy()  # old position in whose place it ends up; -1 = dropped
-    weight = np.ones(length)
+    home = np.arange(length)  # per old position the old position in whose place it ends up; -1 = dropped
+    weight = np.ones(length)  # per old position its factor in the sum that is taken there
+    owner = np.full(length, -1)  # per position the index of the slice that claims it
     for index, entry in enumerate(parts):
         units = entry.of.units(entry.part)
         if len(units) != length:
@@ -168,34 +169,27 @@ def _axis(name: str, length: int, parts: Sequence[_Part]) -> AxisCut | None:
         else:
             home[own] = _homes(name, entry, unit, own)
             weight[own] = unit_weights(entry.of.cut, producer=entry.producer, own=entry.part.weight)[unit]
-    keep = np.flatnonzero(home == here)
+    keep = np.flatnonzero(home == np.arange(length))
     if len(keep) == 0:
         raise PlanError(f"{name}: the plan would leave nothing along axis {parts[0].part.axis}; keep a unit of it")
-    if all(entry.of.plain for entry in parts):
-        none = np.empty(0, dtype=np.int64)
-        return None if len(keep) == length else _axis_cut(length, keep, none, none, none.astype(np.float64))
-    place = np.full(length, -1)
-    place[keep] = np.arange(len(keep))
-    target = np.where(home >= 0, place[home], -1)
-    folded = np.bincount(target[target >= 0], minlength=len(keep)) > 1
-    mixed = folded | (weight[keep] != 1)
-    source = np.flatnonzero((target >= 0) & mixed[target])
+    # From here on new positions: the kept ones, counted. Only where something is folded or scaled is a sum needed.
+    target = np.full(length, -1)
+    source = np.empty(0, dtype=np.int64)
+    if not all(entry.of.plain for entry in parts):
+        place = np.full(length, -1)
+        place[keep] = np.arange(len(keep))
+        target = np.where(home >= 0, place[home], -1)
+        folded = np.bincount(target[target >= 0], minlength=len(keep)) > 1
+        summed = folded | (weight[keep] != 1)
+        source = np.flatnonzero((target >= 0) & summed[target])
     if len(keep) == length and len(source) == 0:
         return None
-    return _axis_cut(length, keep, source, target[source], weight[source])
-
-
-def _axis_cut(length: int, *arrays: Any) -> AxisCut:
-    return AxisCut(length, *(torch.from_numpy(array) for array in arrays))
+    return AxisCut(length, *map(torch.from_numpy, (keep, source, target[source], weight[source])))
 
 
 def _homes(name: str, entry: _Part, unit: Any, own: Any) -> Any:
     """For each position in `own` the old position in whose place it ends up, the i-th of a unit with the i-th."""
     counts = np.bincount(unit, minlength=entry.of.cut.size)
-    starts = np.concatenate(([0], np.cumsum(counts)[:-1]))
-    sequence = np.argsort(unit, kind="stable")
-    rank = np.empty(len(own), dtype=np.int64)
-    rank[sequence] = np.arange(len(own)) - starts[unit[sequence]]
     representative = entry.of.representative
     kept = np.flatnonzero(representative >= 0)
     uneven = kept[counts[kept] != counts[representative[kept]]]
@@ -206,9 +200,14 @@ def _homes(name: str, entry: _Part, unit: Any, own: Any) -> Any:
             f"group {entry.of.cut.group!r}: units {other} and {one} can't be folded: they hold {counts[other]} and "
             f"{counts[one]} positions of {name}"
         )
+    # Sort the positions by unit: those of unit u are then the entries from starts[u] on, and `rank` numbers them.
+    by_unit = np.argsort(unit, kind="stable")
+    starts = np.concatenate(([0], np.cumsum(counts)[:-1]))
+    rank = np.empty(len(own), dtype=np.int64)
+    rank[by_unit] = np.arange(len(own)) - starts[unit[by_unit]]
     home = representative[unit]
-    inside = np.clip(starts[home] + rank, 0, len(own) - 1)
-    return np.where(home >= 0, own[sequence][inside], -1)
+    entries = np.clip(starts[home] + rank, 0, len(own) - 1)  # those of dropped units mean nothing, but must be indices
+    return np.where(home >= 0, own[by_unit][entries], -1)
 
 
 def _refuse_overlap(name: str, parts: Sequence[_Part], owners: Any, entry: _Part) -> None:
@@ -219,7 +218,7 @@ def _refuse_overlap(name: str, parts: Sequence[_Part], owners: Any, entry: _Part
 
 
 Edit = dict[int, AxisCut]
-"""What one tensor goes through: axis → what becomes of it."""
+"""What becomes of one tensor: axis → its `AxisCut`."""
 
 
 def edits_of(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Edit]:
@@ -273,7 +272,11 @@ def cut_tensor(tensor: Tensor, edit: Edit, kind: Kind = "value") -> Tensor:
     order = memory_order(tensor)
     result = tensor.detach().permute(order)  # what is computed from this is contiguous: nothing is copied twice
     # Adafactor keeps factors of size 1 along the axes that it averages over: nothing to cut there.
-    found = {place: edit[axis] for place, axis in enumerate(order) if axis in edit and edit[axis].fits(tensor, axis)}
+    found = {
+        place: edit[axis]
+        for place, axis in enumerate(order)
+        if axis in edit and tensor.shape[axis] == edit[axis].length
+    }
     if not found:
         result = result.clone(memory_format=torch.contiguous_format)
     elif any(len(cut.source) for cut in found.values()):

@@ -25,6 +25,7 @@ Places = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 _LARGE = 1 << 22
+"""Elements from which on memory is so slow to get that writing in place is faster than copying."""
 
 
 @contextmanager
@@ -46,44 +47,44 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[None]:
     """
     tensors = dict(named_tensors(unwrap(model)))
     memory = Counter(_address(tensor) for tensor in {id(tensor): tensor for tensor in tensors.values()}.values())
-    with _replacing() as place:
+    with _Replacements() as replacements:
         for cut in plan.cuts:
             blends = cut.folds or cut.blend or any(part.weight for part in cut.producers)
             for part in _once(cut.producers, tensors) if blends else ():
-                place(tensors[part.tensor], _unified(tensors[part.tensor], part, cut))
+                replacements.replace(tensors[part.tensor], _blended(tensors[part.tensor], part, cut))
             for part in _once(cut.consumers, tensors):
                 tensor, factor = tensors[part.tensor], _factors(part, cut)
                 if _in_place(tensor.data, memory[_address(tensor)]) and ((factor == 0) | (factor == 1)).all():
-                    place.zero(tensor, part.axis, factor == 0)
+                    replacements.zero(tensor, part.axis, factor == 0)
                 else:
-                    place(tensor, _scaled(tensor, part.axis, factor))
+                    replacements.replace(tensor, _scaled(tensor, part.axis, factor))
         yield
 
 
 @contextmanager
 def permuted(
-    model: nn.Module, cuts: Sequence[Cut], cells: Mapping[str, Sequence[object]], generator: torch.Generator
+    model: nn.Module, cuts: Sequence[Cut], kinds: Mapping[str, Sequence[object]], generator: torch.Generator
 ) -> Iterator[None]:
-    """Shuffle the units of the cuts' groups within their cells, for the length of a `with` block.
+    """Shuffle the units of the cuts' groups among those of their kind, for the length of a `with` block.
 
     **Arguments:**
 
     - `cuts`: the groups, by their slices; their assignments play no part.
-    - `cells`: group name → one entry a unit; units with equal entries are interchangeable.
+    - `kinds`: group name → one entry a unit; units with equal entries are interchangeable.
     """
     tensors = dict(named_tensors(unwrap(model)))
-    with _replacing() as place:
+    with _Replacements() as replacements:
         for cut in cuts:
-            order = np.asarray(_shuffled(cells[cut.group], generator))
+            order = np.asarray(_shuffled(kinds[cut.group], generator))
             for part in _once((*cut.producers, *cut.consumers), tensors):
                 tensor = tensors[part.tensor]
                 index = torch.from_numpy(_moved(part, order)).to(tensor.device)
-                place(tensor, tensor.data.index_select(part.axis, index))
+                replacements.replace(tensor, tensor.data.index_select(part.axis, index))
         yield
 
 
 def rebased(cuts: Sequence[Cut], edits: Mapping[str, Edit], tensors: Mapping[str, Tensor]) -> tuple[Cut, ...]:
-    """The cuts as they read on a model to which other groups' `edits` were applied already."""
+    """The cuts as they read on a model to which other groups' `edits` were applied already: those moved positions."""
     by_id = {id(tensors[name]): edit for name, edit in edits.items()}
 
     def moved(part: Slice) -> Slice:
@@ -97,41 +98,37 @@ def rebased(cuts: Sequence[Cut], edits: Mapping[str, Edit], tensors: Mapping[str
     )
 
 
-@contextmanager
-def _replacing() -> Iterator[_Replacer]:
-    replacer = _Replacer()
-    try:
-        yield replacer
-    finally:
-        replacer.restore()
-
-
-class _Replacer:
-    """Gives tensors other data of the same shape, or zeros in places; `restore` puts back what was there."""
+class _Replacements:
+    """Tensors with other data of the same shape, or with zeros in places, for the length of a `with` block."""
 
     def __init__(self) -> None:
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
         self._zeroed: list[tuple[Tensor, int, Tensor, Tensor]] = []
 
-    def __call__(self, tensor: Tensor, data: Tensor) -> None:
+    def __enter__(self) -> _Replacements:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for tensor, data in self._before.values():
+            tensor.data = data
+        while self._zeroed:  # backwards, since places may have been zeroed twice
+            view, axis, places, values = self._zeroed.pop()
+            view.index_copy_(axis, places, values)
+
+    def replace(self, tensor: Tensor, data: Tensor) -> None:
+        """Give a tensor other data."""
         self._before.setdefault(id(tensor), (tensor, tensor.data))
         tensor.data = data
 
     def zero(self, tensor: Tensor, axis: int, gone: Places) -> None:
         """Set positions along an axis to zero, in the tensor's own memory."""
-        block = int(np.gcd.reduce([len(gone), *(np.flatnonzero(np.diff(gone)) + 1)]))  # each wholly gone or not
+        # In as large pieces as possible: blocks of positions that are all zeroed or all left.
+        block = int(np.gcd.reduce([len(gone), *(np.flatnonzero(np.diff(gone)) + 1)]))
         axis %= tensor.dim()
         places = torch.from_numpy(np.flatnonzero(gone[::block]))
         view = tensor.data.view(*tensor.shape[:axis], -1, block, *tensor.shape[axis + 1 :])
         self._zeroed.append((view, axis, places, view.index_select(axis, places)))
         view.index_fill_(axis, places, 0)
-
-    def restore(self) -> None:
-        for tensor, data in self._before.values():
-            tensor.data = data
-        while self._zeroed:
-            view, axis, places, values = self._zeroed.pop()
-            view.index_copy_(axis, places, values)
 
 
 def _address(tensor: Tensor) -> int:
@@ -139,10 +136,7 @@ def _address(tensor: Tensor) -> int:
 
 
 def _in_place(data: Tensor, users: int) -> bool:
-    """Whether to write into a tensor's own memory: it is large, and nothing else reads it.
-
-    A copy would be faster but for the new memory that it needs, and for that, in a large layer, most of the time goes.
-    """
+    """Whether to write into a tensor's own memory: it is large, and nothing else reads it."""
     alone = users == 1 and data.is_contiguous() and data.untyped_storage().nbytes() == data.nbytes
     if data.numel() < _LARGE or data.device.type != "cpu" or not alone:
         return False
@@ -175,7 +169,7 @@ def _moved(part: Slice, order: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarra
     return index
 
 
-def _unified(tensor: Tensor, part: Slice, cut: Cut) -> Tensor:
+def _blended(tensor: Tensor, part: Slice, cut: Cut) -> Tensor:
     """Every unit's rows become the blended rows of the new unit that it ends up in."""
     data = tensor.data
     given = part.weight or cut.blend
@@ -216,12 +210,13 @@ def _scaled(tensor: Tensor, axis: int, factor: np.ndarray[Any, np.dtype[np.float
     return data * torch.from_numpy(factor).to(tensor.device, tensor.dtype).view(shape)
 
 
-def _shuffled(cells: Sequence[object], generator: torch.Generator) -> list[int]:
-    order = list(range(len(cells)))
-    by_cell: dict[object, list[int]] = {}
-    for unit, cell in enumerate(cells):
-        by_cell.setdefault(cell, []).append(unit)
-    for units in by_cell.values():
+def _shuffled(kinds: Sequence[object], generator: torch.Generator) -> list[int]:
+    """An order of the units in which each has the place of one of its kind."""
+    order = list(range(len(kinds)))
+    by_kind: dict[object, list[int]] = {}
+    for unit, kind in enumerate(kinds):
+        by_kind.setdefault(kind, []).append(unit)
+    for units in by_kind.values():
         turn = torch.randperm(len(units), generator=generator).tolist()
         for unit, index in zip(units, turn, strict=True):
             order[unit] = units[index]

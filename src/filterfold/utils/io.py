@@ -62,8 +62,23 @@ def save_tree(path: Path, tree: Any) -> None:
     written contiguous and on their own, so shared storage does not survive.
     """
     tensors: dict[str, Tensor] = {}
-    skeleton = _take_apart(tree, "", tensors)
-    header = {"format": "filterfold-tree-1", "tree": json.dumps(skeleton)}
+
+    def take_apart(value: Any, where: str) -> Any:
+        """The value with every tensor replaced by the name under which it is in `tensors`."""
+        if isinstance(value, Tensor):
+            tensors[where] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            return {_TENSOR: where}
+        if isinstance(value, dict):
+            parts = {str(key): take_apart(item, f"{where}/{key}") for key, item in value.items()}
+            return {_INT_KEYS: parts} if value and all(isinstance(key, int) for key in value) else parts
+        if isinstance(value, list | tuple):
+            items = [take_apart(item, f"{where}/{index}") for index, item in enumerate(value)]
+            return {_TUPLE: items} if isinstance(value, tuple) else items
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        raise TypeError(f"{where or 'the tree'}: can't store a {type(value).__name__}")
+
+    header = {"format": "filterfold-tree-1", "tree": json.dumps(take_apart(tree, ""))}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
 
 
@@ -85,21 +100,6 @@ def read_safetensors(path: Path, device: str | torch.device = "cpu") -> tuple[di
     except (SafetensorError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{path}: not a whole safetensors file ({reason})") from error
-
-
-def _take_apart(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        tensors[where] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        return {_TENSOR: where}
-    if isinstance(value, dict):
-        parts = {str(key): _take_apart(item, f"{where}/{key}", tensors) for key, item in value.items()}
-        return {_INT_KEYS: parts} if value and all(isinstance(key, int) for key in value) else parts
-    if isinstance(value, list | tuple):
-        items = [_take_apart(item, f"{where}/{index}", tensors) for index, item in enumerate(value)]
-        return {_TUPLE: items} if isinstance(value, tuple) else items
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise TypeError(f"{where or 'the tree'}: can't store a {type(value).__name__}")
 
 
 def _put_together(value: Any, tensors: dict[str, Tensor]) -> Any:

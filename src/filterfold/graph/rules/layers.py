@@ -28,7 +28,7 @@ def _read(tracer: Tracer, call: Call, source: Axis, kernel: Axis) -> None:
     tracer.table.join_axes([source, kernel], call.site)
 
 
-def _ride(tracer: Tracer, call: Call, channel: Axis, tensor: Tensor | None, role: Any, axis: int = 0) -> None:
+def _go_along(tracer: Tracer, call: Call, channel: Axis, tensor: Tensor | None, role: Any, axis: int = 0) -> None:
     """Entries of `tensor` belong to the channels one to one."""
     if tensor is None or tensor.numel() == 0:
         return
@@ -42,15 +42,20 @@ def _ride(tracer: Tracer, call: Call, channel: Axis, tensor: Tensor | None, role
 @rule("conv1d_padding")
 def convolution(tracer: Tracer, call: Call) -> Layout:
     """A convolution, plain, grouped, depthwise or transposed, with any kind of weight."""
-    x, weight, bias, groups = call["input"], call["weight"], call["bias"], int(call["groups"])
-    transposed = "transpose" in call.op or bool(call["transposed"])
+    x, weight, groups = call["input"], call["weight"], int(call["groups"])
     place = x.ndim - (weight.ndim - 1)
-    source, kernel = tracer.layout(x), tracer.layout(weight)
-    channel = _through(tracer, call, source[place], kernel, weight.shape, x.shape[place], groups, transposed)
-    _ride(tracer, call, channel, bias, "bias")
+    source = tracer.layout(x)
+    if groups == 1:
+        follow = _plain
+    elif groups == x.shape[place] and (_is_transposed(call) or weight.shape[1] == 1):
+        follow = _depthwise
+    else:
+        follow = _grouped_transposed if _is_transposed(call) else _grouped
+    channel = follow(tracer, call, source[place], tracer.layout(weight))
+    _go_along(tracer, call, channel, call["bias"], "bias")
     layout = [*source[:place], channel]
     for axis in range(place + 1, x.ndim):
-        keeps = bool(source[axis]) and call.out.shape[axis] == x.shape[axis] and not transposed
+        keeps = bool(source[axis]) and call.out.shape[axis] == x.shape[axis] and not _is_transposed(call)
         tracer.table.mark_inexact(source[axis], f"{call.site} slides over them", ordered=True)
         if not keeps:
             tracer.table.freeze(source[axis], f"{call.site} slides over them and changes their number")
@@ -58,56 +63,67 @@ def convolution(tracer: Tracer, call: Call) -> Layout:
     return tuple(layout)
 
 
-def _through(
-    tracer: Tracer, call: Call, source: Axis, kernel: Layout, shape: Any, channels: int, groups: int, transposed: bool
-) -> Axis:
-    """Join a convolution's input channels with its weight, and say what its output channels are."""
-    table, where = tracer.table, call.site
-    out_axis, in_axis = (1, 0) if transposed else (0, 1)
-    if groups == 1:
-        table.assign(kernel[out_axis], "filter")
-        _read(tracer, call, source, kernel[in_axis])
-        return kernel[out_axis]
+def _is_transposed(call: Call) -> bool:
+    return "transpose" in call.op or bool(call["transposed"])
+
+
+def _plain(tracer: Tracer, call: Call, source: Axis, kernel: Layout) -> Axis:
+    """One axis of the weight reads the input's channels, the other makes the output's."""
+    made, read = (kernel[1], kernel[0]) if _is_transposed(call) else (kernel[0], kernel[1])
+    tracer.table.assign(made, "filter")
+    _read(tracer, call, source, read)
+    return made
+
+
+def _depthwise(tracer: Tracer, call: Call, source: Axis, kernel: Layout) -> Axis:
+    """Every input channel has filters of its own, one or several: they go together."""
+    shape, channels = call["weight"].shape, int(call["groups"])
+    multiplier = int(shape[1] if _is_transposed(call) else shape[0] // channels)
+    tracer.table.assign(kernel[0], "depthwise")
     vector = _single(tracer, source, call)
-    if groups == channels and shape[1 if not transposed else 0] == (1 if not transposed else channels):
-        return _depthwise(tracer, call, source, kernel, int(shape[1] if transposed else shape[0] // channels))
-    if transposed:
-        reader = None if not kernel[0] else kernel[0][0].reshape(groups, -1)
-        if reader is not None:
-            table.join(reader[:1], reader)
-        _read(tracer, call, source, kernel[0])
-        table.assign(kernel[1], "filter")
-        made = None if not kernel[1] else np.tile(kernel[1][0], groups)
-        return FIXED if made is None else (made,)
+    spread: Axis = source if multiplier == 1 or vector is None else (np.repeat(vector, multiplier),)
+    if _is_transposed(call):
+        tracer.table.join_axes([source, kernel[0]], call.site)
+        return spread
+    return tracer.table.join_axes([spread, kernel[0]], call.site)
+
+
+def _grouped(tracer: Tracer, call: Call, source: Axis, kernel: Layout) -> Axis:
+    """Each group of filters reads its own part of the input's channels.
+
+    The weight's second axis is as long as one part and read by all groups, and every group must keep equally many
+    filters. So the channels at equal places of all parts go together, and so do the filters.
+    """
+    table, groups = tracer.table, int(call["groups"])
     table.assign(kernel[1], "kernel")
+    vector = _single(tracer, source, call)
     if vector is not None:
         parts = vector.reshape(groups, -1)
         if kernel[1]:
             table.join(parts, kernel[1][0][None, :])
         else:
             table.join(parts[:1], parts)
-            table.join_axes([(parts[0],), kernel[1]], where)
+            table.join_axes([(parts[0],), kernel[1]], call.site)
     elif source is not None:
-        table.freeze(kernel[1], f"reads an input of fixed size in {where}")
+        table.freeze(kernel[1], f"reads an input of fixed size in {call.site}")
     table.assign(kernel[0], "filter")
-    rows = _single(tracer, kernel[0], call)
-    if rows is None:
+    filters = _single(tracer, kernel[0], call)
+    if filters is None:
         return FIXED
-    table.join(rows.reshape(groups, -1)[:1], rows.reshape(groups, -1))
-    return (rows,)
+    table.join(filters.reshape(groups, -1)[:1], filters.reshape(groups, -1))
+    return (filters,)
 
 
-def _depthwise(tracer: Tracer, call: Call, source: Axis, kernel: Layout, multiplier: int) -> Axis:
-    """Every input channel has its own filters: they go together."""
-    rows = kernel[0]
-    transposed = "transpose" in call.op
-    tracer.table.assign(rows, "depthwise")
-    vector = _single(tracer, source, call)
-    spread: Axis = source if multiplier == 1 or vector is None else (np.repeat(vector, multiplier),)
-    if transposed:
-        tracer.table.join_axes([source, rows], call.site)
-        return spread
-    return tracer.table.join_axes([spread, rows], call.site)
+def _grouped_transposed(tracer: Tracer, call: Call, source: Axis, kernel: Layout) -> Axis:
+    """The weight's first axis reads all channels, group by group; its second makes those of every group."""
+    groups = int(call["groups"])
+    _single(tracer, source, call)
+    if kernel[0]:
+        readers = kernel[0][0].reshape(groups, -1)
+        tracer.table.join(readers[:1], readers)
+    _read(tracer, call, source, kernel[0])
+    tracer.table.assign(kernel[1], "filter")
+    return (np.tile(kernel[1][0], groups),) if kernel[1] else FIXED
 
 
 @rule("linear")
@@ -121,7 +137,7 @@ def linear(tracer: Tracer, call: Call) -> Layout:
     if weight.ndim == 1:
         return source[:-1]
     tracer.table.assign(kernel[0], "filter")
-    _ride(tracer, call, kernel[0], call["bias"], "bias")
+    _go_along(tracer, call, kernel[0], call["bias"], "bias")
     return (*source[:-1], kernel[0])
 
 
@@ -140,7 +156,7 @@ def batch_norm(tracer: Tracer, call: Call) -> Any:
     x = call["input"]
     layout = tracer.layout(x)
     for name in ("weight", "bias", "running_mean", "running_var"):
-        _ride(tracer, call, layout[1], call[name], "norm")
+        _go_along(tracer, call, layout[1], call[name], "norm")
     statistics = call["training"] or call["use_input_stats"]
     for axis in (*layout[:1], *layout[2:]):
         if axis and statistics:
@@ -157,7 +173,7 @@ def layer_norm(tracer: Tracer, call: Call) -> Layout:
     for offset in range(-count, 0):
         tracer.table.mark_inexact(layout[offset], f"normalised over in {call.site}")
         for name in ("weight", "bias"):
-            _ride(tracer, call, layout[offset], call[name], "norm", offset)
+            _go_along(tracer, call, layout[offset], call[name], "norm", offset)
     return layout
 
 
@@ -167,7 +183,7 @@ def group_norm(tracer: Tracer, call: Call) -> Layout:
     x, groups = call["input"], int(call["num_groups"])
     layout = tracer.layout(x)
     for name in ("weight", "bias"):
-        _ride(tracer, call, layout[1], call[name], "norm")
+        _go_along(tracer, call, layout[1], call[name], "norm")
     vector = _single(tracer, layout[1], call)
     if vector is not None and groups < x.shape[1]:
         tracer.table.mark_inexact(layout[1], f"normalised over in {call.site}")
@@ -184,7 +200,7 @@ def prelu(tracer: Tracer, call: Call) -> Layout:
     x, weight = call["self"], call["weight"]
     layout = tracer.layout(x)
     if weight.numel() > 1:
-        _ride(tracer, call, layout[1], weight, "norm")
+        _go_along(tracer, call, layout[1], weight, "norm")
     return layout
 
 
@@ -193,7 +209,7 @@ def weight_norm(tracer: Tracer, call: Call) -> Any:
     """Direction times length: kernels that read masked channels add nothing to the length."""
     layout = tracer.layout(call["v"])
     dim = call["dim"] % len(layout)
-    _ride(tracer, call, layout[dim], call["g"], "norm", dim)
+    _go_along(tracer, call, layout[dim], call["g"], "norm", dim)
     lengths = tuple(axis if place == dim else FIXED for place, axis in enumerate(layout))
     return [layout, lengths] if isinstance(call.out, tuple | list) else layout
 

@@ -33,9 +33,10 @@ def reshape(tracer: Tracer, layout: Layout, old: Sequence[int], new: Sequence[in
         chosen = targets.index(hint) if hint in targets else None
         for place, axis in enumerate(axes):
             for vector in axis or ():
+                # Lay one old axis's labels out over the whole block, give it the new shape, and see where they vary.
                 spread = vector.reshape([-1 if p == place else 1 for p in range(len(sizes))])
                 block = np.broadcast_to(spread, sizes).reshape(shape)
-                target, kept = _settle(tracer, block, chosen)
+                target, kept = _varying_axis(tracer, block, chosen)
                 if kept is not None:
                     result[targets[target]] = (*(result[targets[target]] or ()), kept)
     return tuple(result)
@@ -72,10 +73,14 @@ def _stretches(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], 
     return runs
 
 
-def _settle(
+def _varying_axis(
     tracer: Tracer, block: np.ndarray[Any, np.dtype[np.int64]], chosen: int | None
 ) -> tuple[int, Vector | None]:
-    """Which axis of the block the labels run along; where they run along several, the others are tied."""
+    """Along which axis of a block the labels vary, and the labels along it.
+
+    Where they vary along several, as when one axis of channels is split into (heads, size), a unit that leaves would
+    leave a hole. One axis is chosen to shrink, and labels at equal places of it are joined, so that whole slices leave.
+    """
     varying = [a for a in range(block.ndim) if (np.take(block, [0], a) != block).any()]
     if not varying:
         return 0, None

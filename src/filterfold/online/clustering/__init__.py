@@ -8,7 +8,7 @@ restarts run as one batch.
 
 from __future__ import annotations
 
-from .partition import METHODS, Clustering, Method, cluster, directions, merging_inertias, moved, spherical_kmeans
+from .partition import METHODS, Clustering, Method, cluster, directions, merging_inertias, moved
 
 __all__ = [
     "METHODS",
@@ -18,5 +18,4 @@ __all__ = [
     "directions",
     "merging_inertias",
     "moved",
-    "spherical_kmeans",
 ]

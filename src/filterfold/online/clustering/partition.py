@@ -100,6 +100,10 @@ def cluster(
 ) -> Clustering:
     """Partition the rows of a matrix.
 
+    Spherical k-means (Dhillon & Modha, "Concept decompositions for large sparse text data using clustering", 2001)
+    maximises Σ_c ‖Σ_{i in c} x_i/‖x_i‖‖. Lloyd's steps are followed by single moves that better the objective ("first
+    variation", Dhillon, Guan & Kogan 2002), which matter where clusters have only two or three members.
+
     **Arguments:**
 
     - `x`: shape `(n, d)`, any floating type and device; the work is done there. Not modified.
@@ -140,18 +144,6 @@ def cluster(
         tries = restarts if restarts is not None else 4 if start is None else 0
         labels = _partition(rows, alive, clusters, threshold, method, seed, tries, given, weights)
         return _describe(rows, alive, _canonical(labels))
-
-
-def spherical_kmeans(
-    x: Tensor, k: int, *, seed: int = 0, restarts: int | None = None, start: Tensor | Sequence[int] | None = None
-) -> Clustering:
-    """Spherical k-means: `cluster` by the directions of the rows of `x`, shape `(n, d)`, into `k` clusters.
-
-    Dhillon & Modha, "Concept decompositions for large sparse text data using clustering" (2001): maximise
-    Σ_c ‖Σ_{i in c} x_i/‖x_i‖‖. Lloyd's steps are followed by single moves that better the objective ("first
-    variation", Dhillon, Guan & Kogan 2002), which matter where clusters have only two or three members.
-    """
-    return cluster(x, clusters=k, seed=seed, restarts=restarts, start=start)
 
 
 def moved(before: Tensor | Sequence[int], after: Tensor | Sequence[int]) -> int:

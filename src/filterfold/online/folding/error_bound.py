@@ -123,7 +123,7 @@ class BoundMeasurement:
         self._calls[name] += 1
         self._links[name] = (data[0], output)
         self._made[name] = float(output.detach().cpu().double().norm())
-        if any(name == site.filter_name for site in self._sites):
+        if any(name == site.filter.name for site in self._sites):
             self._seen[name] = _lifted(module, data[0])
 
     @torch.no_grad()
@@ -137,7 +137,7 @@ class BoundMeasurement:
                 owner: _gain(site.residual(piece), _kernel(self._modules[owner], piece, site.cut.size))
                 for owner, piece in site.readers
             }
-            seen = self._seen[site.filter_name]
+            seen = self._seen[site.filter.name]
             shares = [_share(gain * seen, self._made[owner]) for owner, gain in gains.items()]
             result[site.cut.group] = FoldBound(max(gains.values()), max(shares))
         self._links.clear()
@@ -147,28 +147,26 @@ class BoundMeasurement:
         """Whether each of the layers was used once, the norm directly after the filter."""
         if any(self._calls[name] != 1 for name in site.names()):
             return False
-        return site.norm_name is None or self._links[site.norm_name][0] is self._links[site.filter_name][1]
+        return site.norm is None or self._links[site.norm.name][0] is self._links[site.filter.name][1]
 
 
+@dataclass(frozen=True, slots=True)
 class _Site:
-    """One filter, its batch norm if it has one, and the layers that read the units."""
+    """One filter, its batch norm if it has one, and the layers that read the units, by name and slice.
 
-    def __init__(
-        self,
-        cut: Cut,
-        layers: tuple[nn.Module, Any],
-        makers: tuple[ProducerLayer, ProducerLayer | None],
-        readers: list[tuple[str, Slice]],
-    ) -> None:
-        self.cut, self.readers = cut, readers
-        self.made, self.norm = layers
-        self.makers = makers
-        self.filter_name, self.norm_name = makers[0].name, None if makers[1] is None else makers[1].name
+    `modules` are the network's, by name.
+    """
+
+    cut: Cut
+    filter: ProducerLayer
+    norm: ProducerLayer | None
+    readers: list[tuple[str, Slice]]
+    modules: Mapping[str, Any]
 
     def names(self) -> tuple[str, ...]:
         """All layers that have a part in it."""
-        norm = () if self.norm_name is None else (self.norm_name,)
-        return (self.filter_name, *norm, *(owner for owner, _ in self.readers))
+        makers = (self.filter.name,) if self.norm is None else (self.filter.name, self.norm.name)
+        return (*makers, *(owner for owner, _ in self.readers))
 
     def residual(self, piece: Slice) -> Tensor:
         """(a_j - g_j a_r, c_j - g_j c_r) of every unit, shape `(size, d + 1)`, in at least 32 bits."""
@@ -181,28 +179,21 @@ class _Site:
 
     def _rows(self, *, folded: bool) -> Tensor:
         """(a_j, c_j) of every unit, or of what this cut alone makes of them."""
-        made: Any = self.made
 
-        def entry(module: Any, maker: ProducerLayer, leaf: str) -> Tensor | None:
-            value = getattr(module, leaf)
+        def entry(layer: ProducerLayer, leaf: str, otherwise: float) -> Tensor:
+            value = getattr(self.modules[layer.name], leaf)
             if value is None:
-                return None
+                return torch.full((self.cut.new_size if folded else self.cut.size,), otherwise, device=device)
             value = value.detach().flatten(1) if value.ndim > 1 else value.detach()
             value = value if value.dtype == torch.float64 else value.float()
-            return _blended(value, maker.slices[leaf], self.cut) if folded else value
+            return _blended(value, layer.slices[leaf], self.cut) if folded else value
 
-        weight = entry(made, self.makers[0], "weight")
-        assert weight is not None
-        shift = entry(made, self.makers[0], "bias")
-        shift = weight.new_zeros(len(weight)) if shift is None else shift
-        if self.makers[1] is not None:
-            mean, variance, scale, bias = (
-                entry(self.norm, self.makers[1], leaf) for leaf in ("running_mean", "running_var", "weight", "bias")
-            )
-            assert mean is not None
-            assert variance is not None
-            factor = (variance + self.norm.eps).rsqrt() * (1 if scale is None else scale)
-            shift = (shift - mean) * factor + (0 if bias is None else bias)
+        device = self.modules[self.filter.name].weight.device
+        weight, shift = entry(self.filter, "weight", 0.0), entry(self.filter, "bias", 0.0)
+        if self.norm is not None:
+            mean, variance = entry(self.norm, "running_mean", 0.0), entry(self.norm, "running_var", 1.0)
+            factor = (variance + self.modules[self.norm.name].eps).rsqrt() * entry(self.norm, "weight", 1.0)
+            shift = (shift - mean) * factor + entry(self.norm, "bias", 0.0)
             weight = weight * factor[:, None]
         return torch.cat((weight, shift[:, None]), dim=1)
 
@@ -222,9 +213,9 @@ def _blended(value: Tensor, piece: Slice, cut: Cut) -> Tensor:
 
 def _site(cut: Cut, tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> _Site | None:
     """The layers of a group whose bound can be known: one plain filter, at most one batch norm, plain readers."""
-    makers = producer_layers(cut.producers)
-    norm = only_norm(makers)
-    filters = [maker for maker in makers if maker is not norm]
+    layers = producer_layers(cut.producers)
+    norm = only_norm(layers)
+    filters = [layer for layer in layers if layer is not norm]
     if len(filters) != 1 or filters[0].kind != "filter" or not {"weight"} <= filters[0].slices.keys() <= _LEAVES:
         return None
     made, behind = modules.get(filters[0].name), None if norm is None else modules.get(norm.name)
@@ -235,7 +226,7 @@ def _site(cut: Cut, tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Modu
     readers = [(piece.tensor.rpartition(".")[0], piece) for piece in cut.consumers]
     if not all(_plain(modules.get(owner), piece, 1, tensors) for owner, piece in readers):
         return None
-    return _Site(cut, (made, behind), (filters[0], norm), readers)
+    return _Site(cut, filters[0], norm, readers, modules)
 
 
 def _plain(module: nn.Module | None, piece: Slice, axis: int, tensors: Mapping[str, Tensor]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...errors import PlanError, SelectionError
+from ...errors import SelectionError
 from ...plan import DROPPED, ChannelGroup, Cut, Plan, Slice
 from ...pruning.budgets.patterns import suggestion
-from ...pruning.budgets.ranking import parts
 from ...utils.modules import named_tensors, unwrap
 from ..clustering import directions
 from .units import ProducerLayer, filter_slices, importance, only_norm, producer_layers, rows_of, sign_of
@@ -52,6 +51,8 @@ def regression(
 
 
 Rule = Literal["raw", "normed", "chain", "plain"]
+"""What makes a group's units: filters alone ("raw"); filters, each with batch norms behind it ("normed"); one filter,
+then depthwise filters and batch norms in turn ("chain"); or anything else, where members are averaged as they are."""
 
 
 Gain = Literal["scale", "regression"]
@@ -76,13 +77,13 @@ def fold(
     - `representative`: `"mean"` of the members' directions, or the `"member"` nearest to it.
     - `weighted`: let members count in the mean by their `importance`.
     - `gain`: each member's factor on the next kernels: its `"scale"`, or where the group is one filter with one batch
-      norm the `"regression"` of its output on the representative's (see `gain.py`), which is better once the next
+      norm the `"regression"` of its output on the representative's (see `regression`), which is better once the next
       batch norms have seen data, and the same for equal units.
 
     **Returns:** a `Plan` whose slices carry the shares of the members (`Slice.weight`) and whose cuts carry each
     member's factor on the next layers' kernels (`Cut.gain`).
 
-    **Raises:** `PlanError` if a cluster mixes units that can't be folded, or a name is unknown.
+    **Raises:** `SelectionError` as `from_clusters` does.
 
     ```python
     >>> from filterfold.plan import ChannelGroup
@@ -96,22 +97,31 @@ def fold(
     ```
     """
     model = unwrap(model)
-    named = {group.name: group for group in groups}
     tensors, modules = dict(named_tensors(model)), dict(model.named_modules(remove_duplicate=False))
+    named = {group.name: group for group in groups}
+    clusters = {name: torch.unique(torch.as_tensor(given), return_inverse=True)[1] for name, given in labels.items()}
     cuts = []
-    for name, given in labels.items():
-        if name not in named:
-            raise PlanError(f"labels for group {name!r}, which the model does not have")
-        group = named[name]
-        assignment = _assignment(group, given)
-        cuts.append(_Fold(group, assignment, tensors, modules, representative, weighted, gain).cut())
+    for cut in from_clusters(groups, clusters).cuts:
+        units = _Units(named[cut.group], tensors, modules)
+        rule = _RULES.get(units.rule)
+        if cut.folds and rule is not None:
+            mean = _Means(cut, units, weighted=weighted, nearest=representative == "member")
+            weights, gains = rule(units, mean, gain == "regression")
+            producers = tuple(
+                replace(piece, weight=mean.listed(weights[piece.tensor])) if piece.tensor in weights else piece
+                for piece in cut.producers
+            )
+            cut = replace(cut, producers=producers, gain=mean.listed(gains))
+        cuts.append(cut)
     notes = {"method": "fold", "representative": representative, "weighted": weighted, "gain": gain}
     return Plan(tuple(cuts), notes=notes)
 
 
-def rule_of(makers: Sequence[ProducerLayer], modules: Mapping[str, nn.Module]) -> Rule:
-    """Which of the module docstring's cases the producing layers are."""
-    filters, depthwise, norms = ([m for m in makers if m.kind == kind] for kind in ("filter", "depthwise", "norm"))
+def rule_of(layers: Sequence[ProducerLayer], modules: Mapping[str, nn.Module]) -> Rule:
+    """Which of the cases of `Rule` the producing layers are."""
+    filters, depthwise, norms = (
+        [layer for layer in layers if layer.kind == kind] for kind in ("filter", "depthwise", "norm")
+    )
     if not norms:
         return "plain" if depthwise else "raw"
     # Batch and instance norm have the attribute (it may be None); layer and group norm, which mix channels, don't.
@@ -122,203 +132,191 @@ def rule_of(makers: Sequence[ProducerLayer], modules: Mapping[str, nn.Module]) -
     return "normed"
 
 
-class _Fold:
-    """One group's cut: scales first, then every slice's shares. All in float64 on the CPU: n numbers a layer."""
+class _Units:
+    """What a group's units are made of, in float64 on the CPU: n numbers a layer."""
 
-    def __init__(
-        self,
-        group: ChannelGroup,
-        assignment: Tensor,
-        tensors: Mapping[str, Tensor],
-        modules: Mapping[str, nn.Module],
-        representative: str,
-        weighted: bool,
-        gain: Gain,
-    ) -> None:
-        self.group, self.labels, self.tensors, self.modules = group, assignment, tensors, modules
-        self.count = int(assignment.max()) + 1
-        self.makers = producer_layers(group.producers)
-        self.rule = rule_of(self.makers, modules)
-        self.size = torch.bincount(assignment, minlength=self.count).double()
-        self.alone = self.size[assignment] == 1
-        self.nearest = self._nearest()
-        self.share = self.nearest if representative == "member" else self._shares(weighted)
-        self.regress = gain == "regression"
-        norm = only_norm(self.makers)
+    def __init__(self, group: ChannelGroup, tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> None:
+        self.group, self.tensors = group, tensors
+        layers = producer_layers(group.producers)
+        self.rule = rule_of(layers, modules)
+        self.filters = [layer for layer in layers if layer.kind in ("filter", "depthwise")]
+        self.norms = [layer for layer in layers if layer.kind == "norm"]
+        self.filter_slices = [piece for layer in layers for piece in filter_slices(layer)]
+        self.only_norm = only_norm(layers)
+        self.eps = {norm.name: float(getattr(modules.get(norm.name), "eps", 0.0)) for norm in self.norms}
+        self._known: dict[str, Tensor] = {}
         self.sign = torch.ones(group.size, dtype=torch.float64)
-        if norm is not None and "weight" in norm.slices and self.rule != "plain":
-            self.sign = sign_of(self._rows(norm.slices["weight"])[:, 0])
+        if self.only_norm is not None and "weight" in self.only_norm.slices and self.rule != "plain":
+            self.sign = sign_of(self.rows(self.only_norm.slices["weight"])[:, 0])
 
-    def cut(self) -> Cut:
-        """The group's cut."""
-        group = self.group
-        cut = Cut(group.name, tuple(self.labels.tolist()), group.producers, group.consumers)
-        if not cut.folds or self.rule == "plain":
-            return cut
-        weights, gain = self._weights()
-        producers = tuple(
-            replace(piece, weight=self._listed(weights[piece.tensor])) if piece.tensor in weights else piece
-            for piece in group.producers
-        )
-        return replace(cut, producers=producers, gain=self._listed(gain))
+    def rows(self, piece: Slice) -> Tensor:
+        """Entries of all units in a slice, as `rows_of` gives them."""
+        if piece.tensor not in self._known:
+            self._known[piece.tensor] = rows_of(piece, self.group.size, self.tensors).double().cpu()
+        return self._known[piece.tensor]
 
-    def _weights(self) -> tuple[dict[str, Tensor], Tensor]:
-        """Tensor name → share of every unit in its cluster's representative, and every unit's gain."""
-        weights: dict[str, Tensor] = {}
-        norms = [maker for maker in self.makers if maker.kind == "norm"]
-        filters = [maker for maker in self.makers if maker.kind in ("filter", "depthwise")]
-        if self.rule == "raw":
-            scale = self._joint([piece for maker in filters for piece in maker.slices.values()])
-            for maker in filters:
-                weights |= {piece.tensor: self._blend(scale) for piece in maker.slices.values()}
-            return weights, self._gain(scale)
-        stretch = {}
-        for maker in filters:
-            share, stretch[maker.name] = self._filter(maker)
-            weights |= {piece.tensor: share for piece in maker.slices.values()}
-        joint = self._joint([norm.slices[leaf] for norm in norms for leaf in ("weight", "bias") if leaf in norm.slices])
-        paired = len(filters) == len(norms)
-        for index, norm in enumerate(norms):
-            scale = self._joint([norm.slices[leaf] for leaf in ("weight", "bias") if leaf in norm.slices])
-            joint = scale if self.rule == "chain" else joint
-            longer = stretch[filters[index].name] if paired else torch.ones_like(self.sign)
-            # Inside a chain the next batch norm's variance, the nearest member's, includes this scale.
-            target = self._reference(scale) if self.rule == "chain" and norm is not norms[-1] else None
-            weights |= self._norm(norm, self._blend(joint, target), longer)
-        only = only_norm(self.makers)
-        if self.regress and only is not None and {"weight", "bias"} <= only.slices.keys():
-            return weights, self._regression(only, self._blend(joint), self._gain(joint))
-        return weights, self._gain(joint)
+    def length(self, pieces: Sequence[Slice]) -> Tensor:
+        """Length of the units' entries in several slices together; 1 where there are none."""
+        rows = [self.rows(piece) for piece in pieces]
+        return torch.cat(rows, dim=1).norm(dim=1) if rows else torch.ones_like(self.sign)
 
-    def _shares(self, weighted: bool) -> Tensor:
-        """Every unit's share in its cluster's mean."""
-        plain = (1 / self.size)[self.labels]
-        if not weighted:
-            return plain
-        weight = torch.zeros_like(plain)
-        for part in parts(self.group):
-            weight[torch.tensor(part.units)] = importance(self.group, part, self.tensors).double().cpu()
-        total = self._sum(weight)[self.labels]
-        return torch.where(total > 0, weight / total.where(total > 0, 1), plain)
+    def affine(self, norms: Sequence[ProducerLayer]) -> Tensor:
+        """Length of the units' scales and shifts in some norms."""
+        return self.length([norm.slices[leaf] for norm in norms for leaf in ("weight", "bias") if leaf in norm.slices])
 
-    def _filter(self, maker: ProducerLayer) -> tuple[Tensor, Tensor]:
-        """Shares of a filter whose scale is normalised away, and by how much the mean direction was stretched."""
-        scale = self._joint(list(filter_slices(maker)))
-        length = self._reference(scale)  # that of the member whose variance the batch norm keeps
-        share = self._blend(scale, length) * self.sign * self._reference(self.sign)
-        stretch = torch.ones_like(share)
-        rows = torch.cat([self._rows(piece) for piece in filter_slices(maker)], dim=1)
-        if rows.shape[1]:
-            made = self._sum(rows * share[:, None]).norm(dim=1)
-            made = made[self.labels]
-            stretch = torch.where(made > 1e-6 * length, length / made.clamp(min=1e-300), 1)
-        return share * stretch, stretch
-
-    def _norm(self, norm: ProducerLayer, affine: Tensor, stretch: Tensor) -> dict[str, Tensor]:
-        flip = self.sign * self._reference(self.sign)
-        weights = {}
-        for leaf, piece in norm.slices.items():
-            if leaf == "running_var":
-                weights[piece.tensor] = self.nearest
-            elif leaf == "running_mean":
-                weights[piece.tensor] = self.share * flip * stretch / self._deviation(norm)
-                weights[piece.tensor] *= self._reference(self._deviation(norm))
-            elif leaf == "weight":
-                weights[piece.tensor] = affine * flip
-            elif leaf == "bias":
-                weights[piece.tensor] = affine
-        return weights
-
-    def _deviation(self, norm: ProducerLayer) -> Tensor:
+    def deviation(self, norm: ProducerLayer) -> Tensor:
+        """What a norm divides the units by."""
         if "running_var" not in norm.slices:
             return torch.ones_like(self.sign)
-        variance = self._rows(norm.slices["running_var"])[:, 0]
-        return (variance + float(getattr(self.modules[norm.name], "eps", 0.0))).clamp(min=1e-300).sqrt()
+        return (self.rows(norm.slices["running_var"])[:, 0] + self.eps[norm.name]).clamp(min=1e-300).sqrt()
 
-    def _blend(self, scale: Tensor, target: Tensor | None = None) -> Tensor:
+
+class _Means:
+    """Weighted means over the clusters of a group's units."""
+
+    def __init__(self, cut: Cut, units: _Units, *, weighted: bool, nearest: bool) -> None:
+        self.labels, self.count = torch.tensor(cut.assignment), cut.new_size
+        size = torch.bincount(self.labels, minlength=self.count).double()[self.labels]
+        self.alone = size == 1
+        self.nearest = self._nearest(units)
+        self.share = self.nearest if nearest else self._shares(units, 1 / size, weighted)
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sums over each cluster's members, shape `(count, …)`."""
+        return values.new_zeros(self.count, *values.shape[1:]).index_add_(0, self.labels, values)
+
+    def scale(self, scale: Tensor) -> Tensor:
+        """For every unit the mean scale of those members of its cluster that have one."""
+        return (self.total(scale) / self.total((scale > 0).double()).clamp(min=1))[self.labels]
+
+    def reference(self, values: Tensor) -> Tensor:
+        """For every unit the value of its cluster's nearest member."""
+        return self.total(values * self.nearest)[self.labels]
+
+    def blend(self, scale: Tensor, target: Tensor | None = None) -> Tensor:
         """Shares that bring every member to one scale first (the mean); members of scale 0 have no say."""
-        target = self._mean(scale)[self.labels] if target is None else target
+        target = self.scale(scale) if target is None else target
         share = torch.where(scale > 0, self.share, 0)
-        total = self._sum(share)[self.labels]
+        total = self.total(share)[self.labels]
         share = torch.where(total > 0, share / total.where(total > 0, 1), self.share)
         return share * torch.where(scale > 0, target / scale.where(scale > 0, 1), 1)
 
-    def _gain(self, scale: Tensor) -> Tensor:
-        mean = self._mean(scale)[self.labels]
+    def gain(self, scale: Tensor) -> Tensor:
+        """Every unit's factor on the next kernels: its scale as a multiple of its cluster's."""
+        mean = self.scale(scale)
         return torch.where(mean > 0, scale / mean.where(mean > 0, 1), 1)
 
-    def _regression(self, norm: ProducerLayer, share: Tensor, otherwise: Tensor) -> Tensor:
-        """Gains by regression of each member on its representative."""
-        gamma, beta = self._rows(norm.slices["weight"]), self._rows(norm.slices["bias"])
-        if gamma.shape[1] != 1:
-            return otherwise
-        gamma, beta = gamma[:, 0] * self.sign, beta[:, 0]
-        unit = (
-            directions(self._rows(next(piece for maker in self.makers for piece in filter_slices(maker))))
-            * self.sign[:, None]
-        )
-        mean = directions(self._sum(unit * self.share[:, None]))[self.labels]
-        own = self._sum(share * gamma)[self.labels], self._sum(share * beta)[self.labels]
-        return regression(gamma, beta, *own, (unit * mean).sum(dim=1), otherwise)
+    def listed(self, values: Tensor) -> tuple[float, ...]:
+        """As plain numbers; units on their own are exactly themselves."""
+        return tuple(values.where(~self.alone, 1).tolist())
 
-    def _mean(self, scale: Tensor) -> Tensor:
-        """Mean over each cluster's members with a scale, shape `(count,)`."""
-        return self._sum(scale) / self._sum((scale > 0).double()).clamp(min=1)
+    def _shares(self, units: _Units, plain: Tensor, weighted: bool) -> Tensor:
+        """Every unit's share in its cluster's mean."""
+        if not weighted:
+            return plain
+        weight = importance(units.group, units.tensors).double().cpu()
+        total = self.total(weight)[self.labels]
+        return torch.where(total > 0, weight / total.where(total > 0, 1), plain)
 
-    def _joint(self, pieces: Sequence[Slice]) -> Tensor:
-        """Length of the units' entries in several slices together; 1 where there are none."""
-        rows = [self._rows(piece) for piece in pieces]
-        return torch.cat(rows, dim=1).norm(dim=1) if rows else torch.ones_like(self.sign)
-
-    def _rows(self, piece: Slice) -> Tensor:
-        """Entries of all units in a slice, shape `(size, d)` in float64; narrower units are padded with zeros."""
-        found = [(part.units, rows_of(piece, part.units, self.tensors)) for part in parts(self.group)]
-        width = max(rows.shape[1] for _, rows in found)
-        result = torch.zeros(self.group.size, max(width, 1), dtype=torch.float64)
-        for units, rows in found:
-            result[torch.tensor(units), : rows.shape[1]] = rows.double().cpu()
-        return result
-
-    def _sum(self, values: Tensor) -> Tensor:
-        return values.new_zeros(self.count, *values.shape[1:]).index_add_(0, self.labels, values)
-
-    def _nearest(self) -> Tensor:
+    def _nearest(self, units: _Units) -> Tensor:
         """1 for the member of each cluster nearest to its mean direction (the first of equals), else 0."""
-        rows = [directions(self._rows(piece)) for maker in self.makers for piece in filter_slices(maker)]
-        if not rows:
-            rows = [torch.ones(self.group.size, 1, dtype=torch.float64)]
-        unit = torch.cat(rows, dim=1)
-        fit = (unit * self._sum(unit)[self.labels]).sum(dim=1)
+        rows = [directions(units.rows(piece)) for piece in units.filter_slices]
+        unit = torch.cat(rows or [torch.ones(len(self.labels), 1, dtype=torch.float64)], dim=1)
+        fit = (unit * self.total(unit)[self.labels]).sum(dim=1)
         best = torch.full((self.count,), -torch.inf, dtype=torch.float64).scatter_reduce(0, self.labels, fit, "amax")
         near = (fit >= best[self.labels] - 1e-9).nonzero().squeeze(1)
         first = torch.full((self.count,), len(fit)).scatter_reduce(0, self.labels[near], near, "amin")
         return torch.zeros(len(fit), dtype=torch.float64).index_fill(0, first, 1)
 
-    def _reference(self, values: Tensor) -> Tensor:
-        """For every unit the value of its cluster's nearest member."""
-        return self._sum(values * self.nearest)[self.labels]
 
-    def _listed(self, values: Tensor) -> tuple[float, ...]:
-        """As plain numbers; units on their own are exactly themselves."""
-        return tuple(values.where(~self.alone, 1).tolist())
+Shares = tuple[dict[str, Tensor], Tensor]
+"""Tensor name → share of every unit in its cluster's representative; and every unit's gain."""
 
 
-def _assignment(group: ChannelGroup, labels: Sequence[int] | Tensor) -> Tensor:
-    """Labels renumbered by first member, after checking that no cluster mixes what can't be folded."""
-    given = torch.as_tensor(labels, dtype=torch.int64).cpu()
-    if given.shape != (group.size,):
-        raise PlanError(f"group {group.name!r}: {len(given)} labels for {group.size} units")
-    number: dict[int, int] = {}
-    home: dict[int, tuple[int, int]] = {}
-    for unit, label in enumerate(given.tolist()):
-        number.setdefault(label, len(number))
-        key = (group.blocks[unit], group.classes[unit])
-        if home.setdefault(label, key) != key:
-            raise PlanError(f"group {group.name!r}: cluster {label} mixes units of different classes or blocks")
-    return torch.tensor([number[label] for label in given.tolist()])
+def _raw(units: _Units, mean: _Means, _regress: bool) -> Shares:
+    """Filters alone: all members at their mean length, which the next kernels make up for."""
+    pieces = [piece for layer in units.filters for piece in layer.slices.values()]
+    scale = units.length(pieces)
+    return {piece.tensor: mean.blend(scale) for piece in pieces}, mean.gain(scale)
 
 
-def from_clusters(groups: Iterable[ChannelGroup], labels: Mapping[str, Sequence[int]]) -> Plan:
+def _behind_norms(units: _Units, mean: _Means, regress: bool) -> Shares:
+    """Batch norms behind filters: they normalise the filters' lengths away, and their own scales count.
+
+    Inside a chain the next batch norm's variance, the nearest member's, includes the scale of the one before.
+    """
+    weights, stretch = _filter_shares(units, mean)
+    chain = units.rule == "chain"
+    for norm, longer in zip(units.norms, stretch, strict=True):
+        scale = units.affine([norm])
+        inside = chain and norm is not units.norms[-1]
+        share = mean.blend(scale, mean.reference(scale) if inside else None)
+        weights |= _norm_shares(units, mean, norm, share, longer)
+    scale, only = units.affine(units.norms[-1:] if chain else units.norms), units.only_norm
+    gain = mean.gain(scale)
+    if regress and only is not None and {"weight", "bias"} <= only.slices.keys():
+        gain = _regression_gain(units, mean, only, mean.blend(scale), gain)
+    return weights, gain
+
+
+_RULES: dict[str, Callable[[_Units, _Means, bool], Shares]] = {
+    "raw": _raw,
+    "normed": _behind_norms,
+    "chain": _behind_norms,
+}
+
+
+def _filter_shares(units: _Units, mean: _Means) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Shares in filters whose scale is normalised away; for every norm, by how much the mean direction was stretched.
+
+    The stretch is known where each filter has one norm, in the same order; elsewhere it is 1.
+    """
+    weights: dict[str, Tensor] = {}
+    stretch = []
+    for layer in units.filters:
+        pieces = filter_slices(layer)
+        scale = units.length(pieces)
+        length = mean.reference(scale)  # that of the member whose variance the batch norm keeps
+        share = mean.blend(scale, length) * units.sign * mean.reference(units.sign)
+        longer = torch.ones_like(share)
+        rows = torch.cat([units.rows(piece) for piece in pieces], dim=1)
+        if rows.shape[1]:
+            made = mean.total(rows * share[:, None]).norm(dim=1)[mean.labels]
+            longer = torch.where(made > 1e-6 * length, length / made.clamp(min=1e-300), 1)
+        stretch.append(longer)
+        weights |= {piece.tensor: share * longer for piece in layer.slices.values()}
+    paired = len(units.filters) == len(units.norms)
+    return weights, stretch if paired else [torch.ones_like(units.sign)] * len(units.norms)
+
+
+def _norm_shares(
+    units: _Units, mean: _Means, norm: ProducerLayer, affine: Tensor, stretch: Tensor
+) -> dict[str, Tensor]:
+    """Shares in a batch norm's tensors."""
+    flip = units.sign * mean.reference(units.sign)
+    deviation = units.deviation(norm)
+    shares = {
+        "running_var": mean.nearest,
+        "running_mean": mean.share * flip * stretch / deviation * mean.reference(deviation),
+        "weight": affine * flip,
+        "bias": affine,
+    }
+    return {piece.tensor: shares[leaf] for leaf, piece in norm.slices.items() if leaf in shares}
+
+
+def _regression_gain(units: _Units, mean: _Means, norm: ProducerLayer, share: Tensor, otherwise: Tensor) -> Tensor:
+    """Gains by regression of each member on its representative."""
+    gamma, beta = units.rows(norm.slices["weight"]), units.rows(norm.slices["bias"])
+    if gamma.shape[1] != 1:
+        return otherwise
+    gamma, beta = gamma[:, 0] * units.sign, beta[:, 0]
+    unit = directions(units.rows(units.filter_slices[0])) * units.sign[:, None]
+    centre = directions(mean.total(unit * mean.share[:, None]))[mean.labels]
+    own = mean.total(share * gamma)[mean.labels], mean.total(share * beta)[mean.labels]
+    return regression(gamma, beta, *own, (unit * centre).sum(dim=1), otherwise)
+
+
+def from_clusters(groups: Iterable[ChannelGroup], labels: Mapping[str, Sequence[int] | Tensor]) -> Plan:
     """Turn cluster labels into a plan that folds every cluster into one unit.
 
     **Arguments:**
@@ -340,7 +338,6 @@ def from_clusters(groups: Iterable[ChannelGroup], labels: Mapping[str, Sequence[
 
     ```
     """
-    groups = tuple(groups)
     named = {group.name: group for group in groups}
     cuts = []
     for name, values in labels.items():
@@ -351,13 +348,14 @@ def from_clusters(groups: Iterable[ChannelGroup], labels: Mapping[str, Sequence[
             raise SelectionError(f"group {name!r} can't be folded: {group.frozen}")
         if len(values) != group.size:
             raise SelectionError(f"group {name!r}: {len(values)} labels for {group.size} units")
+        given = torch.as_tensor(values).tolist()
         members: dict[int, list[int]] = {}
-        for unit, label in enumerate(values):
-            if int(label) != DROPPED:
-                members.setdefault(int(label), []).append(unit)
+        for unit, label in enumerate(given):
+            if label != DROPPED:
+                members.setdefault(label, []).append(unit)
         _check_clusters(group, members)
         index = {label: new for new, label in enumerate(members)}
-        assignment = tuple(index.get(int(label), DROPPED) for label in values)
+        assignment = tuple(index.get(label, DROPPED) for label in given)
         cuts.append(Cut(name, assignment, group.producers, group.consumers))
     return Plan(tuple(cuts))
 

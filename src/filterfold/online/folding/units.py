@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...errors import PlanError
 from ...plan import ChannelGroup, Slice
-from ...pruning.budgets.ranking import Part, parts
+from ...pruning.criteria import unit_rows
 from ..clustering import directions
 
 Features = Literal["filters", "units"]
@@ -30,46 +30,44 @@ class ProducerLayer:
     slices: Mapping[str, Slice]
 
 
-def features(group: ChannelGroup, part: Part, tensors: Mapping[str, Tensor], kind: Features = "filters") -> Tensor:
-    """What units are compared by: shape `(len(part.units), d)`.
+def features(group: ChannelGroup, tensors: Mapping[str, Tensor], kind: Features = "filters") -> Tensor:
+    """What units are compared by: shape `(size, d)`.
 
     All filters that make the units together, each layer's scaled to length 1, so that every layer of a coupled group
     counts alike. `kind="units"` takes batch norm in where the group is one filter with one batch norm: (γ·u, β) at
     length 1, whose inner products are the correlations of the units' outputs if the inputs are white.
     """
-    makers = producer_layers(group.producers)
-    rows = [directions(rows_of(piece, part.units, tensors)) for maker in makers for piece in filter_slices(maker)]
-    rows = [row for row in rows if row.shape[1]]
+    layers = producer_layers(group.producers)
+    rows = [directions(rows_of(piece, group.size, tensors)) for layer in layers for piece in filter_slices(layer)]
     if not rows:
         raise PlanError(f"group {group.name!r} has no filters to cluster by: leave it out with ignore=[{group.name!r}]")
-    norm = only_norm(makers)
+    norm = only_norm(layers)
     if norm is None or "weight" not in norm.slices:
         return torch.cat(rows, dim=1)
-    gamma = rows_of(norm.slices["weight"], part.units, tensors)
+    gamma = rows_of(norm.slices["weight"], group.size, tensors)
     if kind == "filters" or "bias" not in norm.slices or gamma.shape[1] != 1:
         return rows[0] * sign_of(gamma[:, :1])
-    beta = rows_of(norm.slices["bias"], part.units, tensors)
+    beta = rows_of(norm.slices["bias"], group.size, tensors)
     return directions(torch.cat((rows[0] * gamma, beta), dim=1))
 
 
-def importance(group: ChannelGroup, part: Part, tensors: Mapping[str, Tensor]) -> Tensor:
-    """How much of what the next layers read comes from each unit: shape `(len(part.units),)`.
+def importance(group: ChannelGroup, tensors: Mapping[str, Tensor]) -> Tensor:
+    """How much of what the next layers read comes from each unit: shape `(size,)`.
 
     The scale of its output (‖(γ, β)‖ where it ends in a norm, else the length of its filters) times the length of
     the kernels that read it. An error made in a unit's direction counts about that much.
     """
-    makers = producer_layers(group.producers)
-    norms = [maker for maker in makers if maker.kind == "norm"]
-    if any(maker.kind == "depthwise" for maker in makers):
+    layers = producer_layers(group.producers)
+    norms = [layer for layer in layers if layer.kind == "norm"]
+    if any(layer.kind == "depthwise" for layer in layers):
         norms = norms[-1:]
-    made = [maker.slices[leaf] for maker in norms for leaf in ("weight", "bias") if leaf in maker.slices]
-    made = made or [piece for maker in makers for piece in filter_slices(maker)]
-    return _length(made, part, tensors) * _length(group.consumers, part, tensors)
-
-
-def _length(pieces: Sequence[Slice], part: Part, tensors: Mapping[str, Tensor]) -> Tensor:
-    rows = [rows_of(piece, part.units, tensors).float() for piece in pieces]
-    return torch.cat(rows, dim=1).norm(dim=1) if rows else torch.ones(len(part.units))
+    made = [norm.slices[leaf] for norm in norms for leaf in ("weight", "bias") if leaf in norm.slices]
+    made = made or [piece for layer in layers for piece in filter_slices(layer)]
+    lengths = []
+    for pieces in (made, group.consumers):
+        rows = [rows_of(piece, group.size, tensors).float() for piece in pieces]
+        lengths.append(torch.cat(rows, dim=1).norm(dim=1) if rows else torch.ones(group.size))
+    return lengths[0] * lengths[1].to(lengths[0].device)
 
 
 def signs(group: ChannelGroup, tensors: Mapping[str, Tensor]) -> Tensor | None:
@@ -77,29 +75,14 @@ def signs(group: ChannelGroup, tensors: Mapping[str, Tensor]) -> Tensor | None:
     norm = only_norm(producer_layers(group.producers))
     if norm is None or "weight" not in norm.slices:
         return None
-    found = [(part.units, rows_of(norm.slices["weight"], part.units, tensors)) for part in parts(group)]
-    result = torch.ones(group.size)
-    for units, gamma in found:
-        result[torch.tensor(units)] = sign_of(gamma[:, 0]).float().cpu()
+    result = sign_of(rows_of(norm.slices["weight"], group.size, tensors)[:, 0]).float().cpu()
     return result if bool((result < 0).any()) else None
 
 
-def rows_of(piece: Slice, units: Sequence[int], tensors: Mapping[str, Tensor]) -> Tensor:
-    """The entries of `units` in a slice's tensor, shape `(len(units), positions of a unit × entries of a position)`."""
-    tensor = tensors[piece.tensor].detach()
-    labels = torch.tensor(piece.units)
-    wanted = torch.full((max(int(labels.max()), *units) + 1,), -1).scatter(
-        0, torch.tensor(units), torch.arange(len(units))
-    )
-    order = wanted[labels.clamp(min=0)].where(labels >= 0, -1)
-    positions = (order >= 0).nonzero().squeeze(1)
-    positions = positions[order[positions].argsort(stable=True)].to(tensor.device)
-    count, rest = divmod(len(positions), len(units))
-    if rest:
-        raise PlanError(f"{piece.tensor}: units of one class own different numbers of positions")
-    return (
-        tensor.movedim(piece.axis, 0)[positions].reshape(len(units), -1) if count else tensor.new_zeros(len(units), 0)
-    )
+def rows_of(piece: Slice, size: int, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The entries of all units in a slice's tensor, shape `(size, d)`; where units have fewer, zeros follow."""
+    units, rows = unit_rows(piece, tensors[piece.tensor])
+    return rows if len(units) == size else rows.new_zeros(size, rows.shape[1]).index_copy_(0, units, rows)
 
 
 def producer_layers(producers: Iterable[Slice]) -> tuple[ProducerLayer, ...]:
@@ -111,15 +94,15 @@ def producer_layers(producers: Iterable[Slice]) -> tuple[ProducerLayer, ...]:
     return tuple(ProducerLayer(name, _kind(slices), slices) for name, slices in found.items())
 
 
-def filter_slices(maker: ProducerLayer) -> tuple[Slice, ...]:
+def filter_slices(layer: ProducerLayer) -> tuple[Slice, ...]:
     """The slices of a layer that are filters (depthwise ones too)."""
-    return tuple(piece for piece in maker.slices.values() if piece.role in FILTER_ROLES)
+    return tuple(piece for piece in layer.slices.values() if piece.role in FILTER_ROLES)
 
 
-def only_norm(makers: Sequence[ProducerLayer]) -> ProducerLayer | None:
+def only_norm(layers: Sequence[ProducerLayer]) -> ProducerLayer | None:
     """The batch norm of a group that is one filter with one norm, where they certainly belong together."""
-    norms = [maker for maker in makers if maker.kind == "norm"]
-    filters = [maker for maker in makers if maker.kind in FILTER_ROLES]
+    norms = [layer for layer in layers if layer.kind == "norm"]
+    filters = [layer for layer in layers if layer.kind in FILTER_ROLES]
     if len(norms) == 1 and len(filters) == 1 and len(filter_slices(filters[0])) == 1:
         return norms[0]
     return None
