@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=10000, help="test images, the first ones")
     parser.add_argument("--calibration", type=int, default=1000, help="training images to repair on")
     parser.add_argument("--batch", type=int, default=250)
-    parser.add_argument("--ridge", type=float, default=1e-3)
+    parser.add_argument("--ridge", type=float, help="the same for every layer; by default chosen for each")
     parser.add_argument("--seeds", default="0", help="of k-means and of the calibration images")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from math import inf
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from filterfold.plan import Plan
 from filterfold.pruning.budgets import select
 from filterfold.pruning.prune import prune
 from filterfold.pruning.reconstruction import reestimate, repair
+from filterfold.pruning.reconstruction.least_squares import RIDGES
 from filterfold.surgery.apply import apply
 
 
@@ -142,6 +144,36 @@ def test_the_last_layer_is_ridge_regression_on_what_it_reads():
     assert torch.allclose(model(x).mean(0), wanted.mean(0))
     assert row.before == pytest.approx(float(left.norm() / wanted.norm()))
     assert row.after == pytest.approx(float((wanted - model(x).detach()).norm() / wanted.norm()))
+
+
+@pytest.mark.parametrize(("count", "noise"), [(401, 0.0), (20, 3.0)])
+def test_the_ridge_is_the_one_that_holds_on_examples_it_was_not_solved_on(count, noise):
+    """By hand, for a last layer that reads six inputs: solved on the even examples, judged on the odd, and back."""
+    generator = torch.Generator().manual_seed(3)
+    model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 4, bias=False)).double().eval()
+    original, x = copy.deepcopy(model), torch.randn(count, 6, dtype=torch.float64, generator=generator)
+    plan = prune(model, x[:1], keep={"0": 0.5}).plan
+    original[2].register_forward_hook(lambda _m, _a, y: y + noise * torch.randn(y.shape, generator=generator).double())
+    wanted = [original(part).detach() for part in (x[:11], x[11:])]
+    original[2]._forward_hooks.clear()
+    given = iter(wanted)
+    original[2].register_forward_hook(lambda _m, _a, _y: next(given))
+    cut = copy.deepcopy(model)
+    read, left = cut[:-1](x).detach(), torch.cat(wanted) - cut(x).detach()
+
+    def solved(ridge, rows):
+        gram = read[rows].T @ read[rows]
+        eye = ridge * gram.diagonal().mean() * torch.eye(6, dtype=torch.float64)
+        return torch.linalg.solve(gram + eye, read[rows].T @ left[rows]) if ridge < inf else torch.zeros(6, 4).double()
+
+    def held_out(ridge):
+        halves = (slice(0, None, 2), slice(1, None, 2))
+        return sum(float((left[b] - read[b] @ solved(ridge, a)).square().sum()) for a, b in (halves, halves[::-1]))
+
+    best = min(RIDGES, key=held_out)
+    assert (best > 0.1) == (noise > 0)  # few examples and noise ask for a strong ridge
+    repair(model, original, plan, [x[:11], x[11:]])
+    assert torch.allclose(model[2].weight, cut[2].weight + solved(best, slice(None)).T, atol=1e-9)
 
 
 def test_what_cannot_be_solved_is_named():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from math import prod
+from dataclasses import dataclass
+from math import inf, prod
 from typing import Any
 
 import torch
@@ -18,45 +19,117 @@ _ELEMENTS = 2**23
 """Unfolded inputs are taken in pieces of at most so many float64 elements (64 MiB)."""
 
 
+RIDGES = (1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 10.0, inf)
+"""Ridges that `Sums.best_ridge` tries; the last leaves the kernels as they are."""
+
+
 class Sums:
-    """Normal equations of one layer, added up in float64: X inputs, R = wanted - output, for every group."""
+    """Normal equations of one layer, added up in float64: X inputs, R = wanted - output, for every group.
+
+    Every second example counts for one half, the others for the other, so that a ridge found on one can be judged on
+    the other.
+    """
+
+    def __init__(self) -> None:
+        self.halves = (_Totals(), _Totals())
+        self._next = 0
+
+    def add(self, module: nn.Module, groups: int, data: Tensor, output: Tensor, wanted: Tensor) -> None:
+        """Add one batch."""
+        has_batch_axis = isinstance(module, nn.Linear) or data.dim() > spatial(module) + 1
+        several = has_batch_axis and data.dim() > 1
+        for start in range(min(2, len(data)) if several else 1):
+            taken = (value[start::2] if several else value for value in (data, output, wanted))
+            self.halves[(self._next + start) % 2].add(module, groups, *taken)
+        self._next += len(data) if several else 1
+
+    def best_ridge(self, *, centred: bool) -> float:
+        """The ridge of `RIDGES` whose kernels, solved on one half, leave the least error on the other."""
+        problems = [half.problem(centred) for half in self.halves if half.count]
+        if len(problems) < 2:
+            return RIDGES[0]
+
+        def error(ridge: float) -> float:
+            return sum(other.error(one.shift(ridge)) for one, other in (problems, problems[::-1]))
+
+        return min(RIDGES, key=error)
+
+    def solve(self, ridge: float, *, centred: bool, bias: Tensor | None) -> tuple[Tensor, Tensor, float, float]:
+        """Change of the kernels `(groups, inputs, outputs)` and biases, and the relative error before and after."""
+        both = self._both()
+        _gram, _cross, x, r, r2, t, t2 = both.totals
+        n, problem = both.count, both.problem(centred)
+        shift = problem.shift(ridge)
+        offset = torch.zeros_like(r) if bias is None else (r - (x[:, :, None] * shift).sum(1)) / n
+        size = float((t2 - t.square() / n).sum()) if centred and bias is None else float(t2.sum())
+        before = problem.left if bias is None else float(r2.sum())
+        return shift, offset, _root(before, size), _root(problem.error(shift), size)
+
+    def moments(self, kernels: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Mean and unbiased variance of the outputs that the kernels give."""
+        both = self._both()
+        gram, x, n = both.totals[0], both.totals[2], both.count
+        mean = (x[:, :, None] * kernels).sum(1) / n
+        square = (kernels * (gram @ kernels)).sum(1)
+        var = (square - n * mean.square()).clamp_min(0) / max(n - 1, 1)
+        return mean.flatten() + (0 if bias is None else bias), var.flatten()
+
+    def _both(self) -> _Totals:
+        """The totals over all examples."""
+        one, other = self.halves
+        if not other.count or not one.count:
+            return one if one.count else other
+        both = _Totals()
+        both.count = one.count + other.count
+        both.totals = [a + b for a, b in zip(one.totals, other.totals, strict=True)]
+        return both
+
+
+class _Totals:
+    """What `Sums` adds up over one half of the examples."""
 
     def __init__(self) -> None:
         self.count = 0
         self.totals: list[Tensor] = []
 
     def add(self, module: nn.Module, groups: int, data: Tensor, output: Tensor, wanted: Tensor) -> None:
-        """Add one batch."""
+        """Add some examples."""
         for x, y, t in rows(module, groups, exact(data), output, wanted):
             r = t - y
             new = [x.mT @ x, x.mT @ r, *(v.sum(1) for v in (x, r, r.square(), t, t.square()))]
             self.totals = [old + value for old, value in zip(self.totals, new, strict=True)] if self.totals else new
             self.count += x.shape[1]
 
-    def solve(self, ridge: float, *, centred: bool, bias: Tensor | None) -> tuple[Tensor, Tensor, float, float]:
-        """Change of the kernels `(groups, inputs, outputs)` and biases, and the relative error before and after."""
-        gram, cross, x, r, r2, t, t2 = self.totals
-        left, n = float(r2.sum()), self.count
-        offset = torch.zeros_like(r)
-        size = float((t2 - t.square() / n).sum()) if centred and bias is None else float(t2.sum())
-        free = float((r2 - r.square() / n).sum()) if centred else left
-        if centred:
-            gram = gram - x[:, :, None] * x[:, None, :] / n
-            cross = cross - x[:, :, None] * r[:, None, :] / n
-        shift = torch.cholesky_solve(cross, torch.linalg.cholesky(ridged(gram, ridge)))
-        gained = float(2 * (shift * cross).sum() - (shift * (gram @ shift)).sum())
-        if bias is not None:
-            offset = (r - (x[:, :, None] * shift).sum(1)) / n
-        before = free if bias is None else left
-        return shift, offset, _root(before, size), _root(free - gained, size)
+    def problem(self, centred: bool) -> _Problem:
+        """The least-squares problem, of the centred inputs where means are free."""
+        gram, cross, x, r, r2, _t, _t2 = self.totals
+        if not centred:
+            return _Problem(gram, cross, float(r2.sum()))
+        n = self.count
+        return _Problem(
+            gram - x[:, :, None] * x[:, None, :] / n,
+            cross - x[:, :, None] * r[:, None, :] / n,
+            float((r2 - r.square() / n).sum()),
+        )
 
-    def moments(self, kernels: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Mean and unbiased variance of the outputs that the kernels give."""
-        gram, x, n = self.totals[0], self.totals[2], self.count
-        mean = (x[:, :, None] * kernels).sum(1) / n
-        square = (kernels * (gram @ kernels)).sum(1)
-        var = (square - n * mean.square()).clamp_min(0) / max(n - 1, 1)
-        return mean.flatten() + (0 if bias is None else bias), var.flatten()
+
+@dataclass(frozen=True, slots=True)
+class _Problem:
+    """min ‖R - X Δ‖²: XᵀX, XᵀR and ‖R‖²."""
+
+    gram: Tensor
+    cross: Tensor
+    left: float
+
+    def shift(self, ridge: float) -> Tensor:
+        """Δ for a ridge; nothing for an infinite one."""
+        if ridge == inf:
+            return torch.zeros_like(self.cross)
+        return torch.cholesky_solve(self.cross, torch.linalg.cholesky(ridged(self.gram, ridge)))
+
+    def error(self, shift: Tensor) -> float:
+        """‖R - X Δ‖² for any Δ."""
+        return self.left - float(2 * (shift * self.cross).sum() - (shift * (self.gram @ shift)).sum())
 
 
 def rows(module: Any, groups: int, data: Tensor, *outputs: Tensor) -> Iterator[tuple[Tensor, ...]]:

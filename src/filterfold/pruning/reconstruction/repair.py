@@ -72,7 +72,7 @@ def repair(
     loader: Iterable[Any],
     *,
     batches: int = 8,
-    ridge: float = 1e-3,
+    ridge: float | None = None,
 ) -> Repair:
     """Solve the layers that read cut channels once more, so that their outputs match the uncut network's.
 
@@ -88,7 +88,9 @@ def repair(
     - `plan`: the cut: `PruneResult.plan`, or what `apply` was given.
     - `loader`: as in `reestimate`; a thousand training images are plenty. They are kept in memory.
     - `batches`: use at most so many.
-    - `ridge`: weight of staying near the present kernels, relative to the inputs' mean square. Above 0.
+    - `ridge`: weight of staying near the present kernels, relative to the inputs' mean square. Above 0. None: for each
+      layer the one of `RIDGES` whose kernels, solved on every second example, leave the least error on the others. Too
+      small a ridge gives kernels that fit these images only, and a network that later trains badly.
 
     **Returns:** a `Repair`: each layer's error before and after.
 
@@ -108,8 +110,8 @@ def repair(
 
     ```
     """
-    if not ridge > 0:
-        raise ConfigError(f"ridge={ridge}: must be above 0, such as 1e-3")
+    if ridge is not None and not ridge > 0:
+        raise ConfigError(f"ridge={ridge}: must be above 0, such as 1e-3, or None")
     pruned, original = unwrap(pruned), unwrap(original)
     saved = [(tensor, tensor.detach().clone()) for _, tensor in named_tensors(pruned)]
     with random_state_preserved(pruned):
@@ -193,7 +195,9 @@ def _seen(model: nn.Module, module: nn.Module, inputs: Any) -> tuple[Tensor, Ten
     return found[0]
 
 
-def _solved(site: _Site, pruned: nn.Module, original: nn.Module, inputs: list[Any], ridge: float) -> RepairedLayer:
+def _solved(
+    site: _Site, pruned: nn.Module, original: nn.Module, inputs: list[Any], ridge: float | None
+) -> RepairedLayer:
     """Solve one layer and write its new kernels down."""
     module = site.module
     bias = None if module.bias is None else exact(module.bias)
@@ -205,7 +209,9 @@ def _solved(site: _Site, pruned: nn.Module, original: nn.Module, inputs: list[An
         if wanted.shape != output.shape:
             raise PlanError(f"{site.name}: the plan gives outputs {_text(wanted)}, the pruned network {_text(output)}")
         sums.add(module, groups, data, exact(output), wanted)
-    shift, offset, before, after = sums.solve(ridge, centred=bias is not None or site.norm is not None, bias=bias)
+    centred = bias is not None or site.norm is not None
+    ridge = sums.best_ridge(centred=centred) if ridge is None else ridge
+    shift, offset, before, after = sums.solve(ridge, centred=centred, bias=bias)
     kernels = exact(module.weight).reshape(groups, module.weight.shape[0] // groups, -1).mT + shift
     module.weight.copy_(kernels.mT.reshape(module.weight.shape))
     if bias is not None:
