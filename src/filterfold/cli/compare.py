@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,7 +20,7 @@ from .options import (
     OnlineOptions,
     TrainingOptions,
     listed,
-    settings,
+    setting_of,
 )
 from .report import MARGIN_HELP
 
@@ -78,6 +79,9 @@ METHODS_HELP = (
 )
 
 
+_comparison = partial(Option, rich_help_panel="Comparison")
+
+
 def compare(
     chosen: ModelOptions,
     images: DataOptions,
@@ -86,45 +90,31 @@ def compare(
     running: EngineOptions,
     methods: Annotated[
         str | None,
-        Option(
-            help=METHODS_HELP,
-            show_default="dense,l1,online and their controls: dense-long,random,scratch,online-l1",
-            rich_help_panel="Comparison",
+        _comparison(
+            help=METHODS_HELP, show_default="dense,l1,online and their controls: dense-long,random,scratch,online-l1"
         ),
     ] = None,
-    clusters: Annotated[
-        str | None, Option(help="Filters left in every layer by online methods: 5,10,30.", rich_help_panel="Comparison")
-    ] = None,
+    clusters: Annotated[str | None, _comparison(help="Filters left in every layer by online methods: 5,10,30.")] = None,
     keep: Annotated[
         str | None,
-        Option(
+        _comparison(
             help="Shares of the filters that stay, for every method that cuts: 0.5,0.25.",
             show_default="half; criteria: the widths of Li et al. for their networks",
-            rich_help_panel="Comparison",
         ),
     ] = None,
     macs: Annotated[
         str | None,
-        Option(
-            help="Shares of the multiply-accumulates that stay, likewise; online chooses each layer's width.",
-            rich_help_panel="Comparison",
-        ),
+        _comparison(help="Shares of the multiply-accumulates that stay, likewise; online chooses each layer's width."),
     ] = None,
-    trials: Annotated[int, Option(help="Seeds for each method.", rich_help_panel="Comparison")] = 5,
-    first_seed: Annotated[int, Option(help="The first seed.", rich_help_panel="Comparison")] = 0,
+    trials: Annotated[int, _comparison(help="Seeds for each method.")] = 5,
+    first_seed: Annotated[int, _comparison(help="The first seed.")] = 0,
     retrain_epochs: Annotated[
         int | None,
-        Option(
-            help="After a one-shot cut.",
-            show_default="40 % of --epochs: 40 for 100, as Li et al.",
-            rich_help_panel="Comparison",
-        ),
+        _comparison(help="After a one-shot cut.", show_default="40 % of --epochs: 40 for 100, as Li et al."),
     ] = None,
-    retrain_lr: Annotated[
-        float, Option(help="Constant learning rate of retraining.", rich_help_panel="Comparison")
-    ] = 0.001,
-    round_to: Annotated[int, Option(help="Keep multiples of so many filters.", rich_help_panel="Comparison")] = 1,
-    margin: Annotated[float, Option(help=MARGIN_HELP, rich_help_panel="Comparison")] = 0.5,
+    retrain_lr: Annotated[float, _comparison(help="Constant learning rate of retraining.")] = 0.001,
+    round_to: Annotated[int, _comparison(help="Keep multiples of so many filters.")] = 1,
+    margin: Annotated[float, _comparison(help=MARGIN_HELP)] = 0.5,
     out: Annotated[Path | None, Option(help="Run folder.", show_default="runs/MODEL-DATA")] = None,
 ) -> None:
     """Train and prune with several methods and seeds, and report which is worth it.
@@ -133,18 +123,16 @@ def compare(
     same command goes on, here or on another machine. Exit code 3: stopped in time with work left; 1: all is done
     but some trial failed (the next call tries it again).
     """
-    from ..bench.trials.config import COMPARED, CONTROLS, Comparison, Setting
+    from ..bench.trials.config import COMPARED, CONTROLS, Comparison
 
-    setting = Setting(
-        model=chosen.model,
-        data=images.data,
-        width=chosen.width,
-        data_options=images.keywords(),
-        recipe=settings(training),
+    setting = setting_of(
+        chosen,
+        images,
+        training,
+        clustering,
         retrain_epochs=max(1, round(0.4 * training.epochs)) if retrain_epochs is None else retrain_epochs,
         retrain_lr=retrain_lr,
         round_to=round_to,
-        online=clustering.keywords(),
     )
     names = [*COMPARED, *CONTROLS] if methods is None else listed(methods, "--methods", str)
     comparison = Comparison.of(
@@ -203,15 +191,15 @@ def demo(
     Real data that ships with scikit-learn, a small VGG, several seeds each, about two minutes. Done a second time, it
     shows what is there. One CPU thread: the images are so small that more only get in each other's way.
     """
-    from ..bench.trials.config import Comparison, Setting
+    from ..bench.trials.config import Comparison
 
-    setting = Setting(
-        model="vgg_small",
-        data="digits",
-        recipe=settings(Recipe(epochs=epochs, lr=0.1, schedule="onecycle")),
+    setting = setting_of(
+        ModelOptions("vgg_small"),
+        DataOptions("digits"),
+        Recipe(epochs=epochs, lr=0.1, schedule="onecycle"),
+        OnlineOptions(),
         retrain_epochs=max(1, round(0.4 * epochs)),
         retrain_lr=0.01,  # the paper's .001 is for 390 steps an epoch; here are ten
-        online=OnlineOptions().keywords(),
     )
     comparison = Comparison.of(setting, ("dense", "l1", "online"), keep=[keep], seeds=range(trials))
     show(running.run(comparison, out), out, margin=1.0)

@@ -17,7 +17,7 @@ from .display import live
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..bench.trials.config import Comparison
+    from ..bench.trials.config import Comparison, Setting
     from ..bench.trials.runner import Engine, Outcome
     from ..data import ImageData
 
@@ -173,6 +173,23 @@ class OnlineOptions:
         if self.pull == "cosine":
             return {**options, "strength": 1e-3 if self.strength is None else self.strength}
         return {**options, "pull": self.pull, **({} if self.strength is None else {"strength": self.strength})}
+
+
+def setting_of(
+    chosen: ModelOptions, images: DataOptions, training: Recipe, clustering: OnlineOptions, **others: Any
+) -> Setting:
+    """The setting of trials with these options; `others` are fields of its own."""
+    from ..bench.trials.config import Setting
+
+    return Setting(
+        model=chosen.model,
+        data=images.data,
+        width=chosen.width,
+        data_options=images.keywords(),
+        recipe=settings(training),
+        online=clustering.keywords(),
+        **others,
+    )
 
 
 Width = Annotated[float, Option(help="Multiplier on every layer's width.")]

@@ -12,7 +12,7 @@ from typer import Argument, Option
 from ..errors import ConfigError
 from .compare import default_folder, leave
 from .display import say, table
-from .options import DATA_HELP, DataOptions, EngineOptions, Precision, listed
+from .options import DATA_HELP, DataOptions, EngineOptions, Precision, Width, listed
 
 if TYPE_CHECKING:
     from ..bench.recipes import CountedTrial, PruningRecipe
@@ -90,7 +90,7 @@ def run(
     images: RecipeData,
     running: EngineOptions,
     epochs_scale: Annotated[float, Option(help="All numbers of epochs times this, at least one each.")] = 1.0,
-    width: Annotated[float, Option(help="Multiplier on every layer's width.")] = 1.0,
+    width: Width = 1.0,
     seeds: Annotated[str, Option(help="Comma-separated: one run of everything for each.")] = "0",
     retrain: Annotated[
         str | None, Option(help="Which retraining: paper (constant .001) or cosine.", show_default="the first")

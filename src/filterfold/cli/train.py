@@ -23,7 +23,7 @@ from .options import (
     RunOptions,
     Threads,
     TrainingOptions,
-    settings,
+    setting_of,
     use_threads,
     with_weights,
 )
@@ -69,17 +69,9 @@ def train(
 
     A run that was stopped (Ctrl-C, kill, --stop-after) goes on with the same command and ends with the same weights.
     """
-    from ..bench.trials.config import Comparison, Setting, Trial
+    from ..bench.trials.config import Comparison, Trial
 
-    setting = Setting(
-        model=chosen.model,
-        data=images.data,
-        width=chosen.width,
-        data_options=images.keywords(),
-        recipe=settings(training),
-        retrain_epochs=retrain_epochs,
-        online=clustering.keywords(),
-    )
+    setting = setting_of(chosen, images, training, clustering, retrain_epochs=retrain_epochs)
     trial = Trial(method, seed, setting, clusters, keep)
     folder = out or default_folder(setting, method)
     _make_room(folder, overwrite)
