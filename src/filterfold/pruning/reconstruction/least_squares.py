@@ -32,19 +32,23 @@ class Sums:
 
     def __init__(self) -> None:
         self.halves = (_Totals(), _Totals())
-        self._next = 0
+        self._examples = 0
 
     def add(self, module: nn.Module, groups: int, data: Tensor, output: Tensor, wanted: Tensor) -> None:
         """Add one batch."""
-        has_batch_axis = isinstance(module, nn.Linear) or data.dim() > spatial(module) + 1
-        several = has_batch_axis and data.dim() > 1
-        for start in range(min(2, len(data)) if several else 1):
-            taken = (value[start::2] if several else value for value in (data, output, wanted))
-            self.halves[(self._next + start) % 2].add(module, groups, *taken)
-        self._next += len(data) if several else 1
+        batched = data.dim() > (1 if isinstance(module, nn.Linear) else spatial(module) + 1)
+        examples = len(data) if batched else 1
+        step = min(2, examples)
+        for start in range(step):
+            half = self.halves[(self._examples + start) % 2]
+            half.add(module, groups, *(value[start::step] for value in (data, output, wanted)))
+        self._examples += examples
 
     def best_ridge(self, *, centred: bool) -> float:
-        """The ridge of `RIDGES` whose kernels, solved on one half, leave the least error on the other."""
+        """The ridge of `RIDGES` whose kernels, solved on one half, leave the least error on the other.
+
+        The smallest where there is one example only, and so nothing to judge by.
+        """
         problems = [half.problem(centred) for half in self.halves if half.count]
         if len(problems) < 2:
             return RIDGES[0]

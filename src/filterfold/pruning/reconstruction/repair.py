@@ -90,7 +90,7 @@ def repair(
     - `batches`: use at most so many.
     - `ridge`: weight of staying near the present kernels, relative to the inputs' mean square. Above 0. None: for each
       layer the one of `RIDGES` whose kernels, solved on every second example, leave the least error on the others. Too
-      small a ridge gives kernels that fit these images only, and a network that later trains badly.
+      small a ridge gives kernels that fit these images only.
 
     **Returns:** a `Repair`: each layer's error before and after.
 
