@@ -23,7 +23,7 @@ types: .venv/installed-dev
 unit: .venv/installed-dev
 	$(PYTEST) -n $(WORKERS) --dist worksteal
 
-# Under a minute, for the inner loop: lint, types and the slow tests are left out.
+# About a minute on two cores, for the inner loop: lint, types and the slow tests are left out.
 quick: .venv/installed-dev
 	$(PYTEST) -n $(WORKERS) --dist worksteal -m "not slow"
 
