@@ -180,6 +180,7 @@ def network(kinds: list[tuple[str, int]], head: int) -> nn.Module:
     seed=st.integers(0, 9),
     share=st.sampled_from([0.3, 0.5, 0.8]),
 )
+@example(kinds=[("group norm", 0), ("dense", 4), ("dense", 4), ("group norm", 0)], head=0, seed=0, share=0.3)
 @example(kinds=[("conv", 0), ("dense", 3), ("group norm", 0)], head=0, seed=0, share=0.3)  # a norm across two groups
 def test_cut_equals_masked(kinds: list[tuple[str, int]], head: int, seed: int, share: float) -> None:
     images: Any = torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))

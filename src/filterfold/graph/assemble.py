@@ -176,7 +176,10 @@ def _balance(members: _Members, blocks: list[Ints]) -> tuple[list[Ints], list[In
     for rows in blocks:
         groups, units = members.group_of[rows], members.unit_of[rows]
         group = int(groups.flat[0])
-        if (groups == NOWHERE).all() or (np.sort(units, 1) == np.sort(units[:1], 1)).all():
+        # Blocks of the very same units always keep equally many. Units are numbered within their groups, so two blocks
+        # of different groups may hold the same numbers: the group counts too.
+        which = np.sort(groups * (max(members.sizes, default=0) + 1) + units, axis=1)
+        if (groups == NOWHERE).all() or (which == which[0]).all():
             continue
         once = (groups == group).all() and len(np.unique(units)) == units.size == members.sizes[group]
         finer = None
