@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, FilterfoldError, SelectionError
-from ..graph import Traced, rewrite_stale_sizes, trace_and_measure
+from ..graph import Traced, groups_behind_numbers, rewrite_stale_sizes, trace_and_measure
 from ..plan import AttributeChange, ChannelGroup, Plan
 from ..profiling.macs import Cost, measure
 from ..surgery.apply import apply_with_sizes
@@ -22,7 +22,7 @@ from ..utils.modules import unwrap
 from .budgets import Budget, LatencyBudget, Selection, choose, cuttable, select_for_latency, select_greedily
 from .budgets.patterns import merged
 from .criteria import Criterion, score
-from .culprits import FAILED, OnFailure, passing_plan
+from .culprits import FAILED, passing_plan
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
 
@@ -110,7 +110,7 @@ def prune(
     selection: Selection | None = None,
     scoring: Scoring | None = None,
     verify: bool = True,
-    on_failure: OnFailure = "raise",
+    strict: bool = False,
 ) -> PruneResult:
     """Make a model smaller, in place, and prove it.
 
@@ -131,13 +131,13 @@ def prune(
     - `round_to`, `ignore`, and for the rest `selection`: which units may stay, see `Selection`.
     - `optimizer`, `averaged`: see `apply`.
     - `verify`: whether to rehearse.
-    - `on_failure`: what to do with groups whose cut turns out wrong: `"raise"` an error that names
-      them, or `"freeze"` them with a warning in the log and cut the others.
+    - `strict`: whether groups whose cut turns out wrong are an error that names them. By default they are left whole
+      with a warning in the log and their reasons in the result's `frozen`, and the others are cut.
 
     **Returns:** a `PruneResult`.
 
-    **Raises:** `TraceError`, `SelectionError`, `SurgeryError`, or `VerificationError` naming the groups whose cut
-    would be wrong; the model is then as before.
+    **Raises:** `TraceError`, `SelectionError`, `SurgeryError`, or (`strict`) `VerificationError` naming the groups
+    whose cut would be wrong; the model is then as before.
 
     ```python
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
@@ -156,7 +156,7 @@ def prune(
     budget = Budget(keep, macs, parameters, latency)
     selection = merged(selection or Selection(), round_to=round_to, ignore=ignore)
     scoring = scoring or Scoring()
-    _check(budget, selection, scoring, verify, on_failure)
+    _check(budget, selection, scoring, verify, strict)
     inner = unwrap(model)
     check_optimizers(optimizer, inner)
     traced, before = trace_and_measure(inner, example_inputs)
@@ -179,12 +179,13 @@ def prune(
 
     def judge(plan: Plan) -> Verification:
         rewrite = network.rewrite_sizes
-        return rehearse(inner, plan, example_inputs, groups=traced, rewrite=rewrite, cache=cache, count=True)
+        found = rehearse(inner, plan, example_inputs, groups=traced, rewrite=rewrite, cache=cache, count=True)
+        return found if found else network.explained(found, plan)
 
     cache = CutCache()
     groups, verified = traced, None
     if verify:
-        groups, plan, verified = passing_plan(traced, plan_for, judge, on_failure)
+        groups, plan, verified = passing_plan(traced, plan_for, judge, strict=strict)
         plan = replace(plan, attributes=verified.attributes)
     else:
         plan = plan_for(traced)
@@ -210,12 +211,10 @@ def prune(
     return PruneResult(plan, before, after, verified, groups, frozen)
 
 
-def _check(budget: Budget, selection: Selection, scoring: Scoring, verify: bool, on_failure: str) -> None:
-    """Refuse options that don't exist or don't go together."""
-    if on_failure not in ("raise", "freeze"):
-        raise ConfigError(f"on_failure={on_failure!r}: must be 'raise' or 'freeze'")
-    if on_failure == "freeze" and not verify:
-        raise ConfigError("on_failure='freeze' has no effect with verify=False: leave it out")
+def _check(budget: Budget, selection: Selection, scoring: Scoring, verify: bool, strict: bool) -> None:
+    """Refuse options that don't go together."""
+    if strict and not verify:
+        raise ConfigError("strict=True has no effect with verify=False: leave it out")
     if scoring.order == "greedy" and (budget.keep is None or selection.scope != "layer"):
         raise ConfigError("scoring: order='greedy' needs keep= and scope='layer'")
     if budget.latency is not None and selection.scope != "layer":
@@ -244,6 +243,16 @@ class _Network:
     def rewrite_sizes(self, pruned: nn.Module, plan: Plan, inputs: Any) -> tuple[AttributeChange, ...]:
         """Put right the sizes in user code that the cut network stumbles over."""
         return rewrite_stale_sizes(pruned, plan, self.traced, inputs)
+
+    def explained(self, failed: Verification, plan: Plan) -> Verification:
+        """A failure, with the groups that a number depends on which the network computes with, if there are any."""
+        if failed.masking_error is None:
+            return failed  # it does not run at all
+        _, receipt = apply_with_sizes(replace(plan, attributes=failed.attributes), self.model, None, None)
+        try:
+            return replace(failed, causes=groups_behind_numbers(self.model, plan, self.traced, self.example_inputs))
+        finally:
+            receipt.rollback()
 
     def timed_plan(
         self,
