@@ -15,7 +15,6 @@ from typer import Option
 from ..errors import ConfigError
 from .display import change, count, live, say, table
 from .options import (
-    WEIGHTS_HELP,
     DataOptions,
     Device,
     ModelOptions,
@@ -24,8 +23,8 @@ from .options import (
     Threads,
     refuse_existing,
     use_threads,
-    with_weights,
 )
+from .weights import WeightOptions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -103,7 +102,7 @@ def prune(
     chosen: ModelOptions,
     images: DataOptions,
     cut: CutOptions,
-    weights: Annotated[Path, Option("--weights", "-w", help=WEIGHTS_HELP)],
+    trained: WeightOptions,
     out: Annotated[Path, Option("--out", "-o", help="The pruned network's file.")] = Path("pruned.safetensors"),
     onnx: Annotated[Path | None, Option(help="Also write an ONNX file, checked in ONNX Runtime.")] = None,
     overwrite: Overwrite = False,
@@ -126,6 +125,7 @@ def prune(
     from .. import repair as repair_model
     from .. import save
     from ..bench.trials.context import resolve
+    from ..bench.trials.start import input_of
     from ..data import batches
     from ..profiling import measure_latency
     from ..pruning.prune import Scoring
@@ -139,9 +139,9 @@ def prune(
         refuse_existing(path, overwrite)
     device = resolve(device)
     with live():
-        data = images.load()
+        found = trained.network(chosen, images, device)
+        model, data = found.model, found.data
         top1 = partial(_top1, data=data) if evaluate else lambda _model: None
-        model = with_weights(lambda: chosen.build(data), weights, device)
         before, example = copy.deepcopy(model), data.example.to(device)
         loader = list(islice(batches(data.train, BATCH, shuffle=True, seed=seed, device=device), BATCHES))
         kept = out.with_name(f".{out.name}.widths")
@@ -166,7 +166,13 @@ def prune(
             _retrain(model, data, out, recipe, device, result.plan)
             stages["after retraining"] = top1(model)
         latency = measure_latency({"before": before, "after": model}, example, batch_sizes=TIMED, repeats=10)
-        about = {"command": command(), "test_top1": stages, "environment": describe()}
+        about = {
+            "command": command(),
+            "test_top1": stages,
+            "environment": describe(),
+            "input": input_of(data, found.images.image_size),
+            "weights": found.fingerprint,
+        }
         save(model, out, plan=result.plan, metadata=about)
         if onnx is not None:
             to_onnx(copy.deepcopy(model).cpu(), data.example, onnx)
