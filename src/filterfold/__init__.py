@@ -23,8 +23,9 @@ from .profiling import measure_latency
 from .profiling.macs import Cost, measure
 from .pruning.budgets import LatencyBudget, Selection, select
 from .pruning.criteria import CRITERIA, criterion, score
-from .pruning.prune import PruneResult, Scoring, prune
+from .pruning.prune import prune
 from .pruning.reconstruction import Repair, reestimate, repair
+from .pruning.scored import PruneResult, Scoring
 from .surgery.apply import Receipt, apply
 from .surgery.checkpoint import load, load_weights, save
 from .surgery.masking import masked
