@@ -33,7 +33,7 @@ from .surgery.verdict import Verification
 from .surgery.verify import verify
 
 if TYPE_CHECKING:
-    from .online import Distillation, OnlineFilterClustering, Schedule
+    from .online import Child, Distillation, OnlineFilterClustering, Schedule, shrink
     from .utils.export import to_onnx, to_program
 
 
@@ -43,6 +43,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CRITERIA",
     "ChannelGroup",
+    "Child",
     "Cost",
     "Cut",
     "Distillation",
@@ -72,6 +73,7 @@ __all__ = [
     "save",
     "score",
     "select",
+    "shrink",
     "to_onnx",
     "to_program",
     "trace",
@@ -81,9 +83,11 @@ __all__ = [
 
 
 _LAZY = {
+    "Child": "online",
     "Distillation": "online",
     "OnlineFilterClustering": "online",
     "Schedule": "online",
+    "shrink": "online",
     "to_onnx": "utils.export",
     "to_program": "utils.export",
 }
