@@ -13,7 +13,7 @@ from ...utils.io import write_text
 from ...utils.progress import track
 from . import costs, tables
 from .figure import Plot, Style, group_styles
-from .format import points, signed, times
+from .format import plural, points, signed, times
 from .plots import all_plots
 from .study import COMPARED, TESTED, Record, Study, studies
 from .table import Table
@@ -179,16 +179,12 @@ def _facts(chapters: Sequence[Chapter], margin: float) -> Iterator[str]:
     trials, failed, settings = (
         sum(len(getattr(c.study, name)) for c in chapters) for name in ("trials", "failed", "groups")
     )
-    yield _plural(trials, "trial") + (f", {failed} failed" if failed else "")
-    yield _plural(settings, "setting")
+    yield plural(trials, "trial") + (f", {failed} failed" if failed else "")
+    yield plural(settings, "setting")
     controls = dict.fromkeys(c.study.control for c in chapters if c.study.control)
     if controls:
         yield f"control: {', '.join(controls)}"
         yield f"margin: {points(margin)} of top-1"
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _words(j: Judgement) -> str:
