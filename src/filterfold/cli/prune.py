@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ..data import ImageData
     from ..plan import Plan
     from ..profiling import LatencyComparison
-    from ..pruning.prune import PruneResult
+    from ..pruning.scored import PruneResult
     from ..training import Recipe
 
 
@@ -128,7 +128,7 @@ def prune(
     from ..bench.trials.start import input_of
     from ..data import batches
     from ..profiling import measure_latency
-    from ..pruning.prune import Scoring
+    from ..pruning.scored import Scoring
     from ..training import Recipe
     from ..utils.environment import command, describe
     from ..utils.export import to_onnx

@@ -21,7 +21,8 @@ from ...graph import trace
 from ...online import ClusterRow, OnlineCallback
 from ...plan import Plan
 from ...pruning.budgets.patterns import by_group
-from ...pruning.prune import Scoring, prune
+from ...pruning.prune import prune
+from ...pruning.scored import Scoring
 from ...surgery.checkpoint import load, save
 from ...training import Row
 from ...utils.io import write_json
