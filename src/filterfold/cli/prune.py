@@ -146,9 +146,7 @@ def prune(
         loader = list(islice(batches(data.train, BATCH, shuffle=True, seed=seed, device=device), BATCHES))
         kept = out.with_name(f".{out.name}.widths")
         budget_or_widths = _as_before(kept, budget)
-        result = prune_model(
-            model, example, loader=loader, scoring=Scoring(seed=seed), on_failure="freeze", **budget_or_widths
-        )
+        result = prune_model(model, example, loader=loader, scoring=Scoring(seed=seed), **budget_or_widths)
         if budget["latency"] and retrain_epochs:
             result = _keep_widths(kept, result)
         stages = {"before": top1(before), "after the cut": top1(model)}

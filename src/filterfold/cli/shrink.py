@@ -91,7 +91,6 @@ class FamilyOptions:
             "remedy": None if self.remedy == "none" else self.remedy,
             "calibration": calibration,
             "batches": len(calibration),
-            "on_failure": "freeze",
         }
 
 

@@ -16,7 +16,6 @@ from ..plan import Plan
 from ..profiling.macs import Cost
 from ..pruning.budgets import Budget, Selection
 from ..pruning.criteria import Criterion
-from ..pruning.culprits import OnFailure
 from ..pruning.reconstruction import Repair, reestimate, repair
 from ..pruning.scored import Planned, PruneResult, Rules, Scored, Scoring, scored
 from ..utils.model_state import random_state_preserved
@@ -79,7 +78,7 @@ def shrink(
     selection: Selection | None = None,
     scoring: Scoring | None = None,
     remedy: Remedy | None = "kernels",
-    on_failure: OnFailure = "raise",
+    strict: bool = False,
     distillation: Distillation | None = None,
     train: Train | None = None,
 ) -> Iterator[Child]:
@@ -101,7 +100,7 @@ def shrink(
     - `calibration`: a loader as for `repair`: unlabelled inputs will do, unless the criterion needs targets. Read once,
       and shared by all.
     - `batches`: read at most so many. They are kept in memory.
-    - `criterion`, `scoring`, `on_failure`: as in `prune`.
+    - `criterion`, `scoring`, `strict`: as in `prune`.
     - `selection`: which units may stay; None: `Selection(scope="global")`, ranked over all layers.
     - `remedy`: what is done after each cut: kernels are solved anew ("kernels", see `repair`), batch norms are measured
       anew ("norms", see `reestimate`), or nothing (None).
@@ -133,7 +132,7 @@ def shrink(
     if batches < 1:
         raise ConfigError(f"batches={batches}: at least 1")
     budgets = [Budget(macs=share) for share in shares]
-    rules = Rules(criterion, selection or Selection(scope="global"), scoring or Scoring(), True, on_failure)
+    rules = Rules(criterion, selection or Selection(scope="global"), scoring or Scoring(), True, strict)
     for budget in budgets:
         rules.check(budget)
     inner = unwrap(model)

@@ -14,7 +14,6 @@ from ..utils.modules import unwrap
 from .budgets import Budget, LatencyBudget, Selection
 from .budgets.patterns import merged
 from .criteria import Criterion
-from .culprits import OnFailure
 from .scored import Optimizers, PruneResult, Rules, Scoring, scored
 
 
@@ -36,7 +35,7 @@ def prune(
     selection: Selection | None = None,
     scoring: Scoring | None = None,
     verify: bool = True,
-    on_failure: OnFailure = "raise",
+    strict: bool = False,
 ) -> PruneResult:
     """Make a model smaller, in place, and prove it.
 
@@ -57,13 +56,13 @@ def prune(
     - `round_to`, `ignore`, and for the rest `selection`: which units may stay, see `Selection`.
     - `optimizer`, `averaged`: see `apply`.
     - `verify`: whether to rehearse.
-    - `on_failure`: what to do with groups whose cut turns out wrong: `"raise"` an error that names
-      them, or `"freeze"` them with a warning in the log and cut the others.
+    - `strict`: whether groups whose cut turns out wrong are an error that names them. By default they are left whole
+      with a warning in the log and their reasons in the result's `frozen`, and the others are cut.
 
     **Returns:** a `PruneResult`.
 
-    **Raises:** `TraceError`, `SelectionError`, `SurgeryError`, or `VerificationError` naming the groups whose cut
-    would be wrong; the model is then as before.
+    **Raises:** `TraceError`, `SelectionError`, `SurgeryError`, or (`strict`) `VerificationError` naming the groups
+    whose cut would be wrong; the model is then as before.
 
     ```python
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
@@ -81,7 +80,7 @@ def prune(
     """
     budget = Budget(keep, macs, parameters, latency)
     selection = merged(selection or Selection(), round_to=round_to, ignore=ignore)
-    rules = Rules(criterion, selection, scoring or Scoring(), verify, on_failure)
+    rules = Rules(criterion, selection, scoring or Scoring(), verify, strict)
     rules.check(budget)
     inner = unwrap(model)
     check_optimizers(optimizer, inner)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, FilterfoldError, SelectionError
-from ..graph import Traced, rewrite_stale_sizes, trace_and_measure
+from ..graph import Traced, groups_behind_numbers, rewrite_stale_sizes, trace_and_measure
 from ..plan import AttributeChange, ChannelGroup, Plan
 from ..profiling.macs import Cost, measure
 from ..surgery.apply import apply_with_sizes
@@ -21,7 +21,7 @@ from ..surgery.verify import rehearse
 from ..utils.modules import unwrap
 from .budgets import Budget, LatencyBudget, Selection, choose, cuttable, select_for_latency, select_greedily
 from .criteria import Criterion, score
-from .culprits import FAILED, OnFailure, passing_plan
+from .culprits import FAILED, passing_plan
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
 
@@ -99,14 +99,12 @@ class Rules:
     selection: Selection
     scoring: Scoring
     verify: bool
-    on_failure: OnFailure
+    strict: bool
 
     def check(self, budget: Budget) -> None:
-        """Refuse options that don't exist or don't go together."""
-        if self.on_failure not in ("raise", "freeze"):
-            raise ConfigError(f"on_failure={self.on_failure!r}: must be 'raise' or 'freeze'")
-        if self.on_failure == "freeze" and not self.verify:
-            raise ConfigError("on_failure='freeze' has no effect with verify=False: leave it out")
+        """Refuse options that don't go together."""
+        if self.strict and not self.verify:
+            raise ConfigError("strict=True has no effect with verify=False: leave it out")
         if self.scoring.order == "greedy" and (budget.keep is None or self.selection.scope != "layer"):
             raise ConfigError("scoring: order='greedy' needs keep= and scope='layer'")
         if budget.latency is not None and self.selection.scope != "layer":
@@ -149,7 +147,7 @@ class Scored:
             return Planned(self.traced, self._plan(self.traced, budget), None)
 
         def judge(plan: Plan) -> Verification:
-            return rehearse(
+            found = rehearse(
                 self.model,
                 plan,
                 self.example_inputs,
@@ -158,9 +156,10 @@ class Scored:
                 cache=cache,
                 count=True,
             )
+            return found if found else self._explained(found, plan)
 
         groups, plan, verified = passing_plan(
-            self.traced, lambda groups: self._plan(groups, budget), judge, self.rules.on_failure
+            self.traced, lambda groups: self._plan(groups, budget), judge, strict=self.rules.strict
         )
         plan = replace(plan, attributes=verified.attributes)
         if budget.latency is not None and "asked" not in plan.notes:
@@ -217,6 +216,16 @@ class Scored:
     def _rewrite_sizes(self, pruned: nn.Module, plan: Plan, inputs: Any) -> tuple[AttributeChange, ...]:
         """Put right the sizes in user code that the cut network stumbles over."""
         return rewrite_stale_sizes(pruned, plan, self.traced, inputs)
+
+    def _explained(self, failed: Verification, plan: Plan) -> Verification:
+        """A failure, with the groups that a number depends on which the network computes with, if there are any."""
+        if failed.masking_error is None:
+            return failed  # it does not run at all
+        _, receipt = apply_with_sizes(replace(plan, attributes=failed.attributes), self.model, None, None)
+        try:
+            return replace(failed, causes=groups_behind_numbers(self.model, plan, self.traced, self.example_inputs))
+        finally:
+            receipt.rollback()
 
     def _timed_plan(self, groups: Traced, latency: float | LatencyBudget) -> Plan:
         """The plan that meets a latency budget; or one whose trial cut fails, where verification follows to say why."""
