@@ -132,7 +132,7 @@ class _Gather(Products):
 
     def before(self, key: Key, product: Product) -> None:
         """Add up a sample of rows."""
-        kernel = product.kernel()
+        kernel = product.form(product.weight)
         if key[0] not in self._wanted or kernel.shape[1] > _LARGEST:
             return
         inputs = self._found.setdefault(key, _Inputs(exact(kernel).contiguous()))

@@ -46,26 +46,25 @@ class Equations:
     def problems(self, *, centred: bool) -> list[Problem]:
         """The problem of each half of the examples that has rows."""
         self._finish()
-        return [half.problem(centred, self._features) for half in self._halves if half.count]
+        return [half.problem(centred, self._features, self._basis) for half in self._halves if half.count]
 
-    def error(self, *, centred: bool) -> float:
-        """Relative error of the outputs as they are."""
+    def problem(self, *, centred: bool) -> Problem:
+        """The problem of all examples."""
         self._finish()
-        both = self._both()
-        return _root(both.problem(centred, self._features).left, both.size(centred))
+        return self._both().problem(centred, self._features, self._basis)
 
-    def solve(self, ridge: float, *, centred: bool, bias: bool) -> tuple[Tensor, Tensor, float, float]:
-        """Change of the kernels `(groups, inputs, outputs)` and biases, and the relative error before and after."""
-        self._finish()
+    def offset(self, shift: Tensor) -> Tensor:
+        """Change of the biases, `(groups, outputs)`, that goes with a change of the kernels, in coordinates."""
         both = self._both()
-        problem = both.problem(centred, self._features)
-        shift = problem.shift(ridge)
-        _gram, _cross, x, r, _t, r2, _t2 = both.sums
-        offset = (r - (x[:, :, None] * shift).sum(1)) / both.count if bias else torch.zeros_like(r)
+        _gram, _cross, x, r, *_ = both.sums
+        return (r - (x[:, :, None] * shift).sum(1)) / both.count
+
+    def errors(self, shift: Tensor, *, centred: bool, bias: bool) -> tuple[float, float]:
+        """The relative error before and after a change of the kernels, in coordinates, and of the biases."""
+        problem, both = self.problem(centred=centred), self._both()
         size = both.size(centred and not bias)
-        before, after = float(r2.sum()) if bias else problem.left, problem.error(shift)
-        shift = shift if self._basis is None else self._basis @ shift
-        return shift, offset, _root(before, size), _root(after, size)
+        before = float(both.sums[5].sum()) if bias else problem.left
+        return _root(before, size), _root(problem.error(shift), size)
 
     def _finish(self) -> None:
         """Find the coordinates of few rows, and add them up."""
@@ -104,17 +103,18 @@ class _Totals:
         self.sums = [old.add_(value) for old, value in zip(self.sums, new, strict=True)] if self.sums else new
         self.count += x.shape[1]
 
-    def problem(self, centred: bool, features: int) -> Problem:
+    def problem(self, centred: bool, features: int, basis: Tensor | None) -> Problem:
         """The least-squares problem, of the centred inputs where means are free."""
         gram, cross, x, r, _t, r2, _t2 = self.sums
         if not centred:
-            return Problem(gram, cross, float(r2.sum()), features)
+            return Problem(gram, cross, float(r2.sum()), features, basis)
         n = self.count
         return Problem(
             gram - x[:, :, None] * x[:, None, :] / n,
             cross - x[:, :, None] * r[:, None, :] / n,
             float((r2 - r.square() / n).sum()),
             features,
+            basis,
         )
 
     def size(self, centred: bool) -> float:
@@ -125,22 +125,39 @@ class _Totals:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """min ‖R - X Δ‖²: XᵀX, XᵀR, ‖R‖², and the number of inputs before X was replaced by coordinates."""
+    """min ‖R - X Δ‖²: XᵀX, XᵀR, ‖R‖², the number of inputs, and the basis where X was replaced by coordinates in it."""
 
     gram: Tensor
     cross: Tensor
     left: float
     features: int
+    basis: Tensor | None = None
 
     def shift(self, ridge: float) -> Tensor:
-        """Δ for a ridge; nothing for an infinite one."""
+        """Δ for a ridge, in coordinates; nothing for an infinite one."""
         if ridge == inf:
             return torch.zeros_like(self.cross)
         return torch.cholesky_solve(self.cross, torch.linalg.cholesky(ridged(self.gram, ridge, self.features)))
 
+    def coordinates(self, kernels: Tensor) -> Tensor:
+        """Kernels of shape `(groups, inputs, outputs)` in coordinates."""
+        return kernels if self.basis is None else self.basis.mT @ kernels
+
     def error(self, shift: Tensor) -> float:
-        """‖R - X Δ‖² for any Δ."""
+        """‖R - X Δ‖² for any Δ, in coordinates."""
         return self.left - float(2 * (shift * self.cross).sum() - (shift * (self.gram @ shift)).sum())
+
+    def loss(self, kernels: Tensor, ridge: float) -> Tensor:
+        """‖R - X Δ‖² + λ ‖Δ‖² as a share of ‖R‖², up to a constant, for Δ of shape `(groups, inputs, outputs)`."""
+        shift = self.coordinates(kernels)
+        bend = (shift * (self.gram @ shift - 2 * self.cross)).sum()
+        pull = ridge * (mean_square(self.gram, self.features) * kernels.square().sum((1, 2))).sum()
+        return (bend + pull) / (self.left or 1.0)
+
+    def clone(self) -> Problem:
+        """A copy that autograd can read, of one made in inference mode."""
+        basis = None if self.basis is None else self.basis.clone()
+        return Problem(self.gram.clone(), self.cross.clone(), self.left, self.features, basis)
 
 
 def best_ridge(problems: Sequence[Problem]) -> float:
@@ -162,10 +179,14 @@ def best_ridge(problems: Sequence[Problem]) -> float:
 
 def ridged(gram: Tensor, ridge: float, features: int) -> Tensor:
     """XᵀX of every group with `ridge` times the mean square of its `features` inputs added to the diagonal."""
-    scale = gram.diagonal(dim1=1, dim2=2).sum(1) / features
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # inputs that are never on: nothing to solve
     eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-    return gram + (ridge * scale)[:, None, None] * eye
+    return gram + (ridge * mean_square(gram, features))[:, None, None] * eye
+
+
+def mean_square(gram: Tensor, features: int) -> Tensor:
+    """Sum over the rows of the inputs' squares, in the mean over the inputs: shape `(groups,)`."""
+    scale = gram.diagonal(dim1=1, dim2=2).sum(1) / features
+    return torch.where(scale > 0, scale, torch.ones_like(scale))  # inputs that are never on: nothing to solve
 
 
 def exact(tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...profiling.weight_ops import WeightOps
 from ...utils.dispatch import Function, signature, tensors_in
 from ...utils.modules import named_tensors
+from .computed import Computation, Step
 from .products import KINDS, Product
 
 aten = torch.ops.aten
@@ -24,7 +25,8 @@ class Products(WeightOps):
     """Sees each product of data and a kernel, and each batch norm. To be entered together with `inference_mode`.
 
     `others` holds what else reads parameters: name → operation; `calls` how often each kernel has been used so far;
-    `normed` those that a batch norm follows directly, which takes away the mean of what they give.
+    `normed` those that a batch norm follows directly, which takes away the mean of what they give; `steps` what is
+    computed from parameters and buffers alone.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -34,6 +36,7 @@ class Products(WeightOps):
         self.calls: Counter[Key] = Counter()
         self.normed: set[Key] = set()
         self._last: tuple[Any, Key] | None = None
+        self.steps: list[Step] = []
         self._kernels: dict[str, list[Any]] = {}
         known: set[int] = set()
         for name, tensor in named_tensors(model):
@@ -63,7 +66,10 @@ class Products(WeightOps):
                 self.normed.add(self._last[1])
             self.norm(given)
         if found is None:
-            return super().run(func, rule, args, kwargs)
+            output = super().run(func, rule, args, kwargs)
+            if any(id(tensor) in self._owners for tensor in tensors_in((output,))):
+                self.steps.append((func, args, kwargs, output))
+            return output
         key, product = found
         self.before(key, product)
         output = super().run(func, rule, args, kwargs)
@@ -103,3 +109,8 @@ class Products(WeightOps):
         spread = any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         whole = self.tensors[name].untyped_storage().data_ptr()
         return not spread and tensor.untyped_storage().data_ptr() == whole and tensor.dtype == self.tensors[name].dtype
+
+    def computation(self, kernel: Tensor) -> Computation:
+        """How a kernel comes from parameters."""
+        parameters = {name: value for name, value in self.tensors.items() if isinstance(value, nn.Parameter)}
+        return Computation.of(kernel, self.steps, parameters)

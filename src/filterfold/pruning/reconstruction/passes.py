@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from math import prod
+from math import inf, prod
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from ...errors import PlanError
 from ...surgery.index_maps import Edit
 from ...utils.dispatch import Function, tensors_in
 from .calibration import ReachedError
-from .least_squares import Equations, best_ridge, exact
+from .least_squares import Equations, Problem, best_ridge, exact
 from .operations import Key, Products
 from .products import Product, Sample
 
@@ -61,10 +61,12 @@ class Layer:
     **Arguments:**
 
     - `reason`: why it can't be solved, or None.
+    - `parameters`: what its kernel is computed from and may be changed for it; none where it is a parameter itself.
     - `targets`: one for each call.
     """
 
     reason: str | None = None
+    parameters: tuple[str, ...] = ()
     targets: list[Target] = field(default_factory=list)
 
 
@@ -84,6 +86,7 @@ class Record(Products):
         self.layers: dict[Key, Layer] = {}
         self.peak, self.images = 0, images
         self._edits, self._readers = edits, readers
+        self._claimed: dict[str, Key] = {}
         self._live = 0
 
     def run(self, func: Function, rule: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -106,11 +109,11 @@ class Record(Products):
         if key[0] not in self._readers and not self.layers:
             return
         layer = self.layers.setdefault(key, Layer())
-        layer.reason = layer.reason or self._unsolvable(key[0], product)
+        layer.reason = layer.reason or self._unsolvable(key, layer, product)
         if layer.reason is not None:
             layer.targets.clear()
             return
-        rows = rows_for(product.kernel().shape[1])
+        rows = rows_for(product.form(product.weight).shape[1])
         seed = 1000 * len(self.layers) + self.calls[key]
         sample = Sample.draw(product, rows, examples=self.images, seed=seed)
         values = product.outputs(output, sample)
@@ -122,23 +125,31 @@ class Record(Products):
                 values = cut.apply(values, product.out_axes[place], "value")
         layer.targets.append(Target(sample, product.space, values))
 
-    def _unsolvable(self, name: str, product: Product) -> str | None:
+    def _unsolvable(self, key: Key, layer: Layer, product: Product) -> str | None:
+        name, weight = key[0], product.weight
         if not isinstance(self.tensors[name], nn.Parameter):
             return "it is no parameter"
-        if not self.is_part(product.weight):
-            return "its kernel is computed from it"
+        if not self.is_part(weight):
+            return self._uncomputable(key, layer, weight)
         for axis in self._edits.get(name, {}):
-            place = self._place(name, axis, product.weight)
+            place = self._place(name, axis, weight)
             if place is None:
                 return "its axes are taken apart"
-            whole = product.weight.shape[place] == self.tensors[name].shape[axis]
-            if place in product.out_axes and not whole:
+            if place in product.out_axes and weight.shape[place] != self.tensors[name].shape[axis]:
                 return "the outputs of a part of it are cut"
         return None
 
+    def _uncomputable(self, key: Key, layer: Layer, weight: Tensor) -> str | None:
+        computation = self.computation(weight)
+        if weight.shape != self.tensors[key[0]].shape or not computation.reproduces():
+            return "its kernel is computed from it in a way that can't be followed"
+        own = [name for name in computation.parameters if self._claimed.setdefault(name, key) == key]
+        layer.parameters = tuple(own)
+        return None if key[0] in own else "several kernels are computed from it"
+
     def _place(self, name: str, axis: int, weight: Tensor) -> int | None:
         """The axis of a kernel in which an axis of the parameter lies, of which the kernel is a view."""
-        if weight is self.tensors[name]:
+        if weight is self.tensors[name] or not self.is_part(weight):  # which has its shape then
             return axis
         stride = self.tensors[name].stride(axis)
         sizes = zip(weight.stride(), weight.shape, strict=True)
@@ -196,7 +207,7 @@ class Solve(Products):
     def before(self, key: Key, product: Product) -> None:
         """Solve the layer, or add up what it reads."""
         layer = self._record.layers.get(key)
-        if layer is None or layer.reason is not None or key in self._done or not self.is_part(product.weight):
+        if layer is None or layer.reason is not None or key in self._done:
             return
         if self._waiting is not None and self._waiting[0] != key:
             return
@@ -204,28 +215,46 @@ class Solve(Products):
         if call >= len(calls) or product.space != calls[call].space:
             raise PlanError(f"{key[0]}: runs otherwise in the pruned network than in the uncut one")
         rows = sum(target.sample.rows for target in calls)
-        equations = self._waiting[1] if self._waiting else Equations(product.kernel().shape[1], rows)
+        equations = self._waiting[1] if self._waiting else Equations(product.form(product.weight).shape[1], rows)
         _add(equations, key[0], product, calls[call])
         if call < len(calls) - 1:
             self._waiting = key, equations
             return
-        self._solve(key, product, equations)
+        self._solve(key, layer, product, equations)
         if len(calls) > 1:
             raise ReachedError
 
-    def _solve(self, key: Key, product: Product, equations: Equations) -> None:
+    def _solve(self, key: Key, layer: Layer, product: Product, equations: Equations) -> None:
         bias = product.bias if self.is_part(product.bias) else None
         centred = bias is not None or key in self._record.normed
         name = key[0].removesuffix(".weight")
-        if key[0] not in self._readers and equations.error(centred=False) < _UNCHANGED:
+        before, _ = equations.errors(equations.problem(centred=False).shift(inf), centred=False, bias=False)
+        if key[0] not in self._readers and before < _UNCHANGED:
             self._done[key] = None
             return
         ridge = best_ridge(equations.problems(centred=centred)) if self._ridge is None else self._ridge
-        shift, offset, before, after = equations.solve(ridge, centred=centred, bias=bias is not None)
-        product.write(exact(product.kernel()) + shift)
+        problem = equations.problem(centred=centred)
+        old = exact(product.form(product.weight)).clone()
+        if layer.parameters:
+            self._fit(layer, product, problem, ridge)
+            shift = problem.coordinates(exact(product.form(product.weight)) - old)
+        else:
+            shift = problem.shift(ridge)
+            product.write(old + (shift if problem.basis is None else problem.basis @ shift))
         if bias is not None:
-            bias.copy_(exact(bias) + offset.reshape(bias.shape))
+            bias.copy_(exact(bias) + equations.offset(shift).reshape(bias.shape))
+        before, after = equations.errors(shift, centred=centred, bias=bias is not None)
         self._done[key] = RepairedLayer(name, before, after, ridge)
+
+    def _fit(self, layer: Layer, product: Product, problem: Problem, ridge: float) -> None:
+        """Change the parameters that a kernel is computed from, and the kernel that was computed."""
+        if ridge == inf:
+            return
+        computation = self.computation(product.weight)
+        values = computation.fit(problem, ridge, layer.parameters, product.form)
+        for name, value in values.items():
+            self.tensors[name].copy_(value)
+        product.weight.copy_(computation.again(values))
 
     def norm(self, given: dict[str, Any]) -> None:
         """Set the running statistics to those of the inputs, averaged over the calls."""
@@ -251,7 +280,7 @@ def _moments(data: Tensor) -> tuple[Tensor, Tensor]:
 
 def _add(equations: Equations, name: str, product: Product, target: Target) -> None:
     """Add the rows of one call."""
-    kernel = exact(product.kernel())
+    kernel = exact(product.form(product.weight))
     groups, _, outputs = kernel.shape
     bias = None if product.bias is None else exact(product.bias).reshape(groups, 1, outputs)
     if prod(target.wanted.shape[1:]) != groups * outputs:

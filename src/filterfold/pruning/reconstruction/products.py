@@ -98,7 +98,8 @@ class MatrixProduct:
     **Arguments:**
 
     - `data`: shape `(images, space, groups, inputs)`.
-    - `weight`: as the operation got it; `matrix` is a view of it, of shape `(groups, inputs, outputs)`.
+    - `weight`: as the operation got it.
+    - `form`: makes a view of a weight, of shape `(groups, inputs, outputs)`.
     - `bias`: shape `(outputs,)`.
     - `out_axes`: axis of the weight → axis of `outputs`, for those that run along the outputs.
     - `arranged`: brings the operation's output into the shape `(images, space, groups, outputs)`.
@@ -107,7 +108,7 @@ class MatrixProduct:
     data: Tensor
     weight: Tensor
     bias: Tensor | None
-    matrix: Tensor
+    form: Callable[[Tensor], Tensor]
     out_axes: Mapping[int, int]
     arranged: Callable[[Tensor], Tensor]
 
@@ -121,13 +122,9 @@ class MatrixProduct:
         """Sizes of the output's other axes, but the channels'."""
         return (self.data.shape[1],)
 
-    def kernel(self) -> Tensor:
-        """Shape `(groups, inputs, outputs)`."""
-        return self.matrix
-
     def write(self, kernel: Tensor) -> None:
-        """Change the weight in place."""
-        self.matrix.copy_(kernel)
+        """Change the weight in place, to a kernel of shape `(groups, inputs, outputs)`."""
+        self.form(self.weight).copy_(kernel)
 
     def inputs(self, sample: Sample) -> Iterator[tuple[Piece, Tensor]]:
         """Rows of the inputs, piece by piece: shape `(groups, rows, inputs)`."""
@@ -175,12 +172,12 @@ class Convolution:
         sizes = zip(self.data.shape[2:], self.pads, self.dilation, self.weight.shape[2:], self.stride, strict=True)
         return tuple((size + sum(pad) - d * (k - 1) - 1) // s + 1 for size, pad, d, k, s in sizes)
 
-    def kernel(self) -> Tensor:
-        """Shape `(groups, inputs, outputs)`."""
-        return self.weight.reshape(self.groups, self.weight.shape[0] // self.groups, -1).mT
+    def form(self, weight: Tensor) -> Tensor:
+        """A weight in the shape `(groups, inputs, outputs)`."""
+        return weight.reshape(self.groups, weight.shape[0] // self.groups, -1).mT
 
     def write(self, kernel: Tensor) -> None:
-        """Change the weight in place."""
+        """Change the weight in place, to a kernel of shape `(groups, inputs, outputs)`."""
         self.weight.copy_(kernel.mT.reshape(self.weight.shape))
 
     def inputs(self, sample: Sample) -> Iterator[tuple[Piece, Tensor]]:
@@ -244,13 +241,13 @@ class TransposedConvolution(Convolution):
         sizes = zip(self.data.shape[2:], self.spread, self.pads, self.dilation, self.weight.shape[2:], strict=True)
         return tuple((size - 1) * s + 1 + sum(pad) - d * (k - 1) for size, s, pad, d, k in sizes)
 
-    def kernel(self) -> Tensor:
-        """Shape `(groups, inputs, outputs)`."""
-        split = self.weight.reshape(self.groups, -1, *self.weight.shape[1:]).flatten(3)
+    def form(self, weight: Tensor) -> Tensor:
+        """A weight in the shape `(groups, inputs, outputs)`."""
+        split = weight.reshape(self.groups, -1, *weight.shape[1:]).flatten(3)
         return split.permute(0, 1, 3, 2).flatten(1, 2)
 
     def write(self, kernel: Tensor) -> None:
-        """Change the weight in place."""
+        """Change the weight in place, to a kernel of shape `(groups, inputs, outputs)`."""
         inputs, outputs = self.weight.shape[0] // self.groups, self.weight.shape[1]
         split = kernel.reshape(self.groups, inputs, -1, outputs)
         self.weight.copy_(split.permute(0, 1, 3, 2).reshape(self.weight.shape))
@@ -327,7 +324,7 @@ def _linear(given: Arguments, _owned: Owned) -> Product | None:
     def arranged(value: Tensor) -> Tensor:
         return value.reshape(images, -1, 1, value.shape[-1])
 
-    return MatrixProduct(arranged(data), weight, given["bias"], weight.mT[None], {0: 2}, arranged)
+    return MatrixProduct(arranged(data), weight, given["bias"], lambda w: w.mT[None], {0: 2}, arranged)
 
 
 def _matrices(left: Tensor, right: Tensor, bias: Tensor | None, owned: Owned) -> Product:
@@ -335,18 +332,24 @@ def _matrices(left: Tensor, right: Tensor, bias: Tensor | None, owned: Owned) ->
     batched = left.dim() == 3
     turned = owned(left)
     data, weight = (right.mT, left) if turned else (left, right)
-    matrix = weight.mT if turned else weight
     out = (1 if turned else 2) if batched else (0 if turned else 1)
+
+    def straight(value: Tensor) -> Tensor:
+        return value.mT if turned else value
+
     if not batched:
+        shape = slice(None), None, None
         return MatrixProduct(
-            data[:, None, None], weight, bias, matrix[None], {out: 2}, lambda y: (y.mT if turned else y)[:, None, None]
+            data[shape], weight, bias, lambda w: straight(w)[None], {out: 2}, lambda y: straight(y)[shape]
         )
     if weight.stride(0) == 0:
         return MatrixProduct(
-            data[:, :, None], weight, bias, matrix[:1], {out: 2}, lambda y: (y.mT if turned else y)[:, :, None]
+            data[:, :, None], weight, bias, lambda w: straight(w)[:1], {out: 2}, lambda y: straight(y)[:, :, None]
         )
-    arranged: Callable[[Tensor], Tensor] = lambda y: (y.mT if turned else y).permute(1, 0, 2)[:, None]  # noqa: E731
-    return MatrixProduct(data.permute(1, 0, 2)[:, None], weight, bias, matrix, {0: 1, out: 2}, arranged)
+    return MatrixProduct(
+        *(data.permute(1, 0, 2)[:, None], weight, bias, straight, {0: 1, out: 2}),
+        lambda y: straight(y).permute(1, 0, 2)[:, None],
+    )
 
 
 def _product(given: Arguments, owned: Owned) -> Product:
