@@ -168,7 +168,7 @@ def prune(
             "command": command(),
             "test_top1": stages,
             "environment": describe(),
-            "input": input_of(data, found.images.image_size),
+            "input": input_of(data, found.images.keywords()),
             "weights": found.fingerprint,
         }
         save(model, out, plan=result.plan, metadata=about)

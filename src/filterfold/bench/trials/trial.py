@@ -46,7 +46,7 @@ def run_trial(trial: Trial, context: RunContext, *, command: str | None = None) 
             tracker.final({"top1": metrics.top1, "top5": metrics.top5, "macs": final.macs, "weights": final.weights})
     about = {
         "trial": json.dumps(trial.to_dict(), sort_keys=True),
-        "input": input_of(context.data, trial.setting.data_options.get("image_size")),
+        "input": input_of(context.data, trial.setting.data_options),
     }
     save(trained.model, context.model_file(trial.id), plan=tuple(trained.plans), metadata=about)
     result = Result(
