@@ -146,7 +146,8 @@ class OnlineOptions:
         str,
         _online(
             help="When to cut: gradual (at 20, 35 and 50 % of training), early (5, 10, 15 %), document (50, 60, 70 %), "
-            "or plateau (as document at the latest, sooner where the loss levels off)."
+            "plateau (as document at the latest, sooner where the loss levels off), each at the end of an epoch; or "
+            "between batches: small-cuts (20, up to half of training) or fractions of training, such as 0.1,0.2,0.3."
         ),
     ] = "gradual"
     pull: Annotated[

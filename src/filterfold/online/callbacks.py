@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
+from ..utils.distributed import averaged
+from .assign import ClusterRow
 from .distillation import Distillation, check_temperature
 from .online_clustering import OnlineFilterClustering
 from .options import as_objects
@@ -23,8 +25,7 @@ class OnlineCallback:
 
     **Arguments:**
 
-    - `schedule`: "gradual", "early", "document" or "plateau" (see `Schedule`; epochs are the run's, the loss is that of
-      training), a `Schedule`, or its `to_dict()`.
+    - `schedule`: see `Schedule.of`; epochs and steps are the run's, the loss is that of training.
     - `distill`: weight of a second loss from the first cut on, in which the network as it was before teaches the
       smaller one (see `Distillation.loss`); 0: none. `temperature`: of both their logits.
     - `options`: everything else that `OnlineFilterClustering` takes besides model, inputs and optimizer; also the
@@ -46,8 +47,9 @@ class OnlineCallback:
         temperature: float = 2.0,
         **options: Any,
     ) -> None:
-        if Schedule.of(schedule, 1).unit != "epoch":
-            raise ConfigError("OnlineCallback counts epochs: for a schedule by steps, write a loop of your own")
+        known = Schedule.of(schedule, 100, 100)  # refuses unknown names now
+        if known.unit == "step" and known.patience is not None:
+            raise ConfigError("schedule: waiting for a plateau, OnlineCallback counts epochs: give unit='epoch'")
         if not (math.isfinite(distill) and distill >= 0):
             raise ConfigError(f"distill={distill}: must be a number of 0 or more")
         check_temperature(temperature)
@@ -56,12 +58,14 @@ class OnlineCallback:
         self.online: OnlineFilterClustering | None = None
         self.teacher: Distillation | None = None
         self._run: Any = None
+        self._steps: set[int] = set()
 
     def on_start(self, run: Any) -> None:
         """Trace the run's model."""
-        schedule = Schedule.of(self.schedule, run.recipe.epochs)
+        schedule = Schedule.of(self.schedule, run.recipe.epochs, run.recipe.epochs * run.steps)
         self.online = OnlineFilterClustering(run.model, run.example, run.optimizer, schedule=schedule, **self.options)
         self._run = run
+        self._steps = {*schedule.updates, *dict(schedule.milestones)} if schedule.unit == "step" else set()
 
     def on_batch_loss(self, run: Any) -> Tensor | None:
         """The teacher's term, where there is one."""
@@ -76,18 +80,36 @@ class OnlineCallback:
             self.online.add_gradients()
             self.online.merge_gradients()
 
+    def after_step(self, run: Any) -> None:
+        """Do what a schedule by steps says."""
+        if run.step in self._steps:
+            averaged(run.model.buffers())  # several processes: each has its own running statistics until the epoch ends
+            self._step(run, run.step)
+
     def on_epoch_end(self, run: Any) -> None:
+        """Do what a schedule by epochs says."""
+        if not self._steps:
+            self._step(run, run.epoch, run.loss)
+
+    def _step(self, run: Any, done: int, loss: float | None = None) -> None:
         """Do what the schedule says and tell the run."""
         online = self._started()
         cuts = len(online.cuts)
-        first = self.distill > 0 and not online.plans
-        teacher = Distillation(run.model, temperature=self.temperature) if first else None
-        for event in online.step(run.epoch, run.loss):
+        teacher = None
+        if self.distill > 0 and not online.plans and self._may_cut(online.schedule, done):
+            teacher = Distillation(run.model, temperature=self.temperature)
+        for event in online.step(done, loss):
             run.event(event)
         if len(online.cuts) > cuts:
             run.structure_changed()
             if teacher is not None:
                 self._teach(teacher)
+
+    @property
+    def history(self) -> list[ClusterRow]:
+        """The clustering's rows by the run's epochs, also where the schedule counts steps."""
+        rows = self._started().history
+        return [{**row, "epoch": -(-row["epoch"] // self._run.steps)} for row in rows] if self._steps else rows
 
     def state_dict(self) -> dict[str, Any]:
         """The clustering's state, and the teacher."""
@@ -101,6 +123,10 @@ class OnlineCallback:
             teacher = Distillation(self._run.model, temperature=self.temperature)
             teacher.load_state_dict(state["teacher"])
             self._teach(teacher)
+
+    @staticmethod
+    def _may_cut(schedule: Schedule | None, done: int) -> bool:
+        return schedule is None or schedule.patience is not None or schedule.passed(done, 0) > 0
 
     def _teach(self, teacher: Distillation) -> None:
         self.teacher = teacher

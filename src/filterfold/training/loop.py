@@ -172,10 +172,10 @@ class Loop:
         self.rates = [group["lr"] / run.recipe.lr for group in run.optimizer.param_groups]
         self.augment = run.recipe.augment or run.data.augment
         self.whole = len(self.split) >= run.recipe.batch_size
-        self.steps = len(self.split) // run.recipe.batch_size if self.whole else 1
         self.images = min(len(self.split), run.recipe.batch_size)
         self.part = distributed.own_part if distributed.world_size() > 1 else whole
         self.hooked = [c for c in job.callbacks if type(c).after_backward is not Callback.after_backward]
+        self.stepping = [c for c in job.callbacks if type(c).after_step is not Callback.after_step]
         self.written = time.monotonic()
 
     def go(self) -> None:
@@ -207,19 +207,21 @@ class Loop:
             part=self.part,
         )
         total = torch.zeros((), dtype=torch.float64, device=run.device)
-        rate = 0.0
-        for images, labels in track(feed, f"epoch {run.epoch}", self.steps):
-            rate = recipe.rate(run.step, self.steps)
+        rate, first, macs, extra = 0.0, run.macs, 0, 0
+        for images, labels in track(feed, f"epoch {run.epoch}", run.steps):
+            rate = recipe.rate(run.step, run.steps)
+            macs, extra = macs + run.macs, extra + run.extra_macs
             total += self._batch(images, labels, rate)
             run.step += 1
-        loss = float(distributed.summed(total)) / (self.steps * distributed.world_size())
+            for callback in self.stepping:
+                callback.after_step(run)
+        loss = float(distributed.summed(total)) / (run.steps * distributed.world_size())
         if not math.isfinite(loss):
             raise TrainingError(f"the loss of epoch {run.epoch} is {loss}; lower the learning rate (it was {rate:g})")
         run.loss = loss
         if distributed.world_size() > 1:  # callbacks find the same network and the same random state everywhere
             distributed.averaged(run.model.buffers())
             _seed(recipe.seed, run.epoch, distributed.world_size())
-        extra = run.extra_macs
         for callback in self.callbacks:
             callback.on_epoch_end(run)
         row: Row = {
@@ -232,7 +234,11 @@ class Loop:
             "macs": run.macs,
             "events": run.take_events(),
         }
-        return row | {"extra_macs": extra} if extra else row
+        if macs != run.steps * first:
+            row["mean_macs"] = macs / run.steps
+        if extra:
+            row["extra_macs"] = extra / run.steps if extra % run.steps else extra // run.steps
+        return row
 
     def _batch(self, images: Tensor, labels: Tensor, rate: float) -> Tensor:
         """Take one step; return its loss, detached, because surgery needs that no autograd graph outlives the step."""

@@ -63,6 +63,8 @@ class Row(TypedDict):
     - `macs`: multiply-accumulates an image of the network that the epoch ends with.
     - `events`: what callbacks reported.
     - `extra_macs`: multiply-accumulates an image that callbacks added in the epoch's batches; left out where none.
+    - `mean_macs`: multiply-accumulates an image, mean over the epoch's batches; left out where the network is of one
+      size in all of them. `extra_macs` is then a mean, too.
     """
 
     phase: str
@@ -73,7 +75,8 @@ class Row(TypedDict):
     seconds: float
     macs: int
     events: list[str]
-    extra_macs: NotRequired[int]
+    extra_macs: NotRequired[float]
+    mean_macs: NotRequired[float]
 
 
 @dataclass
@@ -112,7 +115,7 @@ class Callback(Protocol):
     """A part of a run of one's own: derive from it and override what is needed, or have all its methods.
 
     A callback may change the network physically, as long as every parameter stays the same object (`surgery.apply`
-    does so) and it calls `run.structure_changed()` afterwards. Cut between batches: in `on_epoch_end`.
+    does so) and it calls `run.structure_changed()` afterwards. Cut between batches: in `after_step` or `on_epoch_end`.
     """
 
     def on_start(self, run: Run) -> None:
@@ -127,6 +130,13 @@ class Callback(Protocol):
 
     def after_backward(self, run: Run) -> None:
         """Called with the gradients in place (unscaled), before the optimizer's step."""
+
+    def after_step(self, run: Run) -> None:
+        """Called after each step of the optimizer, when `run.step` of them are done; the batch is gone.
+
+        With several processes it is called in each, with the same weights; running statistics and random state are each
+        process's own.
+        """
 
     def on_epoch_end(self, run: Run) -> None:
         """Called after the epoch's last batch, before validation and the checkpoint.
@@ -152,7 +162,7 @@ class Run:
     - `data`, `recipe`, `phase`: what `train` was given.
     - `fabric`: Lightning Fabric, for the device and precision, and for gradients over several processes.
     - `epoch`: the present epoch, counted from 1; 0 before the first.
-    - `step`: batches done in the whole run.
+    - `step`: batches done in the whole run; `steps`: batches of one epoch.
     - `history`: rows of the epochs that are over.
     - `loss`: mean training loss of the epoch that is over, in `Callback.on_epoch_end`; None before the first.
     - `macs`: multiply-accumulates an image of the present network.
@@ -173,6 +183,7 @@ class Run:
         self.fabric, self.phase = fabric, phase
         self.epoch = 0
         self.step = 0
+        self.steps = max(1, len(data.train) // recipe.batch_size)
         self.loss: float | None = None
         self.history = History()
         self.macs = 0

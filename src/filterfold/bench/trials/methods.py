@@ -112,7 +112,7 @@ def online(trial: Trial, context: RunContext) -> Trained:
     model = context.build(trial.seed)
     history = context.train(trial, model, callbacks=(callback,), **recipe)
     assert callback.online is not None
-    return Trained(model, history, tuple(callback.online.plans), callback.online.history)
+    return Trained(model, history, tuple(callback.online.plans), callback.history)
 
 
 def online_callback(trial: Trial, loader: Sequence[Any] | None = None) -> OnlineCallback:
