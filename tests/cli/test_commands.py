@@ -106,6 +106,44 @@ def test_train_online_is_smaller(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_recipe_for_fine_tuning_and_cuts_between_batches(tmp_path: Path) -> None:
+    command = [
+        "train",
+        *SMALL,
+        "--lr",
+        "0.002",
+        "--optimizer",
+        "adamw",
+        "--schedule",
+        "warmup-cosine",
+        "--warmup",
+        "0.1",
+    ]
+    command += ["--head-lr", "3", "--clip", "1", "--ema", "0.9", "--freeze-norms", "--label-smoothing", "0.1"]
+    run(
+        *command,
+        "--epochs",
+        "4",
+        "--method",
+        "online",
+        "--keep",
+        "0.5",
+        "--milestones",
+        "0.1,0.4",
+        "--out",
+        str(tmp_path),
+    )
+    [record] = read_all(tmp_path)
+    asked = {"optimizer": "adamw", "warmup": 0.1, "head_lr": 3.0, "clip": 1.0, "ema": 0.9, "freeze_norms": True}
+    assert asked.items() <= record["options"]["recipe"].items()
+    assert record["options"]["online"]["schedule"] == "0.1,0.4"
+    assert sum("mean_macs" in epoch for epoch in record["history"]) == 2
+    model = load(tmp_path / "model.safetensors", dense)
+    assert record["result"] is not None
+    assert evaluate(model, load_data("digits").test).top1 == pytest.approx(record["result"]["top1"], abs=1e-6)
+
+
+@pytest.mark.slow
 def test_stopping_in_time_and_going_on(tmp_path: Path, trained: Path) -> None:
     command = ["train", *SMALL, "--epochs", "6", "--out", str(tmp_path / "run")]
     text = run(*command, "--stop-after", "0.001s", code=3)
@@ -129,7 +167,7 @@ def test_prune_and_evaluate_what_came_out(trained: Path, tmp_path: Path) -> None
     out = tmp_path / "small.safetensors"
     text = run(
         "prune", "-m", "vgg_small", "-d", "digits", "--width", "0.25", "-w", str(trained / "model.safetensors"),
-        "--keep", "0.5", "--out", str(out), "--retrain-epochs", "2", "--retrain-lr", "0.01", "--threads", "1",
+        "--keep", "0.5", "--out", str(out), "--epochs", "2", "--lr", "0.01", "--threads", "1",
     )  # fmt: skip
     assert "verified: the cut network equals the masked one" in text
     about = inspect(out)
@@ -212,6 +250,19 @@ def test_demo_twice(tmp_path: Path) -> None:
     second = run(*command)
     assert "[1/" not in second  # nothing ran
     assert read_all(tmp_path / "demo") == found
+
+
+@pytest.mark.slow
+def test_retraining_by_another_schedule_is_another_trial(tmp_path: Path) -> None:
+    command = ["compare", *SMALL, "--methods", "l1", "--epochs", "2", "--retrain-epochs", "2", "--keep", "0.5"]
+    command += ["--trials", "1", "--latency-batches", "none", "--retrain-lr", "0.01"]
+    run(*command, "--out", str(tmp_path / "constant"))
+    run(*command, "--retrain-schedule", "warmup-cosine", "--out", str(tmp_path / "cosine"))
+    [constant], [cosine] = read_all(tmp_path / "constant"), read_all(tmp_path / "cosine")
+    assert "retrain" not in constant["options"]
+    assert cosine["options"]["retrain"] == {"schedule": "warmup-cosine"}
+    assert [row["learning_rate"] for row in constant["history"][2:]] == [0.01, 0.01]
+    assert cosine["history"][3]["learning_rate"] < 0.005
 
 
 COMPARE = [

@@ -113,6 +113,15 @@ TABLE = {
         "--pull none has none",
     ),
     "no such milestones": ("train tiny --method online --keep 0.5 --milestones late --out {}/new", "late"),
+    "fractions of training that fall": (
+        "train tiny --method online --keep 0.5 --milestones 0.3,0.1 --out {}/new", "must rise"
+    ),
+    "no such optimizer": ("train tiny --optimizer adam --out {}/new", "optimizer='adam'"),
+    "no such retraining": ("compare tiny --methods l1 --retrain-schedule never --out {}/new", "schedule='never'"),
+    "retraining without epochs": (
+        "prune -m vgg_small -d digits -w {}/whole.safetensors --keep 0.5 --lr 0.1 --out {}/new",
+        "--lr has no effect without --epochs",
+    ),
     "no epochs": ("train -m vgg_small -d digits --epochs 0 --out {}/new", "epochs=0"),
     "no validation share": ("train tiny --validation some --out {}/new", "--validation some"),
 }  # fmt: skip

@@ -50,7 +50,7 @@ def test_the_loop_does_what_a_loop_by_hand_does(digits) -> None:
     model, callback = small(), OnlineCallback(keep=0.5, schedule=schedule, strength=0.01)
     rows = run(model, digits, callback).rows
     hand = small().train()
-    optimizer = RECIPE.optimizer(hand)
+    optimizer = RECIPE.make_optimizer(hand)
     online = OnlineFilterClustering(
         hand, digits.example, optimizer, keep=0.5, schedule=schedule, pull=callback.options["pull"]
     )

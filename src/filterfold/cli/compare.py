@@ -112,7 +112,8 @@ def compare(
         int | None,
         _comparison(help="After a one-shot cut.", show_default="40 % of --epochs: 40 for 100, as Li et al."),
     ] = None,
-    retrain_lr: Annotated[float, _comparison(help="Constant learning rate of retraining.")] = 0.001,
+    retrain_lr: Annotated[float, _comparison(help="Learning rate of retraining, constant or the highest.")] = 0.001,
+    retrain_schedule: Annotated[str, _comparison(help="constant; or as --schedule, over the retraining.")] = "constant",
     round_to: Annotated[int, _comparison(help="Keep multiples of so many filters.")] = 1,
     margin: Annotated[float, _comparison(help=MARGIN_HELP)] = 0.5,
     out: Annotated[Path | None, Option(help="Run folder.", show_default="runs/MODEL-DATA")] = None,
@@ -132,6 +133,7 @@ def compare(
         clustering,
         retrain_epochs=max(1, round(0.4 * training.epochs)) if retrain_epochs is None else retrain_epochs,
         retrain_lr=retrain_lr,
+        retrain={} if retrain_schedule == "constant" else {"schedule": retrain_schedule},
         round_to=round_to,
     )
     names = [*COMPARED, *CONTROLS] if methods is None else listed(methods, "--methods", str)

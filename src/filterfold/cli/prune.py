@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 from typer import Option
 
 from ..errors import ConfigError
+from ..training.recipe import Recipe, Schedule
 from .display import change, count, live, say, table
 from .options import (
+    SHOWN,
     WEIGHTS_HELP,
     DataOptions,
     Device,
     ModelOptions,
     Overwrite,
-    Precision,
     Threads,
     refuse_existing,
     use_threads,
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from ..plan import Plan
     from ..profiling import LatencyComparison
     from ..pruning.prune import PruneResult
-    from ..training import Recipe
 
 
 EXAMPLES = """
@@ -42,7 +42,7 @@ Examples:
 
   filterfold prune --model vgg16 --weights vgg16.safetensors --data cifar10 --keep 0.5 --out small.safetensors
 
-  filterfold prune -m resnet56 -w resnet56.safetensors -d cifar10 --macs 0.5 --round-to 8 --retrain-epochs 40
+  filterfold prune -m resnet56 -w resnet56.safetensors -d cifar10 --macs 0.5 --round-to 8 --epochs 40
 
   filterfold prune -m vgg16 -w vgg16.safetensors -d cifar10 --latency 0.25 --out fast.safetensors
 
@@ -99,10 +99,38 @@ class CutOptions:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Retraining(Recipe):
+    """How the smaller network is trained on: not at all, unless epochs are given."""
+
+    epochs: int = 0
+    lr: float = 0.01
+    schedule: Schedule = "warmup-cosine"
+    warmup: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Refuse values that make no sense, or have no effect."""
+        if self.epochs:
+            Recipe.__post_init__(self)
+            return
+        for entry in fields(self):
+            if getattr(self, entry.name) != entry.default:
+                raise ConfigError(f"--{entry.name.replace('_', '-')} has no effect without --epochs")
+
+    def seeded(self, seed: int) -> Recipe | None:
+        """The recipe, or None for no training."""
+        return replace(self, seed=seed) if self.epochs else None
+
+
+RETRAINED = {name: SHOWN[name] for name in SHOWN if name not in ("step_every", "step_factor", "validate_every")}
+RETRAINED["epochs"] = Option("--epochs", "-e", help="Train on after the cut.", rich_help_panel="Training", min=0)
+
+
 def prune(
     chosen: ModelOptions,
     images: DataOptions,
     cut: CutOptions,
+    retraining: Annotated[Retraining, RETRAINED],
     weights: Annotated[Path, Option("--weights", "-w", help=WEIGHTS_HELP)],
     out: Annotated[Path, Option("--out", "-o", help="The pruned network's file.")] = Path("pruned.safetensors"),
     onnx: Annotated[Path | None, Option(help="Also write an ONNX file, checked in ONNX Runtime.")] = None,
@@ -110,9 +138,6 @@ def prune(
     repair: Annotated[
         bool, Option("--repair", help="Solve the layers behind cut ones anew on 1,280 training images.")
     ] = False,
-    retrain_epochs: Annotated[int, Option(help="Train on after the cut.", rich_help_panel="Retraining", min=0)] = 0,
-    retrain_lr: Annotated[float, Option(help="At this constant learning rate.", rich_help_panel="Retraining")] = 0.001,
-    precision: Precision = "32-true",
     evaluate: Annotated[bool, Option(help="Measure top-1 on the test images before and after.")] = True,
     seed: Annotated[int, Option(help="Of random scores and retraining.")] = 0,
     device: Device = "auto",
@@ -120,7 +145,7 @@ def prune(
 ) -> None:
     """Cut filters out of a trained network, prove the cut right, and show what it cost and gained.
 
-    With --retrain-epochs the smaller network is trained on; a run that was stopped goes on with the same command.
+    With --epochs the smaller network is trained on; a run that was stopped goes on with the same command.
     """
     from .. import prune as prune_model
     from .. import repair as repair_model
@@ -129,12 +154,11 @@ def prune(
     from ..data import batches
     from ..profiling import measure_latency
     from ..pruning.prune import Scoring
-    from ..training import Recipe
     from ..utils.environment import command, describe
     from ..utils.export import to_onnx
 
     use_threads(threads)
-    budget = cut.keywords()
+    budget, recipe = cut.keywords(), retraining.seeded(seed)
     for path in filter(None, (out, onnx)):
         refuse_existing(path, overwrite)
     device = resolve(device)
@@ -149,20 +173,13 @@ def prune(
         result = prune_model(
             model, example, loader=loader, scoring=Scoring(seed=seed), on_failure="freeze", **budget_or_widths
         )
-        if budget["latency"] and retrain_epochs:
+        if budget["latency"] and recipe:
             result = _keep_widths(kept, result)
         stages = {"before": top1(before), "after the cut": top1(model)}
         if repair:
             repair_model(model, before, result.plan, loader, batches=len(loader))  # says in the log what it did
             stages["after repair"] = top1(model)
-        if retrain_epochs:
-            recipe = Recipe(
-                epochs=retrain_epochs,
-                lr=retrain_lr,
-                schedule="constant",
-                precision=cast(Any, precision),
-                seed=seed,
-            )
+        if recipe:
             _retrain(model, data, out, recipe, device, result.plan)
             stages["after retraining"] = top1(model)
         latency = measure_latency({"before": before, "after": model}, example, batch_sizes=TIMED, repeats=10)

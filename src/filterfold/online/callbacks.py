@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError
 from ..utils.distributed import averaged
@@ -18,7 +18,7 @@ from .schedule import Schedule
 
 
 class OnlineCallback:
-    """Makes an `OnlineFilterClustering` when the run starts and lets it take part.
+    """Makes an `OnlineFilterClustering` when the run starts and lets it take part; the run's average is cut alike.
 
     Follows the protocol of `filterfold.training.Callback` without importing it. The options are plain values, so a
     trial can be written down.
@@ -63,7 +63,11 @@ class OnlineCallback:
     def on_start(self, run: Any) -> None:
         """Trace the run's model."""
         schedule = Schedule.of(self.schedule, run.recipe.epochs, run.recipe.epochs * run.steps)
-        self.online = OnlineFilterClustering(run.model, run.example, run.optimizer, schedule=schedule, **self.options)
+        given = self.options.get("averaged", ())
+        averages = [given] if isinstance(given, nn.Module) else list(given)
+        averages += [] if run.averaged is None else [run.averaged]
+        options = {**self.options, "schedule": schedule, "averaged": averages}
+        self.online = OnlineFilterClustering(run.model, run.example, run.optimizer, **options)
         self._run = run
         self._steps = {*schedule.updates, *dict(schedule.milestones)} if schedule.unit == "step" else set()
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..data import ImageData, batches
 from ..data.augment import seeded
@@ -66,7 +67,7 @@ def train(
     - `callbacks`: see `Callback`, called in this order.
     - `observers`: each called with every new row of the history. They do not change the run: unlike callbacks they may
       differ when a run is resumed.
-    - `optimizer`: over the model's parameters, instead of the recipe's SGD. The schedule scales its groups' own
+    - `optimizer`: over the model's parameters, instead of the recipe's. The schedule scales its groups' own
       learning rates, taken as those for `recipe.lr`.
     - `checkpoint`: file to write after each epoch and to go on from if it exists. A finished one is just loaded.
     - `checkpoint_seconds`: write at most so often; the last epoch is always written.
@@ -143,7 +144,8 @@ def work(job: Job, leading: Leading | None = None) -> History:
         tree = distributed.decided(lambda: checkpoint.read(leading.checkpoint, identity))
         if tree is not None:
             checkpoint.resize(model, tree)
-        run = Run(model, job.optimizer or recipe.optimizer(model), data, recipe, fabric, job.phase)
+        optimizer = job.optimizer or recipe.make_optimizer(model, len(data.classes))
+        run = Run(model, optimizer, data, recipe, fabric, job.phase)
         loop = Loop(run, job, leading, identity)
         if tree is not None:
             checkpoint.resume(leading.checkpoint or "the checkpoint", run, tree)
@@ -155,6 +157,7 @@ def work(job: Job, leading: Leading | None = None) -> History:
         try:
             with nullcontext() if distributed.is_first() else show(None):
                 loop.go()
+            run.take_average()
         finally:
             run.optimizer.zero_grad(set_to_none=True)
         return run.history
@@ -213,6 +216,7 @@ class Loop:
             macs, extra = macs + run.macs, extra + run.extra_macs
             total += self._batch(images, labels, rate)
             run.step += 1
+            run.average()
             for callback in self.stepping:
                 callback.after_step(run)
         loss = float(distributed.summed(total)) / (run.steps * distributed.world_size())
@@ -221,6 +225,7 @@ class Loop:
         run.loss = loss
         if distributed.world_size() > 1:  # callbacks find the same network and the same random state everywhere
             distributed.averaged(run.model.buffers())
+            distributed.averaged(() if run.averaged is None else run.averaged.buffers())
             _seed(recipe.seed, run.epoch, distributed.world_size())
         for callback in self.callbacks:
             callback.on_epoch_end(run)
@@ -264,10 +269,13 @@ class Loop:
                 objective = objective + extra
         run.batch = None
         run.fabric.backward(objective)
-        if self.hooked:
+        if self.hooked or run.recipe.clip:
             run.fabric.strategy.precision.unscale_gradients(run.optimizer)
             for callback in self.hooked:
                 callback.after_backward(run)
+        if run.recipe.clip:
+            members = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
+            nn.utils.clip_grad_norm_(members, run.recipe.clip)
         self.stepper.step()
         return loss.detach()
 
@@ -278,10 +286,11 @@ class Loop:
     def _validate(self) -> float:
         run = self.run
         return evaluate(
-            run.forward,
+            run.forward if run.averaged is None else run.averaged,
             self.validation,
             batch_size=EVALUATION_BATCH,
             device=run.device,
+            precision="32-true" if run.averaged is None else run.recipe.precision,
             channels_last=run.recipe.channels_last,
             description="validating",
             together=distributed.world_size() > 1,
@@ -327,6 +336,9 @@ def _given_back(model: nn.Module, recipe: Recipe) -> Iterator[None]:
         try:
             if not model.training:
                 model.train()
+            for module in model.modules() if recipe.freeze_norms else ():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
             if recipe.deterministic:
                 torch.use_deterministic_algorithms(True)
             torch.backends.cudnn.benchmark = not recipe.deterministic

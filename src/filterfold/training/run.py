@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NotRequired, Protocol, TypedDict
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..data import ImageData
 from ..profiling.macs import measure
@@ -167,6 +169,8 @@ class Run:
     - `loss`: mean training loss of the epoch that is over, in `Callback.on_epoch_end`; None before the first.
     - `macs`: multiply-accumulates an image of the present network.
     - `extra_macs`: what callbacks add to it from now on, for an image: a teacher's forward pass.
+    - `averaged`: the moving average of the network, of the same sizes, or None; whoever cuts the network cuts it alike
+      (the `averaged` of `surgery.apply`).
     - `batch`: the present `Batch`, inside `Callback.on_batch_loss`; else None.
     """
 
@@ -192,7 +196,10 @@ class Run:
         self._events: list[str] = []
         self._compiled = False
         self.forward: nn.Module = model
+        self.averaged: nn.Module | None = None
         self.structure_changed()
+        if recipe.ema:
+            self.averaged = copy.deepcopy(model).requires_grad_(False)
 
     @property
     def device(self) -> torch.device:
@@ -216,7 +223,7 @@ class Run:
     def structure_changed(self) -> None:
         """Tell the run that the sizes of the network have changed: set memory formats, wrap it, count its cost."""
         layout = torch.channels_last if self.recipe.channels_last else torch.contiguous_format
-        for tensor in (*self.model.parameters(), *self.model.buffers()):
+        for tensor in (*_tensors(self.model), *_tensors(self.averaged)):
             form = layout if tensor.ndim == 4 else torch.contiguous_format
             if not tensor.is_contiguous(memory_format=form):
                 tensor.data = tensor.data.contiguous(memory_format=form)
@@ -231,9 +238,34 @@ class Run:
         self.forward = self.fabric.setup_module(inner)
         self.macs = measure(self.model, self.example).macs
 
+    @torch.no_grad()
+    def average(self) -> None:
+        """Move the averaged network, if there is one, towards the present one; after each step."""
+        if self.averaged is None:
+            return
+        decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
+        pairs = list(zip(_tensors(self.averaged), _tensors(self.model), strict=True))
+        floating = [pair for pair in pairs if pair[0].is_floating_point()]
+        move = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]  # so in torch's stubs
+        move([one for one, _ in floating], [other for _, other in floating], None)
+        for one, other in pairs:
+            if not one.is_floating_point():
+                one.copy_(other)
+
+    @torch.no_grad()
+    def take_average(self) -> None:
+        """Put the averaged values, if there are any, into the network."""
+        if self.averaged is not None:
+            for one, other in zip(_tensors(self.averaged), _tensors(self.model), strict=True):
+                other.copy_(one)
+
     def _graphed(self, layout: torch.memory_format) -> nn.Module:
         """The network recorded for the size and type of the training batches."""
         dtype = AUTOCAST[self.recipe.precision]
         count = min(self.recipe.batch_size, len(self.data.train))
         images = self.example.to(dtype or torch.float32).repeat(count, 1, 1, 1).contiguous(memory_format=layout)
         return Graphed(self.model, images, dtype)
+
+
+def _tensors(model: nn.Module | None) -> list[Tensor]:
+    return [] if model is None else [*model.parameters(), *model.buffers()]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 WRAPPERS = {
     "OptimizedModule": "_orig_mod",  # torch.compile
@@ -92,6 +93,16 @@ def unwrap(model: nn.Module) -> nn.Module:
     while type(model).__name__ in WRAPPERS:
         model = getattr(model, WRAPPERS[type(model).__name__])
     return model
+
+
+def classifier(model: nn.Module, classes: int | None = None) -> nn.Module | None:
+    """The last linear layer or convolution, of those with so many outputs; None if there is none.
+
+    >>> classifier(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4, 10), nn.ReLU()), 10)
+    Linear(in_features=4, out_features=10, bias=True)
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear | _ConvNd)]
+    return next((layer for layer in reversed(layers) if classes in (None, len(layer.weight))), None)
 
 
 def like(old: Any, new: Any) -> Any:

@@ -172,7 +172,8 @@ class RunContext:
 
         **Raises:** the `FilterfoldError` that says so.
         """
-        self.recipe(0)
+        for changes in ({}, self.setting.retrain, self.setting.scratch):
+            self.recipe(0, **changes)
         check_fit(self.build(), self.example, len(self.data.classes))
 
     def model_file(self, trial_id: str) -> Path:
