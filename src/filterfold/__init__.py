@@ -26,10 +26,11 @@ from .pruning.criteria import CRITERIA, criterion, score
 from .pruning.prune import PruneResult, Scoring, prune
 from .pruning.reconstruction import Repair, reestimate, repair
 from .surgery.apply import Receipt, apply
-from .surgery.checkpoint import load, load_weights, save
+from .surgery.checkpoint import load, save
 from .surgery.masking import masked
 from .surgery.verdict import Verification
 from .surgery.verify import verify
+from .surgery.weights import Loaded, load_weights
 
 if TYPE_CHECKING:
     from .online import Distillation, OnlineFilterClustering, Schedule
@@ -47,6 +48,7 @@ __all__ = [
     "Distillation",
     "FilterfoldError",
     "LatencyBudget",
+    "Loaded",
     "OnlineFilterClustering",
     "Plan",
     "PruneResult",

@@ -17,7 +17,6 @@ from ..training.recipe import Recipe, Schedule
 from .display import change, count, live, say, table
 from .options import (
     SHOWN,
-    WEIGHTS_HELP,
     DataOptions,
     Device,
     ModelOptions,
@@ -25,8 +24,8 @@ from .options import (
     Threads,
     refuse_existing,
     use_threads,
-    with_weights,
 )
+from .weights import WeightOptions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -130,8 +129,8 @@ def prune(
     chosen: ModelOptions,
     images: DataOptions,
     cut: CutOptions,
+    trained: WeightOptions,
     retraining: Annotated[Retraining, RETRAINED],
-    weights: Annotated[Path, Option("--weights", "-w", help=WEIGHTS_HELP)],
     out: Annotated[Path, Option("--out", "-o", help="The pruned network's file.")] = Path("pruned.safetensors"),
     onnx: Annotated[Path | None, Option(help="Also write an ONNX file, checked in ONNX Runtime.")] = None,
     overwrite: Overwrite = False,
@@ -151,6 +150,7 @@ def prune(
     from .. import repair as repair_model
     from .. import save
     from ..bench.trials.context import resolve
+    from ..bench.trials.start import input_of
     from ..data import batches
     from ..profiling import measure_latency
     from ..pruning.prune import Scoring
@@ -163,9 +163,9 @@ def prune(
         refuse_existing(path, overwrite)
     device = resolve(device)
     with live():
-        data = images.load()
+        found = trained.network(chosen, images, device)
+        model, data = found.model, found.data
         top1 = partial(_top1, data=data) if evaluate else lambda _model: None
-        model = with_weights(lambda: chosen.build(data), weights, device)
         before, example = copy.deepcopy(model), data.example.to(device)
         loader = list(islice(batches(data.train, BATCH, shuffle=True, seed=seed, device=device), BATCHES))
         kept = out.with_name(f".{out.name}.widths")
@@ -183,7 +183,13 @@ def prune(
             _retrain(model, data, out, recipe, device, result.plan)
             stages["after retraining"] = top1(model)
         latency = measure_latency({"before": before, "after": model}, example, batch_sizes=TIMED, repeats=10)
-        about = {"command": command(), "test_top1": stages, "environment": describe()}
+        about = {
+            "command": command(),
+            "test_top1": stages,
+            "environment": describe(),
+            "input": input_of(data, found.images.image_size),
+            "weights": found.fingerprint,
+        }
         save(model, out, plan=result.plan, metadata=about)
         if onnx is not None:
             to_onnx(copy.deepcopy(model).cpu(), data.example, onnx)

@@ -155,12 +155,12 @@ class Recipe:
             raise ConfigError("the network has no parameter that requires a gradient, so there is nothing to train")
         head: set[int] = set()
         if self.head_lr != 1:
-            layer = classifier(model, classes)
-            if layer is None:
+            name = classifier(model, classes)
+            if name is None:
                 raise ConfigError(
                     f"head_lr={self.head_lr:g}: no layer of the network has {classes} outputs; leave it out"
                 )
-            head = {id(parameter) for parameter in layer.parameters()}
+            head = {id(parameter) for parameter in model.get_submodule(name).parameters()}
         kinds: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for parameter in trained:
             kinds.setdefault((id(parameter) in head, parameter.ndim <= 1 and not self.decay_norms), []).append(

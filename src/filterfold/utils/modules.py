@@ -95,14 +95,14 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def classifier(model: nn.Module, classes: int | None = None) -> nn.Module | None:
-    """The last linear layer or convolution, of those with so many outputs; None if there is none.
+def classifier(model: nn.Module, classes: int | None = None) -> str | None:
+    """The name of the last linear layer or convolution, of those with so many outputs; None if there is none.
 
     >>> classifier(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4, 10), nn.ReLU()), 10)
-    Linear(in_features=4, out_features=10, bias=True)
+    '2'
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear | _ConvNd)]
-    return next((layer for layer in reversed(layers) if classes in (None, len(layer.weight))), None)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | _ConvNd)}
+    return next((name for name in reversed(layers) if classes in (None, len(layers[name].weight))), None)
 
 
 def like(old: Any, new: Any) -> Any:
