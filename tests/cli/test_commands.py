@@ -20,6 +20,7 @@ from filterfold.bench.trials.records import Record, read_all
 from filterfold.cli.app import app
 from filterfold.cli.options import OnlineOptions, settings
 from filterfold.data import load as load_data
+from filterfold.online import Distillation
 from filterfold.profiling.macs import measure
 from filterfold.surgery.checkpoint import inspect, load
 from filterfold.training import Recipe, evaluate
@@ -141,6 +142,53 @@ def test_a_recipe_for_fine_tuning_and_cuts_between_batches(tmp_path: Path) -> No
     model = load(tmp_path / "model.safetensors", dense)
     assert record["result"] is not None
     assert evaluate(model, load_data("digits").test).top1 == pytest.approx(record["result"]["top1"], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_a_teacher_on_the_command_line(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = str(trained / "model.safetensors")
+    seen: list[dict[str, Any]] = []
+
+    class Watched(Distillation):
+        def __init__(self, model: Any, **options: Any) -> None:
+            super().__init__(model, **options)
+            seen.append({name: value.clone() for name, value in self.network.state_dict().items()} | options)
+
+    monkeypatch.setattr("filterfold.online.Distillation", Watched)
+    cut = ["prune", "-m", "vgg_small", "-d", "digits", "--width", "0.25", "-w", file, "--keep", "0.5", "--threads", "1"]
+    plain, taught = tmp_path / "plain.safetensors", tmp_path / "taught.safetensors"
+    run(*cut, "--epochs", "1", "--out", str(plain))
+    assert not seen
+    run(*cut, "--epochs", "1", "--distill", "--distill-weight", "0.7", "--temperature", "3", "--out", str(taught))
+    [teacher] = seen  # the network before the cut
+    assert {name: teacher.pop(name) for name in ("weight", "temperature")} == {"weight": 0.7, "temperature": 3.0}
+    assert all(
+        torch.equal(value, teacher[name])
+        for name, value in load(trained / "model.safetensors", dense).state_dict().items()
+    )
+    first, second = load_file(plain), load_file(taught)
+    assert any(not first[name].equal(second[name]) for name in first)
+    run(
+        "train",
+        *SMALL,
+        "--epochs",
+        "1",
+        "--method",
+        "online",
+        "--keep",
+        "0.5",
+        "--distill",
+        "--teacher",
+        file,
+        "--out",
+        str(tmp_path / "run"),
+    )
+    [record] = read_all(tmp_path / "run")
+    assert record["method"] == "online+distill"
+    assert record["options"]["distill"]["teacher"] == file
+    assert len(record["options"]["distill"]["fingerprint"]) == 16
+    assert record["dense"] is not None
+    assert record["history"][0]["extra_macs"] == record["dense"]["macs"]
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import islice
@@ -25,6 +26,7 @@ from .options import (
     refuse_existing,
     use_threads,
 )
+from .teacher import DistillationOptions
 from .weights import WeightOptions
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from ..plan import Plan
     from ..profiling import LatencyComparison
     from ..pruning.prune import PruneResult
+    from ..training import Callback
 
 
 EXAMPLES = """
@@ -131,6 +134,7 @@ def prune(
     cut: CutOptions,
     trained: WeightOptions,
     retraining: Annotated[Retraining, RETRAINED],
+    teaching: DistillationOptions,
     out: Annotated[Path, Option("--out", "-o", help="The pruned network's file.")] = Path("pruned.safetensors"),
     onnx: Annotated[Path | None, Option(help="Also write an ONNX file, checked in ONNX Runtime.")] = None,
     overwrite: Overwrite = False,
@@ -159,6 +163,9 @@ def prune(
 
     use_threads(threads)
     budget, recipe = cut.keywords(), retraining.seeded(seed)
+    if teaching.distill and not recipe:
+        raise ConfigError("--distill has no effect without --epochs")
+    teaching.refuse_unused(teaching.distill)
     for path in filter(None, (out, onnx)):
         refuse_existing(path, overwrite)
     device = resolve(device)
@@ -180,7 +187,8 @@ def prune(
             repair_model(model, before, result.plan, loader, batches=len(loader))  # says in the log what it did
             stages["after repair"] = top1(model)
         if recipe:
-            _retrain(model, data, out, recipe, device, result.plan)
+            callbacks = [teaching.callback(before, chosen, data)] if teaching.distill else []
+            _retrain(model, data, out, recipe, device, result.plan, callbacks)
             stages["after retraining"] = top1(model)
         latency = measure_latency({"before": before, "after": model}, example, batch_sizes=TIMED, repeats=10)
         about = {
@@ -231,14 +239,22 @@ def _kept_plan(kept: Path) -> Plan | None:
     return Plan.from_json(kept.read_text(encoding="utf-8")) if kept.exists() else None
 
 
-def _retrain(model: nn.Module, data: ImageData, out: Path, recipe: Recipe, device: str, plan: Plan) -> None:
+def _retrain(
+    model: nn.Module,
+    data: ImageData,
+    out: Path,
+    recipe: Recipe,
+    device: str,
+    plan: Plan,
+    callbacks: Sequence[Callback],
+) -> None:
     """Train the cut network; after an interruption the same command makes the same cut and resumes here."""
     from ..training import train
 
     weights = b"".join(value.cpu().numpy().tobytes() for value in model.state_dict().values())
     cut = hashlib.sha256(weights + plan.to_json().encode()).hexdigest()[:10]  # of another network: another file
     kept = out.with_name(f".{out.name}.{cut}")
-    train(model, data, recipe, checkpoint=kept, device=device, phase="retrain")
+    train(model, data, recipe, callbacks=callbacks, checkpoint=kept, device=device, phase="retrain")
     kept.unlink(missing_ok=True)
 
 

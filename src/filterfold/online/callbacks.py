@@ -1,4 +1,7 @@
-"""Online clustering as a callback of `filterfold.training.train`."""
+"""Online clustering and distillation as callbacks of `filterfold.training.train`.
+
+They follow the protocol of `filterfold.training.Callback` without importing it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError
+from ..surgery.weights import Weights
 from ..utils.distributed import averaged
+from ..utils.modules import in_memory_order, named_tensors
 from .assign import ClusterRow
 from .distillation import Distillation, check_temperature
 from .online_clustering import OnlineFilterClustering
@@ -20,8 +25,7 @@ from .schedule import Schedule
 class OnlineCallback:
     """Makes an `OnlineFilterClustering` when the run starts and lets it take part; the run's average is cut alike.
 
-    Follows the protocol of `filterfold.training.Callback` without importing it. The options are plain values, so a
-    trial can be written down.
+    The options are plain values, so a trial can be written down.
 
     **Arguments:**
 
@@ -140,3 +144,69 @@ class OnlineCallback:
         if self.online is None:
             raise CheckpointError("online clustering: the run has not started, so there is no state")
         return self.online
+
+
+class DistillationCallback:
+    """Lets a teacher take part in a run from its first batch on: (1 - weight) · loss + weight · teacher's loss.
+
+    The teacher's forward passes count in the run's multiply-accumulates. It is not kept in checkpoints: the same call
+    must give the same teacher again.
+
+    **Arguments:**
+
+    - `distillation`: the teacher, from the network before the cut, or any other with the same outputs. It is moved to
+      the run's device. With features it must know of the cuts made so far.
+    - `online`: what cuts in the same run, if anything does, so that features are followed through its plans.
+
+    ```python
+    >>> teacher = nn.Linear(4, 3)
+    >>> DistillationCallback(Distillation(teacher, weight=0.7)).distillation.weight
+    0.7
+
+    ```
+    """
+
+    def __init__(self, distillation: Distillation, online: OnlineCallback | None = None) -> None:
+        self.distillation, self.online = distillation, online
+
+    def on_start(self, run: Any) -> None:
+        """Move the teacher and count what it costs."""
+        network = self.distillation.to(run.device).network
+        for _, tensor in named_tensors(
+            network
+        ):  # in one order in memory, wherever it comes from: others compute other bits
+            order = [0, 2, 3, 1] if run.recipe.channels_last and tensor.dim() == 4 else range(tensor.dim())
+            tensor.data = in_memory_order(tensor.data, list(order))
+        run.extra_macs += self.distillation.macs(run.example)
+
+    def on_batch_loss(self, run: Any) -> Tensor:
+        """What makes the batch's loss the whole objective."""
+        plans = self.online.online.plans if self.online is not None and self.online.online is not None else []
+        for plan in plans[self.distillation.followed :]:
+            self.distillation.follow(plan)
+        task: Tensor = run.batch.loss
+        with run.fabric.autocast():
+            taught = self.distillation.loss(run.batch.images, run.batch.logits)
+        return self.distillation.weight * (taught - task)
+
+    def after_backward(self, run: Any) -> None:
+        """Nothing."""
+
+    def after_step(self, run: Any) -> None:
+        """Nothing."""
+
+    def on_epoch_end(self, run: Any) -> None:
+        """Nothing."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the teacher was, to know it again."""
+        return {"teacher": self._fingerprint()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Refuse to go on with another teacher."""
+        if state["teacher"] != self._fingerprint():
+            raise CheckpointError("the checkpoint was written with another teacher; delete it to start afresh")
+
+    def _fingerprint(self) -> str:
+        network = Weights("the teacher", dict(named_tensors(self.distillation.network))).fingerprint
+        return f"{network} {self.distillation.weight:g} {self.distillation.temperature:g}"

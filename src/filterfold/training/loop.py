@@ -257,17 +257,16 @@ class Loop:
                 f"{type(run.model).__name__} returns a {type(logits).__name__} in training mode, not logits"
             )
         loss = functional.cross_entropy(logits, labels, label_smoothing=run.recipe.label_smoothing)
-        if (
-            len(labels) * distributed.world_size() != self.images
-        ):  # parts of different sizes: the mean is to be over images
-            loss = loss * (len(labels) * distributed.world_size() / self.images)
         objective = loss
-        run.batch = Batch(images, labels, logits)
+        run.batch = Batch(images, labels, logits, loss)
         for callback in self.callbacks:
             extra = callback.on_batch_loss(run)
             if extra is not None:
                 objective = objective + extra
         run.batch = None
+        part = len(labels) * distributed.world_size() / self.images
+        if part != 1:  # processes have parts of different sizes: the mean is to be over images
+            loss, objective = loss * part, objective * part
         run.fabric.backward(objective)
         if self.hooked or run.recipe.clip:
             run.fabric.strategy.precision.unscale_gradients(run.optimizer)

@@ -106,11 +106,12 @@ class History:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The present training batch: images (b, channels, size, size), labels (b,), logits (b, classes)."""
+    """The present training batch: images (b, channels, size, size), labels (b,), logits (b, classes), loss ()."""
 
     images: Tensor
     labels: Tensor
     logits: Tensor
+    loss: Tensor
 
 
 class Callback(Protocol):
@@ -127,7 +128,7 @@ class Callback(Protocol):
         """
 
     def on_batch_loss(self, run: Run) -> Tensor | None:  # noqa: ARG002  # what overrides it needs the run
-        """A scalar to add to the batch's loss, or None; `run.batch` holds the inputs and outputs of this batch."""
+        """A scalar to add to the batch's loss, or None; `run.batch` holds inputs, outputs and loss of this batch."""
         return None
 
     def after_backward(self, run: Run) -> None:

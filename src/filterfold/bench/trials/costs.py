@@ -100,7 +100,7 @@ def _longer(trial: Trial, context: RunContext) -> int:
     size = _sizes(trial, context)
     most = LONGER * context.recipe(trial.seed).epochs * size(0.0)
     if not trial.parsed.is_online:
-        return max(1, int(most / size(1.0)))
+        return max(1, int(most / (size(1.0) + _teaching(trial, context, size))))
     epochs = 0
     while _online_cost(trial, context, size, epochs + 1) <= most:
         epochs += 1
@@ -119,7 +119,17 @@ def _online_cost(trial: Trial, context: RunContext, size: Callable[[float], int]
     spent, since, now = 0, 0, size(0.0)
     for at, share in schedule.milestones:
         spent, since, now = spent + now * (at - since), at, size(share)
-    return (spent + now * (epochs * length - since)) / length
+    untaught = schedule.milestones[0][0] if trial.teacher == "before the first cut" else 0
+    taught = _teaching(trial, context, size) * (epochs * length - untaught)
+    return (spent + now * (epochs * length - since) + taught) / length
+
+
+def _teaching(trial: Trial, context: RunContext, size: Callable[[float], int]) -> float:
+    """What a teacher adds to the cost of a training step, in forward passes times `STEP`, as `size` counts."""
+    if not trial.parsed.is_taught:
+        return 0
+    macs = measure(context.teacher(), context.example.cpu()).macs if trial.teacher == "file" else size(0.0)
+    return macs / STEP
 
 
 def _sizes(trial: Trial, context: RunContext) -> Callable[[float], int]:
