@@ -124,8 +124,16 @@ def online(folder: Path) -> dict[str, Any]:
     }
 
 
+def averaged(_folder: Path) -> dict[str, Any]:
+    """Cuts between batches, with a moving average."""
+    model, callback = small(), OnlineCallback(keep=0.5, schedule="0.2,0.4")
+    recipe = Recipe(epochs=2, batch_size=64, lr=0.002, optimizer="adamw", ema=0.9, clip=1.0)
+    train(model, data.load("digits", train_limit=320), recipe, callbacks=[callback], device="cpu")  # type: ignore[list-item]
+    return {"structure": snapshot(model), "weights": digest(model)}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     where = Path(sys.argv[1])
-    found = {task.__name__: task(where) for task in (exact, online, plain_ddp.run)}
+    found = {task.__name__: task(where) for task in (exact, online, averaged, plain_ddp.run)}
     (where / f"{distributed.rank()}.json").write_text(json.dumps({"count": distributed.world_size(), **found}))

@@ -73,6 +73,13 @@ def test_two_processes_cut_alike_and_end_where_one_does(both: list[dict[str, Any
 
 
 @pytest.mark.slow
+def test_two_processes_cut_alike_between_batches_and_average_alike(both: list[dict[str, Any]]) -> None:
+    first, second = (entry["averaged"] for entry in both)
+    assert first == second
+    assert first["structure"]["tensors"]["features.0.weight"][0][0] == 8  # half of 16
+
+
+@pytest.mark.slow
 def test_a_plain_loop_recovers_after_a_cut(both: list[dict[str, Any]]) -> None:
     assert [entry["run"]["recovered"] for entry in both] == [3, 3]  # it asserts the rest by itself
 
