@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -370,39 +369,6 @@ def _kill_in_the_middle(folder: Path) -> None:
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-
-
-@pytest.mark.slow
-def test_the_gpu_plan_at_a_tiny_size(tmp_path: Path) -> None:
-    assert _plan("gpu", "--once", tmp_path / "run", piece="0.1s") == 3  # one piece, and something is left
-    assert _plan("gpu", "--tiny", tmp_path / "run", piece="9m") == 0
-    found = read_all(tmp_path / "run")
-    assert sorted(record["label"] for record in found) == sorted(["dense", "l1", "online k=2", "online k=4"] * 2)
-    assert (tmp_path / "run" / "report.html").exists()
-    assert json.loads((tmp_path / "run" / "comparison.json").read_text())["setting"]["data"] == "digits"
-
-
-@pytest.mark.slow
-def test_the_headline_plan_at_a_tiny_size(tmp_path: Path) -> None:
-    assert _plan("headline", "--tiny", tmp_path, piece="9m") == 0
-    labels = [record["label"] for record in read_all(tmp_path / "vgg16")]
-    assert sorted(labels) == sorted(
-        [
-            "dense",
-            "online keep=0.7",
-            *(f"{name} keep=0.35" for name in ("online", "online-l1", "scratch", "scratch-long")),
-        ]
-    )
-    cut = {record["method"]: record["result"]["macs"] for record in read_all(tmp_path / "resnet56")}
-    assert set(cut) == {"dense", "online", "online-l1", "scratch", "scratch-long"}
-    assert max(macs for method, macs in cut.items() if method != "dense") <= 0.4 * cut["dense"]
-
-
-def _plan(name: str, option: str, folder: Path, piece: str) -> int:
-    script = Path(__file__).resolve().parents[2] / "benchmarks" / f"{name}_plan.sh"
-    environment = os.environ | {"FILTERFOLD": f"{sys.executable} -m filterfold", "PIECE": piece}
-    command = ["bash", str(script), "--tiny", option, "--out", str(folder)]
-    return subprocess.run(command, capture_output=True, env=environment, timeout=300, check=False).returncode
 
 
 def _example() -> Any:
