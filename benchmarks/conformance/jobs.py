@@ -35,7 +35,7 @@ def ours(entry: Entry) -> dict[str, Any]:
     original = copy.deepcopy(model)
     clock = Clock()
     try:
-        result = ff.prune(model, inputs, criterion="l1", keep=KEEP, on_failure="freeze")
+        result = ff.prune(model, inputs, criterion="l1", keep=KEEP)
     except ff.FilterfoldError as reason:
         return {"status": "refused", "why": _line(reason), **clock.read()}
     report = {**clock.read(), **summary(result), "left": _size(model) / _size(original)}
@@ -91,7 +91,7 @@ def judged(original: nn.Module, pruned: nn.Module, result: Any, inputs: Tensor) 
         small = copy.deepcopy(original)
         skip = [*inexact, *(g.name for g in result.groups if g.frozen and g.frozen != AT_OUTPUT)]
         try:
-            plan = ff.prune(small, inputs, keep=KEEP, ignore=skip, on_failure="freeze").plan
+            plan = ff.prune(small, inputs, keep=KEEP, ignore=skip).plan
         except SelectionError:
             return 0.0, "no exact groups: runs, and the library's own permutation oracle"
         how = f"{sum(cut.changes for cut in plan.cuts)} exact groups against the masked network"

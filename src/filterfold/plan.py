@@ -70,6 +70,8 @@ class ChannelGroup:
     - `symmetric`: whether the order of the units does not matter, so that permuting units of one
       class leaves the network's function as it is; False where a convolution slides over them.
     - `remark`: why the group is not exact, or None.
+    - `zeros_vanish`: whether an inexact group's units, where their layers give zeros, change nothing by leaving: they
+      are only summed over (the queries and keys of attention).
     """
 
     name: str
@@ -82,6 +84,7 @@ class ChannelGroup:
     blocks: tuple[int, ...]
     symmetric: bool = True
     remark: str | None = None
+    zeros_vanish: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import filterfold.surgery.apply as surgery
 from filterfold.graph import ChannelGroup, Traced, UnrepairableError, rewrite_stale_sizes, trace
-from filterfold.plan import Cut, Plan, keep_units
+from filterfold.plan import Cut, Plan, Slice, keep_units
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -66,14 +67,52 @@ def call(model: nn.Module, inputs: Any) -> list[Tensor]:
 
 def masked(model: nn.Module, plan: Plan) -> nn.Module:
     """A copy in which everything that reads a dropped unit reads zeros."""
-    copied = copy.deepcopy(model)
-    tensors = dict([*copied.named_parameters(), *copied.named_buffers()])
+    copied = without_norms(copy.deepcopy(model))
+    tensors = tensors_of(copied, model)
     with torch.no_grad():
         for cut in plan.cuts:
             for part in cut.consumers:
-                gone = [place for place, unit in enumerate(part.units) if unit >= 0 and cut.assignment[unit] < 0]
-                tensors[part.tensor].index_fill_(part.axis, torch.tensor(gone, dtype=torch.long), 0)
+                tensors[part.tensor].index_fill_(part.axis, torch.tensor(dropped(cut, part), dtype=torch.long), 0)
     return copied
+
+
+def dropped(cut: Cut, part: Slice) -> list[int]:
+    """The positions of a slice that leave."""
+    return [place for place, unit in enumerate(part.units) if unit >= 0 and cut.assignment[unit] < 0]
+
+
+def without_norms(model: nn.Module) -> nn.Module:
+    """Weight norms and spectral norms taken off, as someone who cuts by hand does first."""
+    for module in model.modules():
+        if "weight" in getattr(module, "parametrizations", {}):
+            parametrize.remove_parametrizations(module, "weight")
+        for hook in list(module._forward_pre_hooks.values()):
+            if hasattr(hook, "remove") and hasattr(hook, "name"):
+                hook.remove(module)
+                module._forward_pre_hooks.clear()
+    return model
+
+
+def dead(model: nn.Module, plan: Plan) -> nn.Module:
+    """A copy in which whatever makes a dropped unit makes zeros; what reads it is left alone."""
+    copied = without_norms(copy.deepcopy(model))
+    tensors = tensors_of(copied, model)
+    with torch.no_grad():
+        for cut in plan.cuts:
+            for part in cut.producers:
+                if part.tensor in tensors and part.role != "kernel":
+                    places = torch.tensor(dropped(cut, part), dtype=torch.long)
+                    tensors[part.tensor].index_fill_(part.axis, places, 0)
+    return copied
+
+
+def tensors_of(model: nn.Module, normed: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, those whose norms were taken off also under the names that they had with them."""
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    before = [name for name, _ in normed.named_parameters()]
+    for end in ("weight_v", "weight_orig", "parametrizations.weight.original", "parametrizations.weight.original1"):
+        tensors |= {name: tensors[name.removesuffix(end) + "weight"] for name in before if name.endswith(end)}
+    return tensors
 
 
 def cut(model: nn.Module, plan: Plan, groups: Traced, inputs: Any) -> tuple[nn.Module, Plan]:

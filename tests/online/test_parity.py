@@ -131,7 +131,7 @@ def test_what_online_clustering_alone_can_be_asked(options, message: str) -> Non
     ("options", "message"),
     [
         ({"latency": 0.5, "selection": Selection(scope="global")}, "scope= has no effect with latency="),
-        ({"keep": 0.5, "verify": False, "on_failure": "freeze"}, "on_failure='freeze' has no effect with verify=False"),
+        ({"keep": 0.5, "verify": False, "strict": True}, "strict=True has no effect with verify=False"),
         ({"keep": 0.5, "round_to": 2, "selection": Selection(round_to=4)}, "round_to= is given directly and in Selec"),
     ],
 )

@@ -178,12 +178,12 @@ def test_groups_whose_trial_cut_fails_are_left_whole():
     torch.manual_seed(0)
     model, machine = Stubborn(), Machine()
     dense = machine.of(copy.deepcopy(model), X)
-    result = prune(model, X, latency=budget(0.5, machine), on_failure="freeze")
+    result = prune(model, X, latency=budget(0.5, machine))
     assert list(result.frozen) == ["one"]
     assert machine.of(model, X) / dense <= 0.5
     assert model.one.out_channels == 64
     with pytest.raises(VerificationError, match=r"^cutting one would be wrong"):
-        prune(Stubborn(), X, latency=budget(0.5, machine))
+        prune(Stubborn(), X, latency=budget(0.5, machine), strict=True)
 
 
 @pytest.mark.parametrize(

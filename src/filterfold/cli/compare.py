@@ -23,6 +23,7 @@ from .options import (
     setting_of,
 )
 from .report import MARGIN_HELP
+from .weights import StartOptions
 
 if TYPE_CHECKING:
     from ..bench.trials.config import Setting
@@ -50,6 +51,8 @@ Examples:
   filterfold compare --data cifar10 --model resnet56 --keep 0.5 --out runs/resnet --stop-after 9m
 
   filterfold compare --data cifar10 --model resnet56 --keep 0.5 --parallel 4
+
+  filterfold compare --data path/to/images --model timm:resnet18 --pretrained --new-head --epochs 5 --lr 0.01 --macs 0.5
 
   filterfold compare --data cifar10 --model vgg16 --methods dense,l1,random,largest,mean-std --keep 0.9,0.7,0.5,0.3,0.1
 """
@@ -84,6 +87,7 @@ _comparison = partial(Option, rich_help_panel="Comparison")
 
 def compare(
     chosen: ModelOptions,
+    beginning: StartOptions,
     images: DataOptions,
     training: TrainingOptions,
     clustering: OnlineOptions,
@@ -119,17 +123,22 @@ def compare(
 ) -> None:
     """Train and prune with several methods and seeds, and report which is worth it.
 
+    With --weights or --pretrained every method trains from these weights, except those that are named scratch.
+
     Trials with a record in the run folder are not run again: stop whenever you like (Ctrl-C, --stop-after), and the
     same command goes on, here or on another machine. Exit code 3: stopped in time with work left; 1: all is done
     but some trial failed (the next call tries it again).
     """
     from ..bench.trials.config import COMPARED, CONTROLS, Comparison
 
+    start, images = beginning.settle(chosen.model, images)
     setting = setting_of(
         chosen,
         images,
         training,
         clustering,
+        weights=start.weights,
+        start=start.entries,
         retrain_epochs=max(1, round(0.4 * training.epochs)) if retrain_epochs is None else retrain_epochs,
         retrain_lr=retrain_lr,
         round_to=round_to,

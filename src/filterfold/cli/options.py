@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from typer import Option
 
-from ..errors import CheckpointError, ConfigError, RecordError
+from ..errors import ConfigError, RecordError
 from ..training.recipe import Recipe
 from .display import live
 
@@ -73,7 +73,15 @@ class DataOptions:
         _data(help="Hold out of the training images: a share (0.1) or a count (5000).", show_default="a tenth"),
     ] = None
     train_limit: Annotated[int | None, _data(help="Train on so many images only, balanced over classes.")] = None
-    normalization: Annotated[str, _data(help="dataset or imagenet.")] = "dataset"
+    normalization: Annotated[
+        str | None,
+        _data(
+            help="dataset, imagenet, or model: what the pretrained weights of a timm: or torchvision: model expect.",
+            show_default="as the weights were trained, where that is known; else dataset",
+        ),
+    ] = None
+    mean: Annotated[str | None, _data(help="Instead: of each channel, of values from 0 to 1: 0.5,0.5,0.5 …")] = None
+    std: Annotated[str | None, _data(help="… and the standard deviations.")] = None
     augment: Annotated[
         str | None,
         _data(
@@ -85,9 +93,22 @@ class DataOptions:
     ] = None
 
     def keywords(self) -> dict[str, Any]:
-        """What `data.load` is to be told and a result depends on: only what was asked for."""
-        asked = {**asdict(self), "validation": _amount(self.validation)}
-        return {key: value for key, value in asked.items() if value is not None and key not in ("data", "cache_dir")}
+        """What `data.load` is to be told and a result depends on: only what was asked for.
+
+        **Raises:** `ConfigError` for a normalization that makes no sense.
+        """
+        asked = {**asdict(self), "validation": _amount(self.validation), "normalization": self._normalization()}
+        other = ("data", "cache_dir", "mean", "std")
+        return {key: value for key, value in asked.items() if value is not None and key not in other}
+
+    def _normalization(self) -> str | list[list[float]]:
+        if self.normalization == "model":
+            raise ConfigError("--normalization model: give the weights' with a timm: or torchvision: model")
+        if self.mean is None and self.std is None:
+            return self.normalization or "dataset"
+        if self.mean is None or self.std is None or self.normalization is not None:
+            raise ConfigError("--mean and --std go together, and without --normalization")
+        return [listed(self.mean, "--mean", float), listed(self.std, "--std", float)]
 
     def load(self) -> ImageData:
         """The data set."""
@@ -178,7 +199,7 @@ class OnlineOptions:
 def setting_of(
     chosen: ModelOptions, images: DataOptions, training: Recipe, clustering: OnlineOptions, **others: Any
 ) -> Setting:
-    """The setting of trials with these options; `others` are fields of its own."""
+    """The setting of trials with these options; `others` are fields of its own, such as those of `Start`."""
     from ..bench.trials.config import Setting
 
     return Setting(
@@ -326,25 +347,6 @@ def listed(text: str | None, option: str, kind: Callable[[str], T]) -> list[T]:
         return [kind(part.strip()) for part in text.split(",")] if text else []
     except ValueError:
         raise ConfigError(f"{option} {text}: give comma-separated values, such as 5,10 or 0.5,0.25") from None
-
-
-WEIGHTS_HELP = "Weights: safetensors or a torch state dict, by name; or a network that Filterfold saved, pruned or not."
-
-
-def with_weights(factory: Callable[[], nn.Module], weights: Path, device: str) -> nn.Module:
-    """A network with the weights of a file: one of Filterfold's, whose sizes it takes on, or a plain state dict.
-
-    **Raises:** `CheckpointError` naming what does not fit.
-    """
-    from ..surgery.checkpoint import inspect, load, load_weights
-
-    try:
-        inspect(weights)
-    except CheckpointError:
-        model = factory()
-        load_weights(model, weights)
-        return model.to(device)
-    return load(weights, factory, device=device)
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:

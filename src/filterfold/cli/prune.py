@@ -15,7 +15,6 @@ from typer import Option
 from ..errors import ConfigError
 from .display import change, count, live, say, table
 from .options import (
-    WEIGHTS_HELP,
     DataOptions,
     Device,
     ModelOptions,
@@ -24,8 +23,8 @@ from .options import (
     Threads,
     refuse_existing,
     use_threads,
-    with_weights,
 )
+from .weights import WeightOptions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from ..data import ImageData
     from ..plan import Plan
     from ..profiling import LatencyComparison
-    from ..pruning.prune import PruneResult
+    from ..pruning.scored import PruneResult
     from ..training import Recipe
 
 
@@ -103,7 +102,7 @@ def prune(
     chosen: ModelOptions,
     images: DataOptions,
     cut: CutOptions,
-    weights: Annotated[Path, Option("--weights", "-w", help=WEIGHTS_HELP)],
+    trained: WeightOptions,
     out: Annotated[Path, Option("--out", "-o", help="The pruned network's file.")] = Path("pruned.safetensors"),
     onnx: Annotated[Path | None, Option(help="Also write an ONNX file, checked in ONNX Runtime.")] = None,
     overwrite: Overwrite = False,
@@ -126,9 +125,10 @@ def prune(
     from .. import repair as repair_model
     from .. import save
     from ..bench.trials.context import resolve
+    from ..bench.trials.start import input_of
     from ..data import batches
     from ..profiling import measure_latency
-    from ..pruning.prune import Scoring
+    from ..pruning.scored import Scoring
     from ..training import Recipe
     from ..utils.environment import command, describe
     from ..utils.export import to_onnx
@@ -139,16 +139,14 @@ def prune(
         refuse_existing(path, overwrite)
     device = resolve(device)
     with live():
-        data = images.load()
+        found = trained.network(chosen, images, device)
+        model, data = found.model, found.data
         top1 = partial(_top1, data=data) if evaluate else lambda _model: None
-        model = with_weights(lambda: chosen.build(data), weights, device)
         before, example = copy.deepcopy(model), data.example.to(device)
         loader = list(islice(batches(data.train, BATCH, shuffle=True, seed=seed, device=device), BATCHES))
         kept = out.with_name(f".{out.name}.widths")
         budget_or_widths = _as_before(kept, budget)
-        result = prune_model(
-            model, example, loader=loader, scoring=Scoring(seed=seed), on_failure="freeze", **budget_or_widths
-        )
+        result = prune_model(model, example, loader=loader, scoring=Scoring(seed=seed), **budget_or_widths)
         if budget["latency"] and retrain_epochs:
             result = _keep_widths(kept, result)
         stages = {"before": top1(before), "after the cut": top1(model)}
@@ -166,7 +164,13 @@ def prune(
             _retrain(model, data, out, recipe, device, result.plan)
             stages["after retraining"] = top1(model)
         latency = measure_latency({"before": before, "after": model}, example, batch_sizes=TIMED, repeats=10)
-        about = {"command": command(), "test_top1": stages, "environment": describe()}
+        about = {
+            "command": command(),
+            "test_top1": stages,
+            "environment": describe(),
+            "input": input_of(data, found.images.keywords()),
+            "weights": found.fingerprint,
+        }
         save(model, out, plan=result.plan, metadata=about)
         if onnx is not None:
             to_onnx(copy.deepcopy(model).cpu(), data.example, onnx)

@@ -6,7 +6,7 @@ from ..plan import ChannelGroup
 from .dispatch import Call, Tracer
 from .labels import FIXED, FREE
 from .rules.custom import tracing_rule
-from .stale_sizes import UnrepairableError, rewrite_stale_sizes
+from .stale_sizes import UnrepairableError, groups_behind_numbers, rewrite_stale_sizes
 from .trace import Traced, trace, trace_and_measure
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Traced",
     "Tracer",
     "UnrepairableError",
+    "groups_behind_numbers",
     "rewrite_stale_sizes",
     "trace",
     "trace_and_measure",

@@ -65,6 +65,8 @@ def assemble(table: LabelTable) -> Assembly:
         blocks = [rows for rows in blocks if not any(rows is conflict for conflict in conflicts)]
     frozen = _reasons(table.frozen, members)
     inexact = _reasons(table.inexact, members)
+    summed = {group: why for group, why in _reasons(table.summed, members).items() if group not in inexact}
+    alive = {group for vector in table.alive if summed for group in np.unique(members.group_of[vector]).tolist()}
     ordered = {group for vector in table.ordered for group in np.unique(members.group_of[vector]).tolist()}
     names = _names(members.makers)
     for group, size in enumerate(members.sizes):
@@ -79,12 +81,13 @@ def assemble(table: LabelTable) -> Assembly:
                 size=size,
                 producers=producers,
                 consumers=consumers,
-                exact=group not in inexact,
+                exact=group not in inexact and group not in summed,
                 frozen=frozen.get(group),
                 classes=classes,
                 blocks=tuple(parts[group].tolist()),
                 symmetric=group not in ordered,
-                remark=inexact.get(group),
+                remark=inexact.get(group, summed.get(group)),
+                zeros_vanish=group in summed and group not in alive,
             )
         )
     constant = table.is_constant(np.arange(table.size))

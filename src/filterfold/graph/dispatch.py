@@ -80,12 +80,14 @@ class Step:
     """What is needed to tell later whether an operation of the pruned network has the sizes that it should have.
 
     `stack`: qualified names of the running modules, outermost first; `numbers`: the integers among the
-    arguments, by name; `source`: the first tensor argument; `outputs`: the results.
+    arguments, by name; `scalars`: the numbers that it computes with; `source`: the first tensor argument; `outputs`:
+    the results.
     """
 
     op: str
     stack: tuple[str, ...]
     numbers: dict[str, Any]
+    scalars: dict[str, float]
     source: SizedLayout | None
     outputs: tuple[SizedLayout, ...]
 
@@ -202,7 +204,8 @@ class Recorder(OperationMode):
         source = SizedLayout(tuple(call.tensors[0].shape), tracer.layout(call.tensors[0])) if before else None
         weight = bool(before) and all(labels.weight for labels in before)
         outputs = self._store(func, call, layouts, weight)
-        tracer.steps.append(Step(call.op, tuple(tracer.stack), numbers_in(bound), source, outputs))
+        numbers = numbers_in(bound), scalars_in(call.op, bound, out)
+        tracer.steps.append(Step(call.op, tuple(tracer.stack), *numbers, source, outputs))
         return out
 
     def _store(self, func: Function, call: Call, result: Any, weight: bool) -> tuple[SizedLayout, ...]:
@@ -236,6 +239,20 @@ def numbers_in(args: Mapping[str, Any]) -> dict[str, Any]:
         elif type(value) is int:
             found[name] = value
     return found
+
+
+_SCALARS = ("other", "self", "scale", "alpha", "beta", "value", "exponent", "fill_value", "s")
+
+
+def scalars_in(op: str, args: Mapping[str, Any], out: Any) -> dict[str, float]:
+    """The numbers that an operation computes with, by the names of its arguments; of a literal, its value as `out`.
+
+    >>> scalars_in("add", {"self": torch.ones(2), "other": 4, "alpha": 0.5}, None)
+    {'other': 4, 'alpha': 0.5}
+    """
+    if op == "lift_fresh":
+        return {"out": float(out)} if out.numel() == 1 and not out.is_complex() else {}
+    return {name: args[name] for name in _SCALARS if type(args.get(name)) in (int, float)}
 
 
 @contextmanager

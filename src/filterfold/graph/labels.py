@@ -46,6 +46,13 @@ def same_layout(first: Layout, second: Layout) -> bool:
     return all(a is b or (a == FIXED and b == FIXED) for a, b in zip(first, second, strict=True))
 
 
+def _changes_like(first: Vector, second: Vector) -> bool:
+    """Whether two vectors have equal labels at the same pairs of places."""
+    one, other = (np.unique(vector, return_inverse=True)[1] for vector in (first, second))
+    pairs = len(np.unique(np.stack([one, other]), axis=1).T)
+    return bool(pairs == one.max() + 1 == other.max() + 1)
+
+
 @dataclass(frozen=True, slots=True)
 class AxisLabels:
     """The labels `start … start + size - 1` stand for the positions along `tensor`'s `axis`."""
@@ -60,8 +67,10 @@ class AxisLabels:
 class LabelTable:
     """Everything that a trace finds out about labels.
 
-    `joins`: labels at equal places go together; `frozen`, `inexact`: labels and why; `ordered`: labels whose order
-    matters; `blocks`: rows of labels that must keep equally many each; `roles`: by an axis's first label.
+    `joins`: labels at equal places go together; `frozen`, `inexact`: labels and why; `summed`: labels that are summed
+    over together with others of the network's making, and where; `alive`: labels of values that are no zeros where
+    their layer gives zeros; `ordered`: labels whose order matters; `blocks`: rows of labels that must keep equally
+    many each; `roles`: by an axis's first label.
     `pieces`: labels that were cut out of an axis by position; the units in it are of another class than
     the rest. `maybe`: axes of raw parameters that were multiplied like filters, but may
     as well stand for positions in an image; those that turn out frozen are no channels.
@@ -72,6 +81,8 @@ class LabelTable:
     joins: list[tuple[Vector, Vector]] = field(default_factory=list)
     frozen: list[tuple[Vector, str]] = field(default_factory=list)
     inexact: list[tuple[Vector, str]] = field(default_factory=list)
+    summed: list[tuple[Vector, str]] = field(default_factory=list)
+    alive: list[Vector] = field(default_factory=list)
     ordered: list[Vector] = field(default_factory=list)
     maybe: set[int] = field(default_factory=set)
     blocks: list[Vector] = field(default_factory=list)
@@ -127,18 +138,34 @@ class LabelTable:
         labelled = [axis for axis in present if axis]
         if not labelled:
             return FIXED if present else FREE
-        first = labelled[0]
-        for axis in labelled[1:]:
-            if len(axis) == len(first):
-                for a, b in zip(first, axis, strict=True):
-                    self.join(a, b)
-            else:
-                self.freeze(axis, f"meets an axis merged in another way at {where}")
-                self.freeze(first, f"meets an axis merged in another way at {where}")
+        first = max(labelled, key=len)
+        for axis in labelled:
+            if axis is not first:
+                self._join_merged(first, axis, f"meets an axis merged in another way at {where}")
         if len(labelled) < len(present):
             self.freeze(first, f"must keep the size of a fixed axis at {where}")
             return FIXED
         return first
+
+    def _join_merged(self, finer: Axis, coarser: Axis, reason: str) -> None:
+        """Join axes that may hold different numbers of label vectors, as (C, kh, kw), (C, kh·kw) and (C·kh·kw) do.
+
+        Vectors that change at the same places mean the same; the first of one also stands for one whose labels are
+        all different. What is left over can't be cut.
+        """
+        left = list(finer or ())
+        rest: list[Vector] = []
+        for vector in coarser or ():
+            same = len(finer or ()) == len(coarser or ())
+            partner = next((v for v in left if same or _changes_like(v, vector)), None)
+            if partner is None:
+                rest.append(vector)
+            else:
+                self.join(partner, vector)
+                left = [v for v in left if v is not partner]
+        if len(left) > 0 and len(rest) == 1 and len(coarser or ()) == 1:
+            self.join(left.pop(0), rest.pop())
+        self.freeze((*left, *rest), reason)
 
     def freeze(self, axis: Axis, reason: str) -> None:
         """None of the axis's labels may be cut."""
@@ -151,6 +178,10 @@ class LabelTable:
             self.inexact.append((vector, reason))
             if ordered:
                 self.ordered.append(vector)
+
+    def mark_summed(self, axis: Axis, reason: str) -> None:
+        """No kernel reads the axis's labels, so none can be masked; but those that are zero add nothing to a sum."""
+        self.summed += [(vector, reason) for vector in axis or ()]
 
     def keep_balanced(self, vector: Vector, parts: int) -> None:
         """The `parts` equal stretches of the vector must keep equally many positions each."""

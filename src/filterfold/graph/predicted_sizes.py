@@ -79,6 +79,12 @@ class PredictedSizes:
         found = {group for vector in axis or () for group in self._assembly.group_of[vector].tolist()} - {-1}
         return [self._assembly.groups[group].name for group in sorted(found)]
 
+    def cut_groups(self, tensors: Sequence[SizedLayout]) -> dict[str, None]:
+        """Names of the groups because of which these tensors have other sizes after the cut."""
+        axes = [pair for tensor in tensors for pair in zip(tensor.layout, tensor.shape, strict=True)]
+        cut = [axis for axis, old in axes if self.size(axis, old) not in (old, None)]
+        return dict.fromkeys(name for axis in cut for name in self.groups_of(axis))
+
     def numbers(self, step: Step) -> dict[str, Any]:
         """The integer arguments of an operation after the cut.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ from ..errors import one_line
 from ..utils.dispatch import Function, OperationMode, signature, tensors_in
 from ..utils.inputs import call
 from ..utils.model_state import preserved, random_state_preserved
-from .dispatch import Step, find_rule, module_stack, numbers_in
+from .dispatch import Step, find_rule, module_stack, numbers_in, scalars_in
 from .predicted_sizes import PredictedSizes, replaced, settled
 from .rules import RULES
 
@@ -37,13 +38,23 @@ class WrongNumber:
         return self.place, self.op
 
 
+@dataclass(frozen=True, slots=True)
+class ChangedScalar:
+    """A number that an operation computes with, and that is another one after the cut: it depends on a width."""
+
+    place: int
+    before: float
+    after: float
+
+
 @dataclass(slots=True)
 class Attempt:
     """One run of the pruned network: the wrong numbers, how many steps it got through, and why it stopped, if it did.
 
-    `stack`: the modules that were running at the end.
+    `stack`: the modules that were running at the end. `changed`: numbers that are no sizes and follow from one.
     """
 
+    changed: list[ChangedScalar] = field(default_factory=list)
     wrong: list[WrongNumber] = field(default_factory=list)
     place: int = 0
     error: str | None = None
@@ -109,6 +120,12 @@ class _Checker(OperationMode):
         if self._put_right(op, step, bound):
             args, kwargs = signature(func).spread(bound)
         out = func(*args, **kwargs)
+        present = scalars_in(op, bound, out)
+        found.changed += [
+            ChangedScalar(found.place, before, present[name])
+            for name, before in step.scalars.items()
+            if name in present and present[name] != before and not math.isnan(before)
+        ]
         for tensor, expected in zip(tensors_in([out]), step.outputs, strict=False):
             shape = tuple(tensor.shape)
             if len(shape) != len(expected.shape) or replaced(shape, self.predicted.shape(expected)):

@@ -73,6 +73,32 @@ def rewrite_stale_sizes(
         raise
 
 
+def groups_behind_numbers(model: nn.Module, plan: Plan, traced: Traced, example_inputs: Any) -> dict[str, str]:
+    """Groups on whose size a number depends that the network computes with: group name → what happens to the number.
+
+    The temperature of an attention that is taken from the number of its channels, say: cutting them changes the
+    softmax, though every tensor has the right size.
+
+    **Arguments:** as for `rewrite_stale_sizes`, whose changes have been made already.
+    """
+    predicted, steps = PredictedSizes(traced.sizes.assembly, plan), traced.sizes.steps
+    found: dict[str, str] = {}
+    for number in attempt(model, example_inputs, steps, predicted).changed:
+        step = steps[number.place]
+        groups = predicted.cut_groups(_tensors_of(step))
+        for earlier in reversed(steps[: number.place] if not groups else ()):
+            source = predicted.cut_groups((earlier.source,) if earlier.source else ())
+            left = predicted.cut_groups(earlier.outputs)
+            groups = {name: None for name in source if name not in left}  # summed over there
+            if groups:
+                break
+        where = f"{step.op} in {step.stack[-1]}" if step.stack and step.stack[-1] else step.op
+        reason = f"a number follows from how many there are: {where} uses {number.after:.4g}, was {number.before:.4g}"
+        for group in groups:
+            found.setdefault(group, reason)
+    return found
+
+
 Key = tuple[str, str]
 """A module's name and an attribute's."""
 
@@ -221,10 +247,8 @@ class _Search:
         last = min(stopped.place, len(self.steps) - 1) if stopped is not None else 0
         places = [one.place for one in wrong] or [last]
         names: dict[str, None] = {}
-        for tensor in (tensor for place in places for tensor in _tensors_of(self.steps[place])):
-            for axis, old in zip(tensor.layout, tensor.shape, strict=True):
-                if self.predicted.size(axis, old) not in (old, None):
-                    names.update(dict.fromkeys(self.predicted.groups_of(axis)))
+        tensors = [tensor for place in places for tensor in _tensors_of(self.steps[place])]
+        names.update(self.predicted.cut_groups(tensors))
         for one in wrong:
             stale = {given for given, _ in replaced(one.given, one.wanted)}
             names.update(dict.fromkeys(self._groups_of_size(stale, self.steps[one.place].stack)))

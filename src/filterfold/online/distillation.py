@@ -144,6 +144,21 @@ class Distillation:
         self._maps = {name: [each.follow(plan) for each in maps] for name, maps in self._maps.items()}
         self.followed += 1
 
+    def for_student(self, student: nn.Module, plan: Plan) -> Distillation:
+        """The same teacher for another student: a copy of this one's network that a plan has been applied to.
+
+        The teacher's network is shared, not copied.
+
+        **Raises:** `PlanError` if the plan is of a network of another size.
+        """
+        other = copy.copy(self)
+        if self.features:
+            student = unwrap(student)
+            self._said.remove_copies(student)
+            other._said = _Watch(student, self.features, always=False)
+        other.follow(plan)
+        return other
+
     def to(self, *args: Any, **kwargs: Any) -> Distillation:
         """Move the teacher as `nn.Module.to` does; it begins where the model was."""
         self.network.to(*args, **kwargs)
@@ -252,6 +267,13 @@ class _Watch:
         """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
+
+    def remove_copies(self, twin: nn.Module) -> None:
+        """Take the hooks off a deep copy of the network, which has them too."""
+        for module in twin.modules():
+            for handle in self._handles:
+                module._forward_hooks.pop(handle.id, None)
+                module._forward_pre_hooks.pop(handle.id, None)
 
 
 def check_temperature(temperature: float) -> None:

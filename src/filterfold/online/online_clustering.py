@@ -18,7 +18,8 @@ from ..profiling.macs import Cost
 from ..pruning.budgets.patterns import merged
 from ..pruning.budgets.ranking import rank
 from ..pruning.criteria import score
-from ..pruning.prune import Optimizers, check_optimizers
+from ..pruning.prune import check_optimizers
+from ..pruning.scored import Optimizers
 from ..surgery.apply import apply_with_sizes
 from ..utils.distributed import agreed, check_wrappers, renew
 from ..utils.modules import named_tensors, unwrap

@@ -90,6 +90,12 @@ class Pull:
 Remedy = Literal["norms", "kernels"]
 
 
+def check_remedy(remedy: str | None) -> None:
+    """Refuse a remedy that there is not."""
+    if remedy not in (None, "norms", "kernels"):
+        raise ConfigError(f"unknown remedy {remedy!r}: norms or kernels")
+
+
 @dataclass(frozen=True, slots=True)
 class CutOptions:
     """How a milestone cuts.
@@ -115,8 +121,7 @@ class CutOptions:
         """Refuse what does not exist, and a remedy without the batches that it needs."""
         if self.features not in ("units", "filters"):
             raise ConfigError(f"unknown features {self.features!r}: units or filters")
-        if self.remedy not in (None, "norms", "kernels"):
-            raise ConfigError(f"unknown remedy {self.remedy!r}: norms or kernels")
+        check_remedy(self.remedy)
         if self.remedy is not None and self.loader is None:
             raise ConfigError(f"remedy={self.remedy!r} needs a loader with a few batches of training images")
 

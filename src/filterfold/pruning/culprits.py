@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable
-from typing import Literal
 
 from ..errors import PlanError, SurgeryError, VerificationError
 from ..graph import Traced
@@ -26,24 +25,21 @@ FAILED = "failed verification: "
 Judge = Callable[[Plan], Verification]
 
 
-OnFailure = Literal["raise", "freeze"]
-
-
 def passing_plan(
-    traced: Traced, choose: Callable[[Traced], Plan], judge: Judge, on_failure: OnFailure
+    traced: Traced, choose: Callable[[Traced], Plan], judge: Judge, *, strict: bool
 ) -> tuple[Traced, Plan, Verification]:
-    """A plan that passes, chosen anew without the groups that fail, if that is asked for.
+    """A plan that passes, chosen anew without the groups that fail.
 
     **Arguments:**
 
     - `traced`: the network's groups.
     - `choose`: makes a plan for groups, leaving the frozen ones whole.
     - `judge`: tries a plan.
-    - `on_failure`: what to do with groups that fail: `"raise"` an error, or `"freeze"` them.
+    - `strict`: whether groups that fail are an error; otherwise they are frozen, and logged.
 
     **Returns:** the groups, those that failed frozen with the reason; the plan; what the judge said.
 
-    **Raises:** `VerificationError` naming the groups that fail, if none or not all can be frozen.
+    **Raises:** `VerificationError` naming the groups that fail, if `strict` or if freezing them does not help.
     """
     frozen: dict[str, str] = {}
     groups = traced
@@ -55,7 +51,7 @@ def passing_plan(
         wrong = culprits(plan, judge)
         names = ", ".join(wrong) or "the groups together"
         message = next(iter(wrong.values()), verification.message)
-        if on_failure == "raise" or not wrong:
+        if strict or not wrong:
             raise VerificationError(
                 f"cutting {names} would be wrong and was not done: {message}; ignore=[...] skips it"
             )
@@ -70,7 +66,7 @@ def passing_plan(
 def culprits(plan: Plan, judge: Judge) -> dict[str, str]:
     """The groups because of which a plan fails, with what their cut does.
 
-    Where the failure names its suspects those are taken; otherwise they are found by halving.
+    Where the failure names its causes or its suspects those are taken; otherwise they are found by halving.
 
     **Arguments:**
 
@@ -86,6 +82,10 @@ def culprits(plan: Plan, judge: Judge) -> dict[str, str]:
         verification = _tried(judge, Plan(tuple(cuts)))
         if verification.ok or not cuts:
             return cuts
+        known = [cut for cut in cuts if cut.group in verification.causes]
+        if known:
+            wrong.update((cut.group, verification.causes[cut.group]) for cut in known)
+            return settle([cut for cut in cuts if cut not in known])
         suspects = [cut for cut in cuts if cut.group in verification.suspects]
         if not suspects:
             return add([], cuts, verification)

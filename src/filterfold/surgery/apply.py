@@ -29,6 +29,7 @@ from ..utils.modules import like, named_tensors, unwrap
 from .cut_cache import CutCache
 from .index_maps import Edit, Kind, cut_tensor, edits_of
 from .layer_attributes import plain_sizes, refresh_attributes, sizes_of
+from .weight_norms import normed_weights
 
 MOMENTS = frozenset(
     {
@@ -131,9 +132,9 @@ def apply(
     # Inside inference_mode, new parameters would be inference tensors, of no use for training.
     with torch.inference_mode(False), torch.no_grad():
         edits = cache.edits(plan, tensors[0])
-        changes = _new_tensors(edits, tensors[0], cache)
-        for named in tensors[1:]:
-            changes += _new_tensors(edits_of(plan, named), named, CutCache())
+        changes = _new_tensors(edits, modules[0], tensors[0], cache)
+        for module, named in zip(modules[1:], tensors[1:], strict=True):
+            changes += _new_tensors(edits_of(plan, named), module, named, CutCache())
         by_id = {id(tensors[0][name]): (name, edit) for name, edit in edits.items()}
         states = [change for entry in optimizers for change in _new_states(entry, by_id, tensors[0])]
         journal = _Journal()
@@ -197,10 +198,10 @@ def apply_with_sizes(
 
 
 def _new_tensors(
-    edits: Mapping[str, Edit], tensors: Mapping[str, Tensor], cache: CutCache
+    edits: Mapping[str, Edit], model: nn.Module, tensors: Mapping[str, Tensor], cache: CutCache
 ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
     """(tensor, its new data, its new gradient) for everything that changes."""
-    changes = []
+    changes = {}
     for name, edit in edits.items():
         tensor = tensors[name]
         kind: Kind = "variance" if name.rpartition(".")[2] == "running_var" else "value"
@@ -208,8 +209,18 @@ def _new_tensors(
         if grad is not None and grad.layout != torch.strided:
             raise SurgeryError(f"{name} has a sparse gradient: call optimizer.zero_grad() before cutting")
         new = cache.cut(name, tensor, edit, kind)
-        changes.append((tensor, new, None if grad is None else cut_tensor(grad, edit)))
-    return changes
+        changes[name] = (tensor, new, None if grad is None else cut_tensor(grad, edit))
+    for norm in normed_weights(model):
+        if not edits.keys().isdisjoint(norm.names):
+            after = {**tensors, **{name: entry[1] for name, entry in changes.items()}}
+            before = dict(tensors)
+            if norm.left is None:  # lengths of rows: of those that stay
+                rows = {axis: cut for axis, cut in edits.get(norm.weight, {}).items() if axis == norm.dim}
+                before[norm.weight] = cut_tensor(tensors[norm.weight], rows)
+            factor, target = norm.factor(norm.length(before), norm.length(after)), tensors[norm.target]
+            grad = changes[norm.target][2] if norm.target in changes else target.grad
+            changes[norm.target] = (target, after[norm.target] * factor, grad)
+    return list(changes.values())
 
 
 def _new_states(

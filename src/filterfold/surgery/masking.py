@@ -1,14 +1,15 @@
 """Networks of the old size that must compute what the cut one computes: what verification compares with.
 
 `masked` imposes a plan on the uncut network: consumers of dropped units are zero, and every unit of
-a fold is made like the folded one, with its consumers times its gain. `permuted` shuffles units that
-the plan holds to be interchangeable. Neither shares any index arithmetic with surgery.
+a fold is made like the folded one, with its consumers times its gain. `emptied` makes dropped units zero at
+their source, and leaves alone what reads them. `permuted` shuffles units that the plan holds to be
+interchangeable. None shares any index arithmetic with surgery.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from ..plan import DROPPED, Cut, Plan, Slice
 from ..utils.modules import named_tensors, unwrap
 from .index_maps import Edit
+from .weight_norms import NormedWeight, normed_weights
 
 Places = np.ndarray[Any, np.dtype[np.bool_]]
 
@@ -47,6 +49,8 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[None]:
     """
     tensors = dict(named_tensors(unwrap(model)))
     memory = Counter(_address(tensor) for tensor in {id(tensor): tensor for tensor in tensors.values()}.values())
+    norms = {norm.weight: norm for norm in normed_weights(unwrap(model))}
+    estimates = _Estimates(norms.values(), tensors)
     with _Replacements() as replacements:
         for cut in plan.cuts:
             blends = cut.folds or cut.blend or any(part.weight for part in cut.producers)
@@ -54,10 +58,49 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[None]:
                 replacements.replace(tensors[part.tensor], _blended(tensors[part.tensor], part, cut))
             for part in _once(cut.consumers, tensors):
                 tensor, factor = tensors[part.tensor], _factors(part, cut)
-                if _in_place(tensor.data, memory[_address(tensor)]) and ((factor == 0) | (factor == 1)).all():
+                norm = norms.get(part.tensor)
+                if norm is not None and norm.left is None:
+                    gain, before = tensors[norm.target], norm.length(tensors)
+                    if part.axis == norm.dim:  # where each position has a gain of its own
+                        replacements.replace(gain, _scaled(gain, part.axis, factor))
+                        continue
+                    replacements.replace(tensor, _scaled(tensor, part.axis, factor))
+                    replacements.replace(gain, gain.data * norm.factor(before, norm.length(tensors)))
+                elif _in_place(tensor.data, memory[_address(tensor)]) and ((factor == 0) | (factor == 1)).all():
                     replacements.zero(tensor, part.axis, factor == 0)
                 else:
                     replacements.replace(tensor, _scaled(tensor, part.axis, factor))
+        estimates.keep(replacements)
+        yield
+
+
+@contextmanager
+def emptied(model: nn.Module, cuts: Sequence[Cut]) -> Iterator[None]:
+    """Make the dropped units zero at their source, for the length of a `with` block.
+
+    Whatever makes them is zero: filters, biases, norms. Nothing that reads them changes. Where zeros stay zeros on the
+    way, the network then computes what it computes without these units, unless some number depends on how many there
+    are: the temperature of an attention, the length of a kernel.
+
+    >>> from filterfold.plan import Cut, Slice
+    >>> net = nn.Linear(2, 3)
+    >>> with emptied(net, [Cut("0", (0, -1, 1), (Slice("bias", 0, (0, 1, 2), "bias"),), ())]):
+    ...     bool(net.bias[1] == 0), bool(net.bias[0] == 0)
+    (True, False)
+    """
+    tensors = dict(named_tensors(unwrap(model)))
+    norms = list(normed_weights(unwrap(model)))
+    directions = {norm.weight for norm in norms if norm.left is None}  # a length of zero would divide
+    estimates = _Estimates(norms, tensors)
+    with _Replacements() as replacements:
+        for cut in cuts:
+            for part in _once(cut.producers, tensors):
+                if part.tensor not in directions:
+                    data = tensors[part.tensor].data
+                    gone = np.isin(np.asarray(part.units), np.flatnonzero(np.asarray(cut.assignment) == DROPPED))
+                    places = torch.from_numpy(np.flatnonzero(gone)).to(data.device)
+                    replacements.replace(tensors[part.tensor], data.index_fill(part.axis, places, 0))
+        estimates.keep(replacements)
         yield
 
 
@@ -129,6 +172,19 @@ class _Replacements:
         view = tensor.data.view(*tensor.shape[:axis], -1, block, *tensor.shape[axis + 1 :])
         self._zeroed.append((view, axis, places, view.index_select(axis, places)))
         view.index_fill_(axis, places, 0)
+
+
+class _Estimates:
+    """The largest singular values that spectral norms divide by: as they are now, to be kept when weights change."""
+
+    def __init__(self, norms: Iterable[NormedWeight], tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+        self._before = [(norm, norm.length(tensors)) for norm in norms if norm.left is not None]
+
+    def keep(self, replacements: _Replacements) -> None:
+        for norm, before in self._before:
+            vector = self._tensors[norm.target]
+            replacements.replace(vector, vector.data * norm.factor(before, norm.length(self._tensors)))
 
 
 def _address(tensor: Tensor) -> int:

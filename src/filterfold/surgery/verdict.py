@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,10 +24,11 @@ class Verification:
     - `ok`: whether both errors are within the tolerance and nothing failed.
     - `masking_error`: relative error against the masked network; None if it could not be computed.
     - `permutation_error`: relative error under permutation; None if no changed group needs that comparison.
-    - `inexact`: names of the changed groups to which masking can't be applied.
+    - `inexact`: names of the changed groups to which neither masking nor the test with dead units can be applied.
     - `message`: all of that in one line.
     - `attributes`: sizes in the model's own code that must change with the plan.
     - `suspects`: groups that the failed search for such sizes names as the reason.
+    - `causes`: groups that are known to be the reason, with what their cut does.
     - `cost`: what the cut network costs, if that was asked for and could be counted while it ran.
     """
 
@@ -38,6 +39,7 @@ class Verification:
     message: str
     attributes: tuple[AttributeChange, ...] = ()
     suspects: tuple[str, ...] = ()
+    causes: Mapping[str, str] = field(default_factory=dict)
     cost: Cost | None = field(default=None, repr=False, compare=False)
 
     def __bool__(self) -> bool:

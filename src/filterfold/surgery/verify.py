@@ -1,8 +1,10 @@
 """Verification: the cut network must compute what the uncut one computes with the plan imposed on it.
 
-Two comparisons. *Masking* imposes the plan without changing any size (`masked`); it applies to every group
-whose units are exact. *Permutation* serves the others, where a normalisation, softmax or mean runs over the
-channels: shuffling interchangeable units of the uncut network must not change its outputs.
+Three comparisons. *Masking* imposes the plan without changing any size (`masked`); it applies to every group
+whose units are exact. *Dead units* (`emptied`) serve groups that no kernel reads, such as the queries and keys of
+attention: the units that go are zero from their layers on. *Permutation* serves the others, where a normalisation,
+softmax or mean runs over the channels: shuffling interchangeable units of the uncut network must not change its
+outputs.
 
 The error of an output is max|a - b| / max|a|, and the error of a network the largest over its outputs. Networks
 amplify rounding differently, so a float32 error above `TOLERANCES` is decided by running again in float64.
@@ -27,7 +29,7 @@ from ..utils.modules import named_tensors, unwrap
 from .apply import Rewrite, apply, apply_with_sizes
 from .cut_cache import CutCache
 from .index_maps import edits_of
-from .masking import masked, permuted, rebased
+from .masking import emptied, masked, permuted, rebased
 from .verdict import TOLERANCES, Errors, Verification, describe
 
 _LOG = logging.getLogger("filterfold.verify")
@@ -164,9 +166,12 @@ class _Comparison:
         self.model, self.plan, self.rewrite, self.cache = model, plan, rewrite, cache
         by_name = {group.name: group for group in groups or ()}
         inexact = [c for c in plan.cuts if c.changes and c.group in by_name and not by_name[c.group].exact]
-        self.inexact = tuple(inexact)
+        dead = [cut for cut in inexact if by_name[cut.group].zeros_vanish and not cut.folds]
         self.exact = tuple(cut for cut in plan.cuts if cut not in inexact)
-        shuffled = [by_name[cut.group] for cut in inexact if by_name[cut.group].symmetric]
+        self.dead = frozenset(cut.group for cut in dead)
+        self.inexact = tuple(cut for cut in inexact if cut not in dead)
+        self.judged = (*self.exact, *dead)
+        shuffled = [by_name[cut.group] for cut in self.inexact if by_name[cut.group].symmetric]
         self.interchangeable = {group.name: tuple(zip(group.classes, group.blocks, strict=True)) for group in shuffled}
         self.generic = self.counts = False
         self.cost: Cost | None = None
@@ -192,7 +197,7 @@ class _Comparison:
             describe(errors, limit, dtype, names),
             self.plan.attributes,
             () if ok else self.suspects,
-            self.cost,
+            cost=self.cost,
         )
 
     def rehearsal(self, inputs: Any) -> Errors:
@@ -224,7 +229,7 @@ class _Comparison:
             plain = self._uncut_outputs(inputs)
             with permuted(self.model, shuffled, self.interchangeable, torch.Generator().manual_seed(2)):
                 error = difference(plain, outputs(self.model, inputs))
-        if self.inexact and not any(cut.changes for cut in self.exact):
+        if self.inexact and not any(cut.changes for cut in self.judged):
             return None, error  # there is nothing to mask
         return self._masked_outputs(inputs), error
 
@@ -277,12 +282,14 @@ class _Comparison:
             raise _OverflowError
 
     def _masked_outputs(self, inputs: Any) -> list[Tensor] | None:
-        """Outputs with the inexact groups cut and the exact ones masked; None if that can't be run."""
+        """Outputs with the inexact groups cut and the others masked or dead; None if that can't be run."""
         failure: Exception | None = None
         for rewrite in [None, self.rewrite] if self.inexact and self.rewrite else [None]:
             try:
-                with self._inexact_cut(inputs, rewrite) as exact, masked(self.model, Plan(exact)):
-                    return outputs(self.model, inputs)
+                with self._inexact_cut(inputs, rewrite) as judged:
+                    dead = [cut for cut in judged if cut.group in self.dead]
+                    with emptied(self.model, dead), masked(self.model, Plan(tuple(c for c in judged if c not in dead))):
+                        return outputs(self.model, inputs)
             except Exception as reason:
                 failure = reason
         assert failure is not None
@@ -294,16 +301,16 @@ class _Comparison:
 
     @contextmanager
     def _inexact_cut(self, inputs: Any, rewrite: Rewrite | None) -> Iterator[tuple[Cut, ...]]:
-        """Really cut the inexact groups for a while; gives the exact groups' cuts as they read then."""
+        """Really cut the inexact groups for a while; gives the other groups' cuts as they read then."""
         if not self.inexact:
-            yield self.exact
+            yield self.judged
             return
         plan = Plan(self.inexact)
         tensors = dict(named_tensors(self.model))
-        exact = rebased(self.exact, edits_of(plan, tensors), tensors)
+        judged = rebased(self.judged, edits_of(plan, tensors), tensors)
         _, receipt = apply_with_sizes(plan, self.model, inputs, rewrite, cache=self.cache)
         try:
-            yield exact
+            yield judged
         finally:
             receipt.rollback()
 

@@ -16,6 +16,7 @@ from typing import Any, TypedDict
 from ...errors import ConfigError, RecordError
 from ...utils.io import write_json
 from .method_names import Method
+from .start import Start
 
 FORMAT = 1
 
@@ -65,7 +66,9 @@ class Setting:
     - `follow`: `shortcut`, or None; see `criteria.score`.
     - `retrain`, `scratch`: fields of `training.Recipe` in which retraining, and training the small network from
       scratch, differ from a constant `retrain_lr`, and from `recipe`.
-    - `weights`: file with the dense network's weights, which is then not trained.
+    - `weights`: file with the weights that networks begin with. Without `start`'s `tune` they are those of the dense
+      network, which is then not trained.
+    - `start`: what else is to be known about them: the other fields of `Start`.
     """
 
     model: str
@@ -82,6 +85,7 @@ class Setting:
     retrain: Mapping[str, Any] = field(default_factory=dict)
     scratch: Mapping[str, Any] = field(default_factory=dict)
     weights: str | None = None
+    start: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse values that make no sense."""
@@ -93,6 +97,19 @@ class Setting:
         ):
             if not good:
                 raise ConfigError(f"{name} = {value:g} makes no sense here")
+        try:
+            self.begins  # noqa: B018  # refuses what makes no sense
+        except TypeError as error:
+            raise ConfigError(f"start has an entry that this version does not know: {error}") from error
+
+    @property
+    def begins(self) -> Start:
+        """What networks begin with."""
+        return Start(self.weights, **self.start)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; fields that came later only where they are used, so that names of trials stay as they were."""
+        return _without_unused(asdict(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,11 +189,9 @@ class Trial:
     @property
     def options(self) -> dict[str, Any]:
         """All that is not method, model, data, and seed."""
-        shared = asdict(self.setting)
-        later = ("shares", "follow", "retrain", "scratch", "weights")  # left out where unused: ids stay as they were
-        shown = (key for key in shared if key not in ("model", "data") and (key not in later or shared[key]))
+        shared = self.setting.to_dict()
         macs = {} if self.macs is None else {"macs": self.macs}
-        return {"keep": self.keep} | macs | {key: shared[key] for key in shown}
+        return {"keep": self.keep} | macs | {key: shared[key] for key in shared if key not in ("model", "data")}
 
     def to_dict(self) -> Described:
         """Plain values: the beginning of the trial's record."""
@@ -266,7 +281,7 @@ class Comparison:
         **Raises:** `RecordError` if the folder holds another comparison, or files that are none of ours.
         """
         entries = self.entries(folder, ours=ours)
-        document = {"format": FORMAT, "setting": asdict(self.setting), "trials": entries, "command": command}
+        document = {"format": FORMAT, "setting": self.setting.to_dict(), "trials": entries, "command": command}
         write_json(Path(folder) / FILE, document)
 
     def entries(self, folder: Path, *, ours: bool = False) -> dict[str, Any]:
@@ -274,13 +289,23 @@ class Comparison:
         entries = {trial.id: _budget(trial) for trial in self.trials}
         if (Path(folder) / FILE).exists():
             found = description(Path(folder))
-            difference = _difference(found["setting"], json.loads(json.dumps(asdict(self.setting))))
-            if difference:
+            there, here = _without_unused(found["setting"]), json.loads(json.dumps(self.setting.to_dict()))
+            if difference := _difference(there, here):
+                if difference.startswith("start.fingerprint"):
+                    difference = f"{self.setting.weights or 'the hub'} holds other weights now: {difference}"
                 raise RecordError(f"{folder} holds a different comparison ({difference}); give another folder")
             return {**found["trials"], **entries}
         if not ours and Path(folder).is_dir() and any(Path(folder).glob("[!.]*")):
             raise RecordError(f"{folder} is not empty and holds no comparison; give another folder")
         return entries
+
+
+_LATER = ("shares", "follow", "retrain", "scratch", "weights", "start")
+"""Fields of a setting that came after the first records."""
+
+
+def _without_unused(setting: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in setting.items() if value or name not in _LATER}
 
 
 def _budgets(method: str, clusters: Sequence[int], shares: list[dict[str, Any]]) -> list[dict[str, Any]]:

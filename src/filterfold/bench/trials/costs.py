@@ -10,7 +10,8 @@ from torch import nn
 from ...errors import ConfigError
 from ...online import Schedule
 from ...profiling.macs import measure
-from ...pruning.prune import PruneResult, Scoring, prune
+from ...pruning.prune import prune
+from ...pruning.scored import PruneResult, Scoring
 from ...training import Row
 from ..recipes.recipe import keep_shares
 from .config import HALF, Trial

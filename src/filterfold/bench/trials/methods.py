@@ -1,7 +1,8 @@
-"""The methods, one function each: from fresh weights to the final network.
+"""The methods, one function each: from the first weights to the final network.
 
-Initial weights and every random choice come from the trial's seed, so trials of one seed are paired: they start from
-the same weights and see the same batches. The dense network that several trials begin with is trained once and kept;
+Every method begins with the weights of the setting, `scratch` excepted; without any, they are drawn. What is drawn, and
+every random choice, comes from the trial's seed, so trials of one seed are paired: they start from the same weights and
+see the same batches. The dense network that several trials begin with is trained once and kept;
 its training counts in full for each of them.
 """
 
@@ -20,8 +21,9 @@ from ...graph import trace
 from ...online import ClusterRow, OnlineCallback
 from ...plan import Plan
 from ...pruning.budgets.patterns import by_group
-from ...pruning.prune import Scoring, prune
-from ...surgery.checkpoint import load, load_weights, save
+from ...pruning.prune import prune
+from ...pruning.scored import Scoring
+from ...surgery.checkpoint import load, save
 from ...training import Row
 from ...utils.io import write_json
 from .config import Trial
@@ -99,7 +101,7 @@ def scratch(trial: Trial, context: RunContext) -> Trained:
     The units that stay are drawn at random from the freshly drawn ones, so no weight is better than chance.
     """
     recipe = {**trial.setting.scratch, **paid_epochs(trial, context)}
-    model = context.build(trial.seed)
+    model = context.fresh(trial.seed)
     plan = shrink(trial, context, model, budget(trial)).plan
     return Trained(model, context.train(trial, model, **recipe), [plan])
 
@@ -136,11 +138,10 @@ def online_callback(trial: Trial, loader: Sequence[Any] | None = None) -> Online
 
 
 def base(trial: Trial, context: RunContext) -> Trained:
-    """The dense network of the trial's seed: from the setting's file, from an earlier trial, or trained and kept."""
+    """The dense network of the trial's seed: trained already, from an earlier trial, or trained now and kept."""
     trial = trial.base
     model = context.build(trial.seed)
-    if trial.setting.weights is not None:
-        load_weights(model, trial.setting.weights)
+    if trial.setting.begins.given and not trial.setting.begins.tune:
         return Trained(model, [])
     about, weights = (context.base_file(trial.id, suffix) for suffix in (".json", ".safetensors"))
     with context.locked(f"base-{trial.id}"):  # trials of one seed may run at the same time
@@ -160,7 +161,8 @@ def base(trial: Trial, context: RunContext) -> Trained:
 def needed_base(trial: Trial, context: RunContext) -> str | None:
     """The id of the dense training that a trial would have to do first, or None: it uses none, or there is one."""
     method = trial.parsed
-    if method.kind not in ("dense", "one-shot") or method.long or trial.setting.weights is not None:
+    start = trial.setting.begins
+    if method.kind not in ("dense", "one-shot") or method.long or (start.given and not start.tune):
         return None
     name = trial.base.id
     return None if context.base_file(name, ".json").exists() else name

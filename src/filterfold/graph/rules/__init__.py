@@ -65,7 +65,30 @@ def broadcast(tracer: Tracer, call: Call, tensors: list[Tensor], ndim: int) -> L
 @rule("pointwise", "dropout", "feature_dropout", "alpha_dropout", "native_dropout", "relu6", "prelu_kernel")
 def pointwise(tracer: Tracer, call: Call) -> Layout | None:
     """Element by element, with broadcasting."""
-    return broadcast(tracer, call, call.tensors, call.out.ndim) if isinstance(call.out, Tensor) else None
+    if not isinstance(call.out, Tensor):
+        return None
+    layout = broadcast(tracer, call, call.tensors, call.out.ndim)
+    if not _keeps_zeros(tracer, call):
+        tracer.table.alive += [vector for axis in layout for vector in axis or ()]
+    return layout
+
+
+_KEEPS_ZEROS = frozenset(
+    """abs asin atan bernoulli ceil celu dropout elu erf expm1 floor gelu hardswish hardtanh leaky_relu log1p mish mul
+    neg prelu_kernel relu relu6 round selu sgn sign silu sin sinh softshrink softsign sqrt square tan tanh
+    trunc""".split()  # noqa: SIM905
+)
+"""Element-wise operations that give zero for zero."""
+
+
+def _keeps_zeros(tracer: Tracer, call: Call) -> bool:
+    """Whether an element-wise result is zero where all labelled operands are."""
+    op = call.op.removesuffix("_")
+    if op == "div":
+        return any(tracer.layout(call.tensors[0]))
+    if op in ("add", "sub"):  # of channels, not of a constant
+        return len(call.tensors) == 2 and all(any(tracer.layout(tensor)) for tensor in call.tensors)
+    return op in _KEEPS_ZEROS
 
 
 @rule("clone", "contiguous", "to", "_to_copy", "type_as", "detach", "alias", "lift", "pin_memory", "cpu", "cuda")
@@ -73,7 +96,10 @@ def pointwise(tracer: Tracer, call: Call) -> Layout | None:
 @rule("softshrink", "celu", "elu", "hardtanh", "hardswish", "hardsigmoid", "mish", "selu", "silu", "gelu", "rrelu")
 def same(tracer: Tracer, call: Call) -> Layout:
     """One tensor in, the same layout out."""
-    return tracer.layout(call.tensors[0])
+    layout = tracer.layout(call.tensors[0])
+    if call.op.removesuffix("_") == "hardsigmoid":  # the only one of these that makes something of zero
+        tracer.table.alive += [vector for axis in layout for vector in axis or ()]
+    return layout
 
 
 @rule("copy")

@@ -206,8 +206,10 @@ def prelu(tracer: Tracer, call: Call) -> Layout:
 
 @rule("_weight_norm", "_weight_norm_interface")
 def weight_norm(tracer: Tracer, call: Call) -> Any:
-    """Direction times length: kernels that read masked channels add nothing to the length."""
+    """Direction times length; surgery keeps what stays of the kernels as it is (`surgery.weight_norms`)."""
     layout = tracer.layout(call["v"])
+    if call["g"].ndim == 0:  # one length over everything
+        return [layout, ()] if isinstance(call.out, tuple | list) else layout
     dim = call["dim"] % len(layout)
     _go_along(tracer, call, layout[dim], call["g"], "norm", dim)
     lengths = tuple(axis if place == dim else FIXED for place, axis in enumerate(layout))

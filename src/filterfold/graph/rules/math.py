@@ -12,6 +12,14 @@ from . import rule
 _DIM_NAMES = ("dim", "dims", "axis")
 
 
+_SUMS = frozenset({"sum", "norm", "linalg_vector_norm", "frobenius_norm", "linalg_norm", "nansum", "count_nonzero"})
+"""Reductions to which a zero adds nothing."""
+
+
+_PLACES = frozenset({"argmax", "argmin"})
+"""Reductions that result in the number of a position."""
+
+
 def _dims(call: Call, ndim: int) -> list[int]:
     """The axes that a reduction goes over."""
     found = next((call[name] for name in _DIM_NAMES if call[name] is not None), None)
@@ -29,10 +37,14 @@ def reduce(tracer: Tracer, call: Call) -> Any:
         return tracer.rules["pointwise"](tracer, call)
     x = call["self"] if call["self"] is not None else call.tensors[0]
     layout, dims = tracer.layout(x), _dims(call, x.ndim)
-    exact = tracer.is_weight(x) and call.op in ("sum", "norm", "linalg_vector_norm", "frobenius_norm")
+    if call.op in _PLACES:
+        for dim in dims:
+            tracer.table.freeze(layout[dim], f"counted by position in {call.site}")
+    zeros_count = tracer.is_weight(x) or call.op not in _SUMS
+    mark = tracer.table.mark_inexact if zeros_count else tracer.table.mark_summed
     for dim in dims:
-        if x.shape[dim] > 1 and not exact:
-            tracer.table.mark_inexact(layout[dim], f"reduced over in {call.site}")
+        if x.shape[dim] > 1:
+            mark(layout[dim], f"reduced over in {call.site}")
     keepdim = bool(call["keepdim"])
     result = tuple(
         FIXED if place in dims else axis for place, axis in enumerate(layout) if keepdim or place not in dims
@@ -75,7 +87,7 @@ def _contract(tracer: Tracer, call: Call, left: Axis, right: Axis, weights: tupl
     """Sum over an axis of both operands: a weight's axis reads the other's channels."""
     if weights == (False, False):
         for axis in (left, right):
-            tracer.table.mark_inexact(axis, f"multiplied and summed over in {call.site}")
+            tracer.table.mark_summed(axis, f"multiplied and summed over in {call.site}")
     if weights[0] != weights[1]:
         tracer.table.assign(left if weights[0] else right, "kernel")
     tracer.table.join_axes([left, right], call.site)
@@ -131,7 +143,7 @@ def attention(tracer: Tracer, call: Call) -> Layout:
     query, key, value = (tracer.layout(call[name]) for name in ("query", "key", "value"))
     table, where = tracer.table, call.site
     for axis in (query[-1], key[-1]):
-        table.mark_inexact(axis, f"multiplied and summed over in {where}")
+        table.mark_summed(axis, f"multiplied and summed over in {where}")
         if call["scale"] is None:
             table.freeze(axis, f"the scale of {where} follows from their number")
     table.join_axes([query[-1], key[-1]], where)
