@@ -88,7 +88,7 @@ def test_a_stopped_retraining_takes_up_the_same_widths(tmp_path: Path, monkeypat
     monkeypatch.setenv("FILTERFOLD_CACHE", str(tmp_path / "cache"))
     weights, out = tmp_path / "dense.safetensors", tmp_path / "fast.safetensors"
     save(_digits(), weights)
-    command = [*_prune(weights, out), "--latency", "0.8", "--retrain-epochs", "1"]
+    command = [*_prune(weights, out), "--latency", "0.8", "--epochs", "1"]
     trained: list[Any] = []
 
     def interrupted(model: Any, *_: Any, **__: Any) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -134,19 +131,3 @@ def test_what_makes_no_sense_is_refused(command: list[str], message: str, tmp_pa
     more = ["--out", str(tmp_path / "run")] if command[0] == "run" else []
     assert message in run(*command, *more, code=2)
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.slow
-def test_the_whole_plan_at_a_tiny_size(tmp_path: Path) -> None:
-    assert _plan("--once", tmp_path, piece="0.1s") == 3
-    assert _plan("--tiny", tmp_path, piece="9m") == 0
-    records = read_all(tmp_path / "resnet56-b")
-    assert sorted(record["method"] for record in records) == ["dense", "l1", "scratch"]
-    assert "ResNet-56-pruned-B scratch" in (tmp_path / "resnet56-b" / "paper_table.md").read_text()
-
-
-def _plan(option: str, folder: Path, piece: str) -> int:
-    script = Path(__file__).resolve().parents[2] / "benchmarks" / "li2017_plan.sh"
-    environment = os.environ | {"FILTERFOLD": f"{sys.executable} -m filterfold", "PIECE": piece}
-    command = ["bash", str(script), "--tiny", option, "--out", str(folder)]
-    return subprocess.run(command, capture_output=True, env=environment, timeout=500, check=False).returncode

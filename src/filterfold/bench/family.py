@@ -23,6 +23,7 @@ from ..training.evaluate import predicted
 from ..utils.environment import describe
 from ..utils.export import to_onnx
 from ..utils.io import write_json
+from .trials.start import input_of
 
 FILE = "family.json"
 """What all children share, and how fast they are: written first without the times, and last with them."""
@@ -166,7 +167,8 @@ class Family:
             "verified": str(child.pruned.verified),
             "environment": describe(str(self._device)),
         }
-        about = {"share": child.share, "settings": dict(self.settings)}
+        noted = input_of(self.data, self.settings.get("data_options", {}))
+        about = {"share": child.share, "settings": dict(self.settings), "input": noted}
         save(child.network, self.file(child.share, "safetensors"), plan=child.plan, metadata=about)
         write_json(self.file(child.share, "json"), record)
         _log.info("%s; top-1 %.2f %%, as the uncut network %.2f %%", child, record["top1"], record["agreement"])

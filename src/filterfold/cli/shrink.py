@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from typer import Argument, Option
 from .display import count, live, say, table
 from .options import (
     MODEL_HELP,
-    WEIGHTS_HELP,
     DataOptions,
     Device,
     ModelOptions,
@@ -26,8 +24,8 @@ from .options import (
     Width,
     listed,
     use_threads,
-    with_weights,
 )
+from .weights import WeightOptions
 
 if TYPE_CHECKING:
     from ..bench.report.family import Loading
@@ -129,7 +127,7 @@ def shrink(
     source: DataOptions,
     cut: FamilyOptions,
     training: ChildTraining,
-    weights: Annotated[Path, Option("--weights", "-w", help=WEIGHTS_HELP)],
+    trained: WeightOptions,
     width: Width = 1.0,
     batch: Annotated[
         list[int] | None, Option(help="Images a call in timing; several times.", show_default="1, 64")
@@ -154,12 +152,12 @@ def shrink(
     folder = out or Path("runs") / f"shrink-{Path(model.replace(':', '-')).name}"
     place = resolve(device)
     with live():
-        data = source.load()
-        network = with_weights(lambda: ModelOptions(model, width).build(data), weights, place)
+        begun = trained.network(ModelOptions(model, width), source, place)
+        network, data, source = begun.model, begun.data, begun.images
         settings = {
             "model": model,
             "width": width,
-            "weights": hashlib.sha256(weights.read_bytes()).hexdigest()[:16],
+            "weights": begun.fingerprint,
             "data": source.data,
             "data_options": source.keywords(),
             **cut.settings(),
@@ -185,9 +183,9 @@ def _loading(model: str, width: float, source: DataOptions, data: ImageData) -> 
     """How to load a child: the network's code comes from where the uncut one's came from."""
     sizes = {"classes": len(data.classes), "channels": data.channels, "width": width, "image_size": data.image_size}
     arguments = ", ".join([repr(model), *(f"{name}={value}" for name, value in sizes.items())])
-    asked = dict(source.keywords().items() - DataOptions().keywords().items()) | (
-        {"width": width} if width != 1 else {}
-    )
+    # the normalization is noted in the file
+    asked = {name: value for name, value in source.keywords().items() if name != "normalization"}
+    asked |= {"width": width} if width != 1 else {}
     options = [text for key, value in sorted(asked.items()) for text in (f"--{key.replace('_', '-')}", str(value))]
     command = ["filterfold", "evaluate", "--model", model, "--data", source.data, *options]
 

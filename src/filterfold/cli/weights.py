@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from typer import Option
 
@@ -119,19 +119,20 @@ def suited(images: Images, model: str, start: Start, weights: Weights | None = N
     A file of Filterfold notes them. For other weights of a `timm:` or `torchvision:` model they are those of its
     pretrained ones, of whose size images are made for these only.
     """
-    from ..bench.trials.start import noted_input
+    from ..bench.trials.start import SHAPE, noted_input
     from ..zoo import expected, is_of_a_hub
 
     noted = noted_input(weights) if weights is not None else {}
     if images.normalization == "model" or (weights is not None and not weights.header and is_of_a_hub(model)):
         try:
             own = expected(model)
-            noted = {"mean": own.mean, "std": own.std, "image_size": own.image_size if start.pretrained else None}
+            noted = {"mean": own.mean, "std": own.std}
+            noted |= {"image_size": own.image_size, "channels": 3} if start.pretrained else {}
         except ModelError:  # a network of a hub without weights there
             if images.normalization == "model":
                 raise
-    size, channels = noted.get("image_size"), 3 if start.pretrained else None
-    images = replace(images, image_size=images.image_size or size, channels=images.channels or channels)
+    shape: dict[str, Any] = {name: getattr(images, name) or noted.get(name) for name in SHAPE}
+    images = replace(images, **shape)
     if not noted or images.mean or images.std or images.normalization not in (None, "model"):
         return images
     mean, std = (",".join(map(repr, noted[name])) for name in ("mean", "std"))

@@ -323,7 +323,9 @@ class OnlineFilterClustering:
     def _cut(self, plan: Plan, undo: Undo) -> Plan:
         """Make the cut, trace the network that it leaves, and apply the remedy."""
         options = self.cutting
-        uncut = copy.deepcopy(self._bare) if options.remedy == "kernels" else None
+        averaged = [self.averaged] if isinstance(self.averaged, nn.Module) else self.averaged
+        networks = [self._bare, *map(unwrap, averaged)] if options.remedy is not None else []
+        uncut = [copy.deepcopy(network) if options.remedy == "kernels" else None for network in networks]
         plan, receipt = apply_with_sizes(
             plan,
             self._bare,
@@ -335,9 +337,9 @@ class OnlineFilterClustering:
         undo(receipt.rollback)
         self.plans.append(plan)
         self.groups, self._cost = self._traced()
-        if options.remedy is not None:
-            undo(kept_values(self._bare))
-            apply_remedy(options, self._bare, uncut, plan)
+        for network, before in zip(networks, uncut, strict=True):
+            undo(kept_values(network))
+            apply_remedy(options, network, before, plan)
         return plan
 
     def _plan(self, share: float) -> Plan:

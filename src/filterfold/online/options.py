@@ -105,7 +105,7 @@ class CutOptions:
     - `features`: compare "units", filters by direction with their batch norm's scale and shift where these are
       clearly theirs (folds far better once trained), or "filters" alone, as the original description has it.
     - `remedy`: after each cut, measure batch norms anew ("norms"), or repair the next layers' kernels as well
-      ("kernels", see `filterfold.pruning.reconstruction`); averaged copies aren't touched. None: leave it to training.
+      ("kernels", see `filterfold.pruning.reconstruction`), of averaged copies likewise. None: leave it to training.
     - `loader`: a few batches, for criteria that need data, and for remedies.
     - `seed`: of k-means and random scores.
     - `verify`: hold every cut against the masked network before it is made.

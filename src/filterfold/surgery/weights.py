@@ -13,11 +13,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from ..errors import CheckpointError, one_line
 from ..utils.io import read_safetensors
-from ..utils.modules import named_tensors, unwrap
+from ..utils.modules import classifier, named_tensors, unwrap
 from .checkpoint import is_pickle, read_header, rebuild
 
 _NESTED = (
@@ -125,7 +124,7 @@ class Weights:
         model = unwrap(model)
         if not self.header:
             return self.by_name(model, new_head=new_head)
-        head = None if classes is None else _classifier(model, classes)
+        head = None if classes is None else classifier(model, classes)
         there = None if head is None else self.tensors.get(f"{head}.weight")
         if head is None or classes is None or there is None or len(there) == classes:
             rebuild(model, Path(self.source), self.header, self.tensors)
@@ -235,12 +234,6 @@ def _heads(
         return {}, frozenset()
     [((there,), (here,))] = pairs
     return dict.fromkeys(sorted(layers), (there, here)), frozenset(differing)
-
-
-def _classifier(model: nn.Module, classes: int) -> str | None:
-    """The last linear layer or convolution with so many outputs."""
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | _ConvNd)}
-    return next((name for name in reversed(layers) if len(layers[name].weight) == classes), None)
 
 
 def _wants_new_head(source: str, heads: Mapping[str, tuple[int, int]]) -> str:

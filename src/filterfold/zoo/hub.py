@@ -72,12 +72,14 @@ def pretrained(name: str, channels: int = 3) -> dict[str, Tensor]:
     prefix, _, rest = name.partition(":")
     if not is_of_a_hub(name):
         raise ModelError(
-            f"{name}: pretrained weights are to be had for timm: and torchvision: models; give a file: --weights"
+            f"{name}: only timm: and torchvision: models have pretrained weights; give a file with --weights"
         )
     if prefix == "timm":
-        tagged = _timm_config(rest)
-        make, options = _library("timm", name).create_model, {"pretrained": True, "in_chans": channels}
-        options["num_classes"] = tagged.num_classes
+        config = _timm_config(rest)
+        if not config.has_weights:
+            raise ModelError(f"{name} has no pretrained weights; give a file with --weights")
+        make = _timm(rest).create_model
+        options = {"pretrained": True, "in_chans": channels, "num_classes": config.num_classes}
     else:
         if rest in ("googlenet", "inception_v3"):
             raise ModelError(f"{name} has outputs beside its logits while it trains; take it from a file, without them")
@@ -151,9 +153,11 @@ def _timm(name: str) -> Any:
 
 
 def _timm_config(name: str) -> Any:
-    config = _timm(name).get_pretrained_cfg(name)
-    if config is None or not config.has_weights:
-        raise ModelError(f"timm:{name} has no pretrained weights")
+    timm = _timm(name)
+    with one_line(f"timm:{name}"):
+        config = timm.get_pretrained_cfg(name)
+    if config is None:
+        raise ModelError(f"timm:{name} has no pretrained weights, and says nothing of the images that it expects")
     return config
 
 
@@ -181,7 +185,7 @@ def _quiet() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

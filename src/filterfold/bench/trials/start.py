@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -72,13 +73,16 @@ class Start:
         return found
 
 
-def input_of(data: ImageData, image_size: int | None) -> dict[str, Any]:
+SHAPE = ("image_size", "channels")
+
+
+def input_of(data: ImageData, asked: Mapping[str, Any]) -> dict[str, Any]:
     """What a saved network notes of its images, so that it is given the same ones later.
 
-    **Arguments:** `image_size`: the size that was asked for; None: that of the data set.
+    **Arguments:** `asked`: arguments of `data.load`; size and channels that were not asked for are the data set's own.
     """
     mean, std = map(list, data.train.normalization)
-    return {"mean": mean, "std": std, **({} if image_size is None else {"image_size": image_size})}
+    return {"mean": mean, "std": std, **{name: asked[name] for name in SHAPE if name in asked}}
 
 
 def noted_input(weights: Weights) -> dict[str, Any]:
@@ -93,7 +97,6 @@ def noted_input(weights: Weights) -> dict[str, Any]:
         found = {name: [float(value) for value in noted[name]] for name in ("mean", "std")}
         if not all(map(math.isfinite, found["mean"] + found["std"])) or min(found["std"]) <= 0:
             raise ValueError("no mean and deviation")
-        size = noted.get("image_size")
-        return {**found, **({} if size is None else {"image_size": int(size)})}
+        return {**found, **{name: int(noted[name]) for name in SHAPE if name in noted}}
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{weights.source}: damaged header: what it notes of its images ({error})") from error
