@@ -23,16 +23,18 @@ from .profiling import measure_latency
 from .profiling.macs import Cost, measure
 from .pruning.budgets import LatencyBudget, Selection, select
 from .pruning.criteria import CRITERIA, criterion, score
-from .pruning.prune import PruneResult, Scoring, prune
+from .pruning.prune import prune
 from .pruning.reconstruction import Repair, reestimate, repair
+from .pruning.scored import PruneResult, Scoring
 from .surgery.apply import Receipt, apply
-from .surgery.checkpoint import load, load_weights, save
+from .surgery.checkpoint import load, save
 from .surgery.masking import masked
 from .surgery.verdict import Verification
 from .surgery.verify import verify
+from .surgery.weights import Loaded, load_weights
 
 if TYPE_CHECKING:
-    from .online import Distillation, OnlineFilterClustering, Schedule
+    from .online import Child, Distillation, OnlineFilterClustering, Schedule, shrink
     from .utils.export import to_onnx, to_program
 
 
@@ -42,11 +44,13 @@ __version__ = "0.1.0"
 __all__ = [
     "CRITERIA",
     "ChannelGroup",
+    "Child",
     "Cost",
     "Cut",
     "Distillation",
     "FilterfoldError",
     "LatencyBudget",
+    "Loaded",
     "OnlineFilterClustering",
     "Plan",
     "PruneResult",
@@ -71,6 +75,7 @@ __all__ = [
     "save",
     "score",
     "select",
+    "shrink",
     "to_onnx",
     "to_program",
     "trace",
@@ -80,9 +85,11 @@ __all__ = [
 
 
 _LAZY = {
+    "Child": "online",
     "Distillation": "online",
     "OnlineFilterClustering": "online",
     "Schedule": "online",
+    "shrink": "online",
     "to_onnx": "utils.export",
     "to_program": "utils.export",
 }

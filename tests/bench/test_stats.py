@@ -344,3 +344,11 @@ def test_bad_input_is_one_clear_line(call, message):
         call()
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 20), (9, 10), (359, 359), (4321, 10_000)])
+def test_wilsons_interval_of_a_share(hits, n):
+    from statsmodels.stats import proportion as statsmodels
+
+    expected = statsmodels.proportion_confint(hits, n, method="wilson")
+    assert stats.proportion_interval(hits / n, n) == pytest.approx(expected, abs=1e-12)

@@ -14,7 +14,8 @@ from filterfold.bench.report.sensitivity import sensitivity_plots
 from filterfold.bench.sensitivity import Sensitivity
 from filterfold.cli.app import app
 from filterfold.data import load
-from filterfold.surgery.checkpoint import load_weights, save
+from filterfold.surgery.checkpoint import save
+from filterfold.surgery.weights import load_weights
 from filterfold.training import Recipe, evaluate, train
 from filterfold.zoo import build
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-import sys
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from filterfold.errors import FilterfoldError, SelectionError, VerificationError
 from filterfold.plan import Cut, Plan, Slice, keep_units
+from filterfold.pruning import scored
 from filterfold.pruning.budgets import Selection
 from filterfold.pruning.culprits import culprits
 from filterfold.pruning.prune import prune
@@ -167,8 +167,7 @@ def test_culprits_are_found_by_halving(count, wrong, pair, named):
 
 def test_a_wrong_trace_is_caught_before_anything_is_cut(monkeypatch):
     """A slice that the trace forgot."""
-    module = sys.modules[prune.__module__]  # `filterfold.prune` is the function
-    honest = module.trace_and_measure
+    honest = scored.trace_and_measure
 
     def forgetful(model, inputs):
         traced, cost = honest(model, inputs)
@@ -180,7 +179,7 @@ def test_a_wrong_trace_is_caught_before_anything_is_cut(monkeypatch):
         )
         return type(traced)(groups, traced.sizes, traced.unmet), cost
 
-    monkeypatch.setattr(module, "trace_and_measure", forgetful)
+    monkeypatch.setattr(scored, "trace_and_measure", forgetful)
     model = net()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(VerificationError, match=r"^cutting 0 would be wrong .* differs from the masked one by "):

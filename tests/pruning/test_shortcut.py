@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from filterfold.errors import ConfigError
 from filterfold.graph import trace
 from filterfold.pruning.criteria import score
-from filterfold.pruning.prune import Scoring, prune
+from filterfold.pruning.prune import prune
+from filterfold.pruning.scored import Scoring
 
 
 class Block(nn.Module):

@@ -15,7 +15,8 @@ from filterfold.errors import CheckpointError
 from filterfold.graph.trace import trace
 from filterfold.plan import Cut, Plan, keep_units
 from filterfold.surgery.apply import apply
-from filterfold.surgery.checkpoint import inspect, load, load_weights, save
+from filterfold.surgery.checkpoint import inspect, load, save
+from filterfold.surgery.weights import load_weights
 
 
 class Net(nn.Module):

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import typer
 
 from ..errors import FilterfoldError
-from . import REFUSED, compare, latency, prune, recipe, report, sensitivity, train, watch
+from . import REFUSED, compare, latency, prune, recipe, report, sensitivity, shrink, train, watch
 from . import inspect as inspecting
 
 INTERRUPTED = 130
@@ -164,6 +164,7 @@ for _group, _command, _examples, _interrupted in (
     (app, train.train, train.EXAMPLES, RESUME),
     (app, train.evaluate, train.EVALUATE_EXAMPLES, NOTHING),
     (app, prune.prune, prune.EXAMPLES, RESUME),
+    (app, shrink.shrink, shrink.EXAMPLES, RESUME),
     (app, sensitivity.sensitivity, sensitivity.EXAMPLES, RESUME),
     (app, compare.compare, compare.EXAMPLES, RESUME),
     (app, watch.watch, watch.EXAMPLES, "the run itself goes on"),

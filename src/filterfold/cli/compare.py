@@ -23,6 +23,8 @@ from .options import (
     setting_of,
 )
 from .report import MARGIN_HELP
+from .teacher import DistillationOptions
+from .weights import StartOptions
 
 if TYPE_CHECKING:
     from ..bench.trials.config import Setting
@@ -51,6 +53,8 @@ Examples:
 
   filterfold compare --data cifar10 --model resnet56 --keep 0.5 --parallel 4
 
+  filterfold compare --data path/to/images --model timm:resnet18 --pretrained --new-head --epochs 5 --lr 0.01 --macs 0.5
+
   filterfold compare --data cifar10 --model vgg16 --methods dense,l1,random,largest,mean-std --keep 0.9,0.7,0.5,0.3,0.1
 """
 
@@ -72,7 +76,8 @@ METHODS_HELP = (
     "largest or mean-std; CRITERION-greedy or -iterative (its variants); scratch (the small network, fresh weights); "
     "scratch-long (for as many epochs as cost what online costs); online (fold clusters while training); "
     "online-CRITERION (the same schedule, dropping by a criterion); online-centroid (nothing removed); "
-    "online…+repair, online…+distill (next kernels repaired after every cut; the uncut network as a teacher); "
+    "online…+repair (next kernels repaired after every cut); "
+    "online…+distill, l1+distill, scratch+distill (with a teacher, see --distill); "
     "online…+early (cuts at 5, 10 and 15 % of training); "
     "online+centripetal, online+unpulled (filters brought together by the stronger rule, or not at all); "
     "online…+longer, scratch+longer (more epochs, for at most .7 of the dense training's MACs)."
@@ -84,9 +89,11 @@ _comparison = partial(Option, rich_help_panel="Comparison")
 
 def compare(
     chosen: ModelOptions,
+    beginning: StartOptions,
     images: DataOptions,
     training: TrainingOptions,
     clustering: OnlineOptions,
+    teaching: DistillationOptions,
     running: EngineOptions,
     methods: Annotated[
         str | None,
@@ -112,12 +119,15 @@ def compare(
         int | None,
         _comparison(help="After a one-shot cut.", show_default="40 % of --epochs: 40 for 100, as Li et al."),
     ] = None,
-    retrain_lr: Annotated[float, _comparison(help="Constant learning rate of retraining.")] = 0.001,
+    retrain_lr: Annotated[float, _comparison(help="Learning rate of retraining, constant or the highest.")] = 0.001,
+    retrain_schedule: Annotated[str, _comparison(help="constant; or as --schedule, over the retraining.")] = "constant",
     round_to: Annotated[int, _comparison(help="Keep multiples of so many filters.")] = 1,
     margin: Annotated[float, _comparison(help=MARGIN_HELP)] = 0.5,
     out: Annotated[Path | None, Option(help="Run folder.", show_default="runs/MODEL-DATA")] = None,
 ) -> None:
     """Train and prune with several methods and seeds, and report which is worth it.
+
+    With --weights or --pretrained every method trains from these weights, except those that are named scratch.
 
     Trials with a record in the run folder are not run again: stop whenever you like (Ctrl-C, --stop-after), and the
     same command goes on, here or on another machine. Exit code 3: stopped in time with work left; 1: all is done
@@ -125,16 +135,21 @@ def compare(
     """
     from ..bench.trials.config import COMPARED, CONTROLS, Comparison
 
+    start, images = beginning.settle(chosen.model, images)
+    names = teaching.methods([*COMPARED, *CONTROLS] if methods is None else listed(methods, "--methods", str))
     setting = setting_of(
         chosen,
         images,
         training,
         clustering,
+        weights=start.weights,
+        start=start.entries,
+        distill=teaching.setting(),
         retrain_epochs=max(1, round(0.4 * training.epochs)) if retrain_epochs is None else retrain_epochs,
         retrain_lr=retrain_lr,
+        retrain={} if retrain_schedule == "constant" else {"schedule": retrain_schedule},
         round_to=round_to,
     )
-    names = [*COMPARED, *CONTROLS] if methods is None else listed(methods, "--methods", str)
     comparison = Comparison.of(
         setting,
         names,

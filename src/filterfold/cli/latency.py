@@ -14,7 +14,8 @@ from typer import Argument, Option
 from ..errors import ConfigError, ModelError
 from .display import live, say, table
 from .inspect import image_shape
-from .options import MODEL_HELP, Device, Threads, use_threads, with_weights
+from .options import MODEL_HELP, Device, Threads, use_threads
+from .weights import with_weights
 
 if TYPE_CHECKING:
     from torch import nn

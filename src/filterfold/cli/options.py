@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from typer import Option
 
-from ..errors import CheckpointError, ConfigError, RecordError
+from ..errors import ConfigError, RecordError
 from ..training.recipe import Recipe
 from .display import live
 
@@ -73,7 +73,15 @@ class DataOptions:
         _data(help="Hold out of the training images: a share (0.1) or a count (5000).", show_default="a tenth"),
     ] = None
     train_limit: Annotated[int | None, _data(help="Train on so many images only, balanced over classes.")] = None
-    normalization: Annotated[str, _data(help="dataset or imagenet.")] = "dataset"
+    normalization: Annotated[
+        str | None,
+        _data(
+            help="dataset, imagenet, or model: what the pretrained weights of a timm: or torchvision: model expect.",
+            show_default="as the weights were trained, where that is known; else dataset",
+        ),
+    ] = None
+    mean: Annotated[str | None, _data(help="Instead: of each channel, of values from 0 to 1: 0.5,0.5,0.5 …")] = None
+    std: Annotated[str | None, _data(help="… and the standard deviations.")] = None
     augment: Annotated[
         str | None,
         _data(
@@ -85,9 +93,22 @@ class DataOptions:
     ] = None
 
     def keywords(self) -> dict[str, Any]:
-        """What `data.load` is to be told and a result depends on: only what was asked for."""
-        asked = {**asdict(self), "validation": _amount(self.validation)}
-        return {key: value for key, value in asked.items() if value is not None and key not in ("data", "cache_dir")}
+        """What `data.load` is to be told and a result depends on: only what was asked for.
+
+        **Raises:** `ConfigError` for a normalization that makes no sense.
+        """
+        asked = {**asdict(self), "validation": _amount(self.validation), "normalization": self._normalization()}
+        other = ("data", "cache_dir", "mean", "std")
+        return {key: value for key, value in asked.items() if value is not None and key not in other}
+
+    def _normalization(self) -> str | list[list[float]]:
+        if self.normalization == "model":
+            raise ConfigError("--normalization model: give the weights' with a timm: or torchvision: model")
+        if self.mean is None and self.std is None:
+            return self.normalization or "dataset"
+        if self.mean is None or self.std is None or self.normalization is not None:
+            raise ConfigError("--mean and --std go together, and without --normalization")
+        return [listed(self.mean, "--mean", float), listed(self.std, "--std", float)]
 
     def load(self) -> ImageData:
         """The data set."""
@@ -110,26 +131,34 @@ def _amount(text: str | None) -> float | None:
         raise ConfigError(f"--validation {text}: give a share such as 0.1, or a count such as 5000") from None
 
 
-TrainingOptions = Annotated[
-    Recipe,
-    {
-        "epochs": _training("--epochs", "-e", help="Passes over the training images."),
-        "batch_size": _training(help="Images a step."),
-        "lr": _training(help="Initial (or highest) learning rate."),
-        "schedule": _training(help="step, constant, cosine or onecycle."),
-        "step_every": _training(help="step: divide every so many epochs …"),
-        "step_factor": _training(help="… by this factor."),
-        "momentum": _training(help="Of SGD."),
-        "nesterov": _training("--nesterov", help="Nesterov's momentum."),
-        "weight_decay": _training(help="Of SGD."),
-        "label_smoothing": _training(help="Share spread over all classes."),
-        "precision": _training(help="32-true, bf16-mixed or 16-mixed."),
-        "channels_last": _training("--channels-last", help="Memory format."),
-        "compile": _training("--compile", help="Use torch.compile."),
-        "cuda_graphs": _training("--cuda-graphs", help="Replay the network as CUDA graphs (a GPU only)."),
-        "validate_every": _training(help="Epochs from one validation to the next; 0: never."),
-    },
-]
+SHOWN = {
+    "epochs": _training("--epochs", "-e", help="Passes over the training images."),
+    "batch_size": _training(help="Images a step."),
+    "optimizer": _training(help="sgd; or adamw, for which rates of .001 and less are usual."),
+    "lr": _training(help="Initial (or highest) learning rate."),
+    "schedule": _training(help="step, constant, cosine, onecycle or warmup-cosine."),
+    "step_every": _training(help="step: divide every so many epochs …"),
+    "step_factor": _training(help="… by this factor."),
+    "warmup": _training(help="onecycle, warmup-cosine: share of the training in which the rate rises."),
+    "momentum": _training(help="Of SGD; AdamW's first beta."),
+    "nesterov": _training("--nesterov", help="Nesterov's momentum."),
+    "weight_decay": _training(help="Of either optimizer."),
+    "head_lr": _training(help="The classifier's learning rate, times that of the rest: 10 where it is new."),
+    "clip": _training(help="Largest norm of the gradient; 0: no limit."),
+    "ema": _training(
+        help="Decay of a moving average of the weights, such as 0.999, with which training ends; 0: none."
+    ),
+    "freeze_norms": _training("--freeze-norms", help="Leave the running statistics of batch norms as they are."),
+    "label_smoothing": _training(help="Share spread over all classes."),
+    "precision": _training(help="32-true, bf16-mixed or 16-mixed."),
+    "channels_last": _training("--channels-last", help="Memory format."),
+    "compile": _training("--compile", help="Use torch.compile."),
+    "cuda_graphs": _training("--cuda-graphs", help="Replay the network as CUDA graphs (a GPU only)."),
+    "validate_every": _training(help="Epochs from one validation to the next; 0: never."),
+}
+
+
+TrainingOptions = Annotated[Recipe, SHOWN]
 """The fields of a training recipe that a command shows as options, with its defaults."""
 
 
@@ -146,7 +175,8 @@ class OnlineOptions:
         str,
         _online(
             help="When to cut: gradual (at 20, 35 and 50 % of training), early (5, 10, 15 %), document (50, 60, 70 %), "
-            "or plateau (as document at the latest, sooner where the loss levels off)."
+            "plateau (as document at the latest, sooner where the loss levels off), each at the end of an epoch; or "
+            "between batches: small-cuts (20, up to half of training) or fractions of training, such as 0.1,0.2,0.3."
         ),
     ] = "gradual"
     pull: Annotated[
@@ -178,7 +208,7 @@ class OnlineOptions:
 def setting_of(
     chosen: ModelOptions, images: DataOptions, training: Recipe, clustering: OnlineOptions, **others: Any
 ) -> Setting:
-    """The setting of trials with these options; `others` are fields of its own."""
+    """The setting of trials with these options; `others` are fields of its own, such as those of `Start`."""
     from ..bench.trials.config import Setting
 
     return Setting(
@@ -326,25 +356,6 @@ def listed(text: str | None, option: str, kind: Callable[[str], T]) -> list[T]:
         return [kind(part.strip()) for part in text.split(",")] if text else []
     except ValueError:
         raise ConfigError(f"{option} {text}: give comma-separated values, such as 5,10 or 0.5,0.25") from None
-
-
-WEIGHTS_HELP = "Weights: safetensors or a torch state dict, by name; or a network that Filterfold saved, pruned or not."
-
-
-def with_weights(factory: Callable[[], nn.Module], weights: Path, device: str) -> nn.Module:
-    """A network with the weights of a file: one of Filterfold's, whose sizes it takes on, or a plain state dict.
-
-    **Raises:** `CheckpointError` naming what does not fit.
-    """
-    from ..surgery.checkpoint import inspect, load, load_weights
-
-    try:
-        inspect(weights)
-    except CheckpointError:
-        model = factory()
-        load_weights(model, weights)
-        return model.to(device)
-    return load(weights, factory, device=device)
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:

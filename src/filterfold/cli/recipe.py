@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from ..errors import ConfigError
 from .compare import default_folder, leave
 from .display import say, table
 from .options import DATA_HELP, DataOptions, EngineOptions, Precision, Width, listed
+from .weights import StartOptions
 
 if TYPE_CHECKING:
     from ..bench.recipes import CountedTrial, PruningRecipe
@@ -117,8 +117,7 @@ def run(
     training: dict[str, Any] = {"precision": precision, "channels_last": channels_last, "compile": compile_}
     if batch_size is not None:
         training["batch_size"] = batch_size
-    if weights is not None and not weights.is_file():
-        raise ConfigError(f"--weights {weights}: no such file")
+    start, images = StartOptions(weights).settle(recipe.model, images)
     chosen = setting(
         recipe,
         data=images.data or None,
@@ -126,7 +125,7 @@ def run(
         width=width,
         epochs_scale=epochs_scale,
         retrain=retrain,
-        weights=weights,
+        start=replace(start, tune=False) if start.given else None,
         training=training,
     )
     folder = out or default_folder(replace(chosen, model=recipe.name))

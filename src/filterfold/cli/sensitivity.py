@@ -14,7 +14,6 @@ from ..errors import ConfigError, RecordError
 from .display import live, say, table
 from .options import (
     MODEL_HELP,
-    WEIGHTS_HELP,
     DataOptions,
     Device,
     ModelOptions,
@@ -23,8 +22,8 @@ from .options import (
     Width,
     listed,
     use_threads,
-    with_weights,
 )
+from .weights import WeightOptions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -81,7 +80,7 @@ def sensitivity(
     model: Annotated[str, Argument(help=MODEL_HELP)],
     source: DataOptions,
     sweeping: SweepOptions,
-    weights: Annotated[Path, Option("--weights", "-w", help=WEIGHTS_HELP)],
+    trained: WeightOptions,
     width: Width = 1.0,
     suggest: Annotated[
         str | None,
@@ -109,9 +108,10 @@ def sensitivity(
     folder = out or Path("runs") / f"sensitivity-{Path(model.replace(':', '-')).name}"
     place = resolve(device)
     with live():
-        data = source.load()
-        network = with_weights(lambda: ModelOptions(model, width).build(data), weights, place)
-        about = {"model": model, "width": width, "weights": str(weights), "data": f"{source.data}, {sweeping.split}"}
+        begun = trained.network(ModelOptions(model, width), source, place)
+        network, data = begun.model, begun.data
+        about = {"model": model, "width": width, "weights": trained.name, "data": f"{source.data}, {sweeping.split}"}
+        about |= {"fingerprint": begun.fingerprint}
         found = None if overwrite else _done(folder, about | options)
         if found is None:
             loader = list(islice(batches(data.train, 128, shuffle=True, seed=sweeping.seed, device=place), 10))

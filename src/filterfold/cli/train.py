@@ -13,7 +13,6 @@ from ..errors import RecordError, TrainingError
 from .compare import UNFINISHED, default_folder
 from .display import change, count, live, say, table
 from .options import (
-    WEIGHTS_HELP,
     DataOptions,
     Device,
     ModelOptions,
@@ -25,8 +24,9 @@ from .options import (
     TrainingOptions,
     setting_of,
     use_threads,
-    with_weights,
 )
+from .teacher import DistillationOptions
+from .weights import StartOptions, WeightOptions
 
 if TYPE_CHECKING:
     from ..bench.trials.config import Trial
@@ -45,15 +45,21 @@ Examples:
 
   filterfold train --model vgg_small --data digits --log tensorboard
 
+  filterfold train --model timm:resnet18 --pretrained --new-head --data path/to/images --epochs 5 --lr 0.01
+
+  filterfold train --model timm:resnet18 --weights resnet18.safetensors --new-head --data cifar10 --image-size 64
+
   filterfold train --model my_models.py:small_net --data path/to/images --image-size 64
 """
 
 
 def train(
     chosen: ModelOptions,
+    beginning: StartOptions,
     images: DataOptions,
     training: TrainingOptions,
     clustering: OnlineOptions,
+    teaching: DistillationOptions,
     running: RunOptions,
     method: Annotated[
         str, Option(help="dense; online: fold clusters of filters while training; or l1: train, cut once, retrain.")
@@ -65,13 +71,16 @@ def train(
     out: Annotated[Path | None, Option(help="Run folder.", show_default="runs/METHOD-MODEL-DATA")] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Train a network from fresh weights, and evaluate it on the test images.
+    """Train a network, from fresh weights or from trained ones, and evaluate it on the test images.
 
     A run that was stopped (Ctrl-C, kill, --stop-after) goes on with the same command and ends with the same weights.
     """
     from ..bench.trials.config import Comparison, Trial
 
-    setting = setting_of(chosen, images, training, clustering, retrain_epochs=retrain_epochs)
+    start, images = beginning.settle(chosen.model, images)
+    [method] = teaching.methods([method])
+    others = {"weights": start.weights, "start": start.entries, "distill": teaching.setting()}
+    setting = setting_of(chosen, images, training, clustering, retrain_epochs=retrain_epochs, **others)
     trial = Trial(method, seed, setting, clusters, keep)
     folder = out or default_folder(setting, method)
     _make_room(folder, overwrite)
@@ -138,7 +147,7 @@ Examples:
 def evaluate(
     chosen: ModelOptions,
     images: DataOptions,
-    weights: Annotated[Path, Option("--weights", "-w", help=WEIGHTS_HELP)],
+    trained: WeightOptions,
     batch_size: Annotated[int, Option(help="Images at a time; changes speed and memory only.", min=1)] = 500,
     precision: Precision = "32-true",
     device: Device = "auto",
@@ -154,18 +163,18 @@ def evaluate(
     use_threads(threads)
     device = resolve(device)
     with live():
-        data = images.load()
-        model = with_weights(lambda: chosen.build(data), weights, device)
+        found = trained.network(chosen, images, device)
+        model, data = found.model, found.data
         size = data.image_size
         cost = measure(model, torch.zeros(1, data.channels, size, size, device=device))
-        found = run(
+        metrics = run(
             model, data.test, batch_size=batch_size, device=device, precision=precision, classes=len(data.classes)
         )
     rows = [
-        ("top-1", f"{found.top1:.2f} %"),
-        ("top-5", f"{found.top5:.2f} %"),
-        ("loss", f"{found.loss:.4f}"),
+        ("top-1", f"{metrics.top1:.2f} %"),
+        ("top-5", f"{metrics.top5:.2f} %"),
+        ("loss", f"{metrics.loss:.4f}"),
         ("MACs", count(cost.macs)),
         ("parameters", count(cost.parameters)),
     ]
-    table(f"{chosen.model} with {weights} on {found.images} test images of {data.name}", ("", ""), rows)
+    table(f"{chosen.model} with {trained.name} on {metrics.images} test images of {data.name}", ("", ""), rows)

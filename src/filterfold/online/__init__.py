@@ -1,9 +1,10 @@
-"""Online filter clustering: the network shrinks while it trains, and training goes on."""
+"""A network shrinks while it trains, and training goes on; or one network becomes several smaller ones."""
 
 from __future__ import annotations
 
 from .assign import ClusterRow
-from .callbacks import OnlineCallback
+from .callbacks import DistillationCallback, OnlineCallback
+from .children import Child, shrink
 from .cosine_pull import averager, pull
 from .cut import CutResult
 from .distillation import Distillation
@@ -12,10 +13,12 @@ from .options import CutOptions, Pull, Target
 from .schedule import Schedule
 
 __all__ = [
+    "Child",
     "ClusterRow",
     "CutOptions",
     "CutResult",
     "Distillation",
+    "DistillationCallback",
     "OnlineCallback",
     "OnlineFilterClustering",
     "Pull",
@@ -23,4 +26,5 @@ __all__ = [
     "Target",
     "averager",
     "pull",
+    "shrink",
 ]

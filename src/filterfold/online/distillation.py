@@ -66,6 +66,28 @@ class Distillation:
     >>> distillation(images, outputs, task=functional.cross_entropy(outputs, labels)).backward()
 
     ```
+
+    A segmentation network of one's own that returns a map of logits and one at half the size; the task's loss is
+    whatever the loop makes of the labels, and the teacher is compared with output by output:
+
+    ```python
+    >>> class Segmenter(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.body, self.head = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 4, 1)
+    ...     def forward(self, x):
+    ...         logits = self.head(self.body(x).relu())
+    ...         return {"out": logits, "aux": functional.avg_pool2d(logits, 2)}
+    >>> model, masks = Segmenter(), torch.randint(4, (4, 8, 8))
+    >>> distillation = ff.Distillation(model, losses={"out": "kl", "aux": "mse"})  # "kl": over classes, at each place
+    >>> optimizer, result = torch.optim.AdamW(model.parameters(), 1e-3), ff.prune(model, images, keep=0.5)
+    >>> for _ in range(2):
+    ...     optimizer.zero_grad()
+    ...     outputs = model(images)
+    ...     distillation(images, outputs, task=functional.cross_entropy(outputs["out"], masks)).backward()
+    ...     optimizer.step()
+
+    ```
     """
 
     def __init__(
@@ -143,6 +165,21 @@ class Distillation:
         """
         self._maps = {name: [each.follow(plan) for each in maps] for name, maps in self._maps.items()}
         self.followed += 1
+
+    def for_student(self, student: nn.Module, plan: Plan) -> Distillation:
+        """The same teacher for another student: a copy of this one's network that a plan has been applied to.
+
+        The teacher's network is shared, not copied.
+
+        **Raises:** `PlanError` if the plan is of a network of another size.
+        """
+        other = copy.copy(self)
+        if self.features:
+            student = unwrap(student)
+            self._said.remove_copies(student)
+            other._said = _Watch(student, self.features, always=False)
+        other.follow(plan)
+        return other
 
     def to(self, *args: Any, **kwargs: Any) -> Distillation:
         """Move the teacher as `nn.Module.to` does; it begins where the model was."""
@@ -252,6 +289,13 @@ class _Watch:
         """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
+
+    def remove_copies(self, twin: nn.Module) -> None:
+        """Take the hooks off a deep copy of the network, which has them too."""
+        for module in twin.modules():
+            for handle in self._handles:
+                module._forward_hooks.pop(handle.id, None)
+                module._forward_pre_hooks.pop(handle.id, None)
 
 
 def check_temperature(temperature: float) -> None:

@@ -162,26 +162,28 @@ class WeightOps(OperationMode):
         if rule:
             self._report(func, rule(output, *args, **kwargs), args, kwargs, output)
         elif owned and len(owned) < len(tensors):
-            self._note_uncounted(func, owned)
+            self.meets_data(func, owned)
         if len(owned) == len(tensors):
             self._follow(output, owned)
         return output
 
     def _report(self, func: Function, use: Use, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Tensor) -> None:
         data, weight, macs = use
-        name = self._name(weight)
+        name = self.name_of(weight)
         if func.overloadpacket in PRODUCTS:
-            other = self._name(data)
+            other = self.name_of(data)
             if name is not None and other is not None:
                 return  # weights made from weights
             if name is None and other is not None:
                 data, weight, name = weight, data, other
         self._seen(WeightUse(func, args, kwargs, out, data, weight, name, macs))
 
-    def _name(self, tensor: Tensor) -> str | None:
+    def name_of(self, tensor: Tensor) -> str | None:
+        """The parameter or buffer that a tensor is, or is made from; None for others."""
         return self._owners.get(id(tensor), (tensor, None))[1]
 
-    def _note_uncounted(self, func: Function, owned: list[tuple[Tensor, str | None]]) -> None:
+    def meets_data(self, func: Function, owned: list[tuple[Tensor, str | None]]) -> None:
+        """Called for every other op that reads both data and what is computed from parameters."""
         large = any(name is not None and tensor.squeeze().dim() > 1 for tensor, name in owned)
         if large and torch.Tag.pointwise not in func.tags and func.overloadpacket not in READ_WITHOUT_PRODUCT:
             self.uncounted.add(str(func.overloadpacket))

@@ -6,12 +6,11 @@ the factory that the caller names.
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -27,12 +26,6 @@ FORMAT = "1"
 
 
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-
-
-_NESTED = ("state_dict", "model_state_dict", "model", "net", "weights")
-
-
-_PREFIXES = ("module.", "_orig_mod.", "model.", "_forward_module.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +114,21 @@ def load(
     path = Path(path)
     _refuse_pickle(path)
     header, tensors = read_safetensors(path)
-    structure, aliases, orders = (_json(path, header, key) for key in ("structure", "aliases", "orders"))
     model = factory if isinstance(factory, nn.Module) else factory()
     if not isinstance(model, nn.Module):
         raise CheckpointError(f"the factory returned a {type(model).__name__}, not a module")
-    target = unwrap(model)
+    rebuild(unwrap(model), path, header, tensors)
+    return model.to(device)
+
+
+def rebuild(
+    target: nn.Module, path: Path, header: Mapping[str, str], tensors: Mapping[str, Tensor], head: str | None = None
+) -> None:
+    """Give a bare model the sizes and values of what `read_safetensors` read from a file that `save` wrote.
+
+    **Arguments:** `head`: name of the module that keeps its own number of outputs, and is drawn anew.
+    """
+    structure, aliases, orders = (read_header(path, header, key) for key in ("structure", "aliases", "orders"))
     try:
         values = {name: tensors.get(aliases.get(name, name)) for name in structure["tensors"]}
         _check_values(path, structure, values)
@@ -134,52 +137,32 @@ def load(
     if any(tensor.is_meta for _, tensor in named_tensors(target)):
         raise CheckpointError("the factory built a model without data (on the meta device): build it on a real one")
     try:
-        restore(target, structure)
+        restore(target, structure if head is None else _with_head_of(target, head, structure))
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     for name, tensor in named_tensors(target):
         value = values[name]
-        if value is not None:
+        if value is not None and name.rpartition(".")[0] != head:
             order = orders.get(aliases.get(name, name))
             tensor.data = (value if order is None else in_memory_order(value, order)).to(tensor.device)
-    return model.to(device)
+    if head is not None:
+        cast(nn.Linear, target.get_submodule(head)).reset_parameters()
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Fill a model from safetensors or a `torch.save`d state dict, matching names and shapes exactly.
-
-    Pickled files are read with `weights_only=True`, so nothing in them is executed. Usual wrappings are
-    understood: a state dict under a key such as `state_dict`, and prefixes such as `module.`.
-
-    **Raises:** `CheckpointError` naming the keys that are missing, unknown, or of another shape; the
-    model is then as before.
-
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "weights.pt"
-    >>> torch.save({"weight": torch.ones(1, 2), "bias": torch.zeros(1)}, path)
-    >>> net = nn.Linear(2, 1)
-    >>> load_weights(net, path); net.weight.tolist()
-    [[1.0, 1.0]]
-    """
-    path, model = Path(path), unwrap(model)
-    pruned = False
-    if _is_pickle(path):
-        found = _from_pickle(path)
-    else:
-        header, found = read_safetensors(path)
-        pruned = "filterfold" in header
-        if pruned:
-            aliases = _json(path, header, "aliases")
-            found |= {name: found[first] for name, first in aliases.items() if first in found}
-    targets = dict(named_tensors(model))
-    found = _without_prefix(found, targets)
-    problems = _problems(found, targets, set(model.state_dict()))
-    if problems:
-        hint = "; it is a pruned checkpoint: use load()" if pruned else ""
-        raise CheckpointError(f"{path} does not fit {type(model).__name__}: {'; '.join(problems)}{hint}")
-    with torch.no_grad():
-        for name, value in found.items():
-            targets[name].copy_(value)
+def _with_head_of(model: nn.Module, head: str, structure: Mapping[str, Any]) -> dict[str, Any]:
+    """A file's structure in which a layer has as many outputs as in the model."""
+    layer = model.get_submodule(head)
+    kind, sizes = structure["modules"][head]
+    outputs = {name: value for name, value in vars(layer).items() if name in ("out_features", "out_channels")}
+    tensors = {
+        name: [[tensor.shape[0], *structure["tensors"][name][0][1:]], structure["tensors"][name][1]]
+        for name, tensor in named_tensors(model)
+        if name.rpartition(".")[0] == head
+    }
+    return {
+        "modules": {**structure["modules"], head: [kind, {**sizes, **outputs}]},
+        "tensors": {**structure["tensors"], **tensors},
+    }
 
 
 def inspect(path: str | Path) -> CheckpointInfo:
@@ -187,7 +170,7 @@ def inspect(path: str | Path) -> CheckpointInfo:
     path = Path(path)
     _refuse_pickle(path)
     header, _ = read_safetensors(path)
-    structure, plans, metadata = (_json(path, header, key) for key in ("structure", "plans", "metadata"))
+    structure, plans, metadata = (read_header(path, header, key) for key in ("structure", "plans", "metadata"))
     try:
         read = tuple(Plan.from_json(json.dumps(plan)) for plan in plans)
     except PlanError as error:
@@ -228,7 +211,8 @@ def _check_values(path: Path, structure: Mapping[str, Any], values: Mapping[str,
             )
 
 
-def _json(path: Path, header: Mapping[str, str], key: str) -> Any:
+def read_header(path: Path, header: Mapping[str, str], key: str) -> Any:
+    """An entry of the header that `save` wrote. Raises `CheckpointError` for a file of anything else."""
     if "filterfold" not in header:
         raise CheckpointError(f"{path}: a safetensors file without Filterfold's structure: use load_weights()")
     if header["filterfold"] != FORMAT:
@@ -239,7 +223,8 @@ def _json(path: Path, header: Mapping[str, str], key: str) -> Any:
         raise CheckpointError(f"{path}: damaged header: {key!r} is missing or no JSON") from error
 
 
-def _is_pickle(path: Path) -> bool:
+def is_pickle(path: Path) -> bool:
+    """Whether a file is one of `torch.save`. Raises `CheckpointError` if there is none."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     with path.open("rb") as file:
@@ -247,7 +232,7 @@ def _is_pickle(path: Path) -> bool:
 
 
 def _refuse_pickle(path: Path) -> None:
-    if _is_pickle(path):
+    if is_pickle(path):
         raise CheckpointError(f"{path}: a pickle (torch.save), which load() never opens: use load_weights()")
 
 
@@ -255,53 +240,3 @@ def _refuse_extra_state(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise CheckpointError(f"module {name!r} ({type(module).__name__}) has extra state, which can't be saved")
-
-
-def _from_pickle(path: Path) -> dict[str, Tensor]:
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(f"{path}: not a plain state dict ({one_line(error)})") from error
-    while isinstance(found, Mapping) and not any(isinstance(value, Tensor) for value in found.values()):
-        inner = next((found[key] for key in _NESTED if isinstance(found.get(key), Mapping)), None)
-        if inner is None:
-            break
-        found = inner
-    if not isinstance(found, Mapping) or not any(isinstance(value, Tensor) for value in found.values()):
-        raise CheckpointError(f"{path}: holds a {type(found).__name__} without tensors, not a state dict")
-    return {str(key): value for key, value in found.items() if isinstance(value, Tensor)}
-
-
-def _without_prefix(found: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    names = dict(found)
-    while names and not set(names) & set(targets):
-        prefix = next((p for p in _PREFIXES if all(name.startswith(p) for name in names)), None)
-        if prefix is None:
-            break
-        names = {name.removeprefix(prefix): value for name, value in names.items()}
-    return names
-
-
-def _problems(found: Mapping[str, Tensor], targets: Mapping[str, Tensor], expected: set[str]) -> list[str]:
-    shapes = [
-        f"{name} has shape {tuple(found[name].shape)}, the model {tuple(targets[name].shape)}"
-        for name in found
-        if name in targets and found[name].shape != targets[name].shape
-    ]
-    # A tied tensor is there under any of its names; files from before 2018 have no num_batches_tracked.
-    there = {id(targets[name]) for name in found if name in targets}
-    missing = [
-        name
-        for name in sorted(expected - set(found))
-        if name in targets and id(targets[name]) not in there and not name.endswith("num_batches_tracked")
-    ]
-    unknown = sorted(set(found) - set(targets))
-    problems = shapes[:2] + ([f"{len(shapes) - 2} more shapes differ"] if len(shapes) > 2 else [])
-    for what, names in (("missing", missing), ("unknown", unknown)):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            problems.append(f"{what}: {', '.join(names[:3])}{more}")
-    if missing and unknown:
-        close = difflib.get_close_matches(unknown[0], missing, 1)
-        problems += [f"is {unknown[0]} meant as {close[0]}?"] if close else []
-    return problems

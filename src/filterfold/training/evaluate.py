@@ -104,6 +104,31 @@ def evaluate(
     return Metrics(100 * top1, 100 * top5, loss, count, time.perf_counter() - started)
 
 
+def predicted(model: nn.Module, split: AnySplit, *, batch_size: int = 500) -> Tensor:
+    """The likeliest class of each image of a split, on the network's device, in eval mode.
+
+    **Arguments:** as for `evaluate`.
+
+    **Returns:** class indices, shape `(n,)`.
+
+    ```python
+    >>> from filterfold import data, zoo
+    >>> predicted(zoo.build("vgg_small", channels=1, image_size=8), data.load("digits").test).shape
+    torch.Size([359])
+
+    ```
+    """
+    where = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    held, found = split.to(where), []
+    with preserved(model), torch.inference_mode():
+        feed = batches(held, batch_size, device=where)
+        for number, (images, _) in enumerate(track(feed, "evaluating", -(-len(held) // batch_size))):
+            if number == 0:
+                check_fit(model, images[:1], None, int(held.labels.max()) + 1)
+            found.append(model(images).argmax(1))
+    return torch.cat(found)
+
+
 def _counts(logits: Tensor, labels: Tensor) -> Tensor:
     """Sums over the batch of the loss, of top-1 hits and of top-5 hits."""
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
 from .model_state import buffers_preserved, random_state_preserved
@@ -47,7 +48,8 @@ def copied(inputs: Any) -> Any:
     >>> copied(inputs)["x"].pop().add_(1), inputs
     (tensor([1.]), {'x': [tensor([0.])]})
     """
-    memo: dict[int, Any] = {id(tensor): tensor.clone() for tensor in leaves(inputs)}
+    with _disable_current_modes():  # a copy is no operation of the model
+        memo: dict[int, Any] = {id(tensor): tensor.clone() for tensor in leaves(inputs)}
 
     def turn(value: Any) -> Any:
         if isinstance(value, nn.Module):

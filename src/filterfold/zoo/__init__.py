@@ -6,8 +6,21 @@
 
 from __future__ import annotations
 
+from .hub import Expected, expected, is_of_a_hub, pretrained
 from .registry import build, names, register
 from .resnet import ResNet, build_resnet
 from .vgg import VGG, build_vgg
 
-__all__ = ["VGG", "ResNet", "build", "build_resnet", "build_vgg", "names", "register"]
+__all__ = [
+    "VGG",
+    "Expected",
+    "ResNet",
+    "build",
+    "build_resnet",
+    "build_vgg",
+    "expected",
+    "is_of_a_hub",
+    "names",
+    "pretrained",
+    "register",
+]

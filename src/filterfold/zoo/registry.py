@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 from torch import nn
 
 from ..errors import ModelError
+from .hub import HUBS, from_timm, from_torchvision, near, one_line
 
 
 def scale(channels: int, width: float) -> int:
@@ -144,60 +144,23 @@ def build(name: str, *, classes: int = 10, channels: int = 3, width: float = 1.0
     if not colon:
         if name not in _FACTORIES:
             others = f"; known are {', '.join(names())}, timm:NAME, torchvision:NAME and file.py:factory"
-            raise ModelError(f"no model {name!r}{_near(name, names()) or others}")
+            raise ModelError(f"no model {name!r}{near(name, names()) or others}")
         return _FACTORIES[name](classes=classes, channels=channels, width=width, image_size=image_size)
-    if prefix in ("timm", "torchvision"):
+    if prefix in HUBS:
         if width != 1.0:
             raise ModelError(f"{name}: models of {prefix} have no width multiplier; leave width at 1")
-        return (_from_timm if prefix == "timm" else _from_torchvision)(rest, classes, channels)
+        return (from_timm if prefix == "timm" else from_torchvision)(rest, classes, channels)
     offered = {"classes": classes, "channels": channels, "width": width, "image_size": image_size}
     return _call(name, _find(name, prefix, rest), offered)
 
 
-def _near(name: str, known: Iterable[str]) -> str:
-    """The end of an error message: the known names that are most like this one."""
-    close = difflib.get_close_matches(name, list(known), n=3)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
-
-
-def _library(name: str, wanted: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except (ImportError, RuntimeError) as error:  # a torchvision that doesn't fit torch raises RuntimeError
-        raise ModelError(
-            f"{wanted}: {name} can't be imported ({_first_line(error)}); pip install 'filterfold[zoo]'"
-        ) from error
-
-
-def _from_timm(name: str, classes: int, channels: int) -> nn.Module:
-    timm = _library("timm", f"timm:{name}")
-    if not timm.is_model(name.split(".")[0]):
-        raise ModelError(f"timm has no model {name!r}{_near(name, timm.list_models())}")
-    with _one_line(f"timm:{name}"):
-        model: nn.Module = timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels)
-    return model
-
-
-def _from_torchvision(name: str, classes: int, channels: int) -> nn.Module:
-    models = _library("torchvision.models", f"torchvision:{name}")
-    known = models.list_models(module=models)
-    if name not in known:
-        raise ModelError(f"torchvision has no classification model {name!r}{_near(name, known)}")
-    if channels != 3:
-        raise ModelError(f"torchvision:{name} takes 3 input channels, not {channels}; timm models take any number")
-    options = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
-    with _one_line(f"torchvision:{name}"):
-        model: nn.Module = models.get_model(name, weights=None, num_classes=classes, **options)
-    return model
-
-
 def _find(name: str, module_name: str, attribute: str) -> Callable[..., Any]:
-    with _one_line(name):
+    with one_line(name):
         module = load_file(Path(module_name)) if module_name.endswith(".py") else _import(module_name)
     found = getattr(module, attribute, None)
     if found is None:
         public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise ModelError(f"{name}: {module_name} has nothing called {attribute!r}{_near(attribute, public)}")
+        raise ModelError(f"{name}: {module_name} has nothing called {attribute!r}{near(attribute, public)}")
     if not callable(found):
         raise ModelError(f"{name}: {attribute} is a {type(found).__name__}, not a callable that returns the network")
     return found  # type: ignore[no-any-return]  # callable() does not narrow Any
@@ -215,7 +178,7 @@ def _call(name: str, factory: Callable[..., Any], offered: dict[str, Any]) -> nn
             accepted[keyword] = value
         elif argument == "width" and value != 1.0:
             raise ModelError(f"{name}: the factory has no argument 'width', so width={value} can't be followed")
-    with _one_line(name):
+    with one_line(name):
         model = factory(**accepted)
     if not isinstance(model, nn.Module):
         raise ModelError(f"{name}: the factory returned a {type(model).__name__}, not a torch.nn.Module")
@@ -255,18 +218,3 @@ def _on_path(folder: Path) -> Iterator[None]:
         yield
     finally:
         sys.path.remove(entry)
-
-
-@contextmanager
-def _one_line(name: str) -> Iterator[None]:
-    """Turn what a user's factory raises into one line that names it, with the cause attached."""
-    try:
-        yield
-    except ModelError:
-        raise
-    except Exception as error:
-        raise ModelError(f"{name}: {type(error).__name__}: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0]

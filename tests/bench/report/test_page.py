@@ -55,7 +55,7 @@ class _Reader(HTMLParser):
         self.text.append(data)
 
 
-def _read(page: Path) -> _Reader:
+def read_page(page: Path) -> _Reader:
     reader = _Reader()
     reader.feed(page.read_text(encoding="utf-8"))
     assert reader.open == []
@@ -68,7 +68,7 @@ def page(records, tmp_path_factory) -> Path:
 
 
 def test_the_page_is_self_contained(page):
-    text, reader = page.read_text(encoding="utf-8"), _read(page)
+    text, reader = page.read_text(encoding="utf-8"), read_page(page)
     assert reader.references
     assert all(reference.startswith("#") for reference in reader.references)
     assert {reference[1:] for reference in reader.references} <= set(reader.ids)
@@ -179,7 +179,7 @@ def test_everything_from_records_is_escaped(make, tmp_path):
         record["environment"] = {evil: evil}
     records.append(make("l1", 3, status="failed", reason=evil))
     page = report.build(records, tmp_path, title=None)
-    reader = _read(page)
+    reader = read_page(page)
     assert "script" not in reader.tags
     assert evil in "".join(reader.text)
 
@@ -198,7 +198,7 @@ def test_equal_records_give_equal_bytes(make, tmp_path):
 def test_several_studies_on_one_page(make, tmp_path):
     records = [make(m, s) | {"data": data} for data in ("cifar10", "digits") for m in ("dense", "l1") for s in (0, 1)]
     page = report.build(records, tmp_path)
-    reader = _read(page)
+    reader = read_page(page)
     assert {"s0-study", "s1-study"} <= set(reader.ids)
     assert len(reader.ids) == len(set(reader.ids))
     assert (tmp_path / "tables" / "2-vgg16-on-digits-comparison.csv").exists()
@@ -218,13 +218,13 @@ def test_thin_material_still_gives_a_page(make, tmp_path, case):
         "accuracy only": [make(m, s) | {"result": {"top1": 90.0 + s}, "history": []} for m, s in pairs],
         "equal values": [make(m, s, top1=90.0, top5=99.0, inference_seconds=1.0) for m, s in pairs],
     }[case]  # fmt: skip
-    _read(report.build(records, tmp_path))
+    read_page(report.build(records, tmp_path))
     assert report.verdict(records)
 
 
 def test_a_foreign_table(reference, tmp_path):
     page = report.build(report.read_table(reference / "figures_4_5.csv"), tmp_path)
-    text = "".join(_read(page).text)
+    text = "".join(read_page(page).text)
     for figure in (".0332", ".1979", ".8722", ".0610", ".3302", ".0384", ".0222", "−0.698 points"):
         assert figure in text
     assert "But the speed-up itself is suspect" in text
@@ -249,15 +249,15 @@ def _chromium() -> str:
     pytest.skip("no Chromium to open the page with")
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1200, 1), (390, 1), (1200, 0)], ids=["desk", "phone", "dark"])
-def test_a_browser_shows_it(page, tmp_path, width, scheme):
+def look(page: Path, folder: Path, width: int, scheme: int) -> None:
+    """Open a page in a browser: it is filled, in the theme's colours, and nothing sticks out to the right."""
     from PIL import Image
 
-    picture = tmp_path / "page.png"
+    picture = folder / "page.png"
     command = [
         _chromium(), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
         "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
-        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--user-data-dir={folder / 'profile'}",
         f"--blink-settings=preferredColorScheme={scheme}", f"--screenshot={picture}", f"--window-size={width},2400",
         page.as_uri(),
     ]  # fmt: skip
@@ -268,6 +268,11 @@ def test_a_browser_shows_it(page, tmp_path, width, scheme):
     assert paper == ((247, 245, 240) if scheme else (19, 21, 24))
     assert 1 - counts[paper] / (image.width * image.height) > 0.05
     assert len(counts) > 200
-    # Nothing sticks out to the right: the outermost columns are paper from top to bottom.
+    # The outermost columns are paper from top to bottom.
     edge = image.crop((image.width - 12, 0, image.width, image.height))
     assert edge.getcolors() == [(12 * image.height, paper)]
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1200, 1), (390, 1), (1200, 0)], ids=["desk", "phone", "dark"])
+def test_a_browser_shows_it(page, tmp_path, width, scheme):
+    look(page, tmp_path, width, scheme)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -15,6 +14,7 @@ from ...surgery.checkpoint import load
 from ..trials.config import Comparison, Setting
 from ..trials.context import RunContext
 from ..trials.records import Record
+from ..trials.start import Start
 from .recipe import CountedTrial, PruningRecipe
 
 
@@ -26,7 +26,7 @@ def setting(
     width: float = 1.0,
     epochs_scale: float = 1.0,
     retrain: str | None = None,
-    weights: Path | None = None,
+    start: Start | None = None,
     training: Mapping[str, Any] | None = None,
 ) -> Setting:
     """What a recipe says, for trials.
@@ -37,7 +37,7 @@ def setting(
     - `width`: multiplier on every layer's width.
     - `epochs_scale`: all numbers of epochs times this, at least one each.
     - `retrain`: which of the recipe's retraining schedules; None: the first.
-    - `weights`: of a dense network that is trained already.
+    - `start`: the weights of a dense network that is trained already.
     - `training`: fields of `training.Recipe` that hold for all training, such as the precision.
 
     **Raises:** `ConfigError` for a scale that is not positive, or an unknown schedule.
@@ -66,7 +66,8 @@ def setting(
         shares=recipe.keep,
         follow=recipe.follow,
         scratch=_scaled(recipe.scratch or {}, epochs_scale),
-        weights=None if weights is None else str(weights),
+        weights=start.weights if start else None,
+        start=start.entries if start else {},
     )
 
 
@@ -83,7 +84,7 @@ def counted(recipe: PruningRecipe, records: Iterable[Record], context: RunContex
     found = []
     for record in records:
         if record["status"] == "finished":
-            model = load(context.model_file(record["id"]), context.build, device=context.device)
+            model = load(context.model_file(record["id"]), context.fresh, device=context.device)
             found.append(CountedTrial(record, *counts(model, context.example, recipe.paper.uncounted)))
     return found
 

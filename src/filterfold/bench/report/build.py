@@ -6,18 +6,18 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 from ...errors import ConfigError
 from ...utils.io import write_text
 from ...utils.progress import track
 from . import costs, tables
-from .figure import Plot, Style, css, group_styles
-from .format import points, signed, times
+from .figure import Plot, Style, group_styles
+from .format import plural, points, signed, times
 from .plots import all_plots
 from .study import COMPARED, TESTED, Record, Study, studies
 from .table import Table
+from .template import render
 from .verdict import Judgement, accuracy_words, headline, judge, pace_words, power_words, sentence
 from .warnings import StudyWarning, find_warnings
 
@@ -105,7 +105,17 @@ def build(
                 plot.write(folder / "plots", prefix)
     heading = title or "; ".join(study.title for study in found if study.title) or "Comparison of trials"
     page = folder / PAGE
-    write_text(page, _render(chapters, heading, margin))
+    facts = list(_facts(chapters, margin))
+    text = render(
+        "page.html.j2",
+        kind="comparison",
+        title=heading,
+        facts=facts,
+        chapters=chapters,
+        badges=_badges,
+        words=_words,
+    )
+    write_text(page, text)
     _log.info("report on %d studies written to %s", len(found), page)
     return page
 
@@ -164,46 +174,17 @@ def _chapter(study: Study, prefix: str, margin: float) -> Chapter:
     return Chapter(study, prefix, styles, judgements, warnings, filled)
 
 
-def _render(chapters: Sequence[Chapter], title: str, margin: float) -> str:
-    """The page: one HTML file with everything in it: no network, no script, light and dark, screen and paper.
-
-    Jinja2 escapes everything that comes from records; the plots' markup is passed through, since Matplotlib escapes it.
-    """
-    from jinja2 import Environment, StrictUndefined
-
-    from ... import __version__
-
-    here = files(__package__)
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    template = environment.from_string(here.joinpath("page.html.j2").read_text(encoding="utf-8"))
-    text = template.render(
-        chapters=chapters,
-        title=title,
-        facts=list(_facts(chapters, margin)),
-        badges=_badges,
-        words=_words,
-        css=css,
-        style_sheet=here.joinpath("page.css").read_text(encoding="utf-8"),
-        version=__version__,
-    )
-    return f"{text.strip()}\n"
-
-
 def _facts(chapters: Sequence[Chapter], margin: float) -> Iterator[str]:
     """What the header says: how many trials and settings, the control, the margin."""
     trials, failed, settings = (
         sum(len(getattr(c.study, name)) for c in chapters) for name in ("trials", "failed", "groups")
     )
-    yield _plural(trials, "trial") + (f", {failed} failed" if failed else "")
-    yield _plural(settings, "setting")
+    yield plural(trials, "trial") + (f", {failed} failed" if failed else "")
+    yield plural(settings, "setting")
     controls = dict.fromkeys(c.study.control for c in chapters if c.study.control)
     if controls:
         yield f"control: {', '.join(controls)}"
         yield f"margin: {points(margin)} of top-1"
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _words(j: Judgement) -> str:

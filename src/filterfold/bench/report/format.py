@@ -123,6 +123,15 @@ def points(x: float) -> str:
     return f"{x:g} point" + ("" if x == 1 else "s")
 
 
+def plural(count: int, noun: str, many: str | None = None) -> str:
+    """A count with its noun.
+
+    >>> plural(1, "trial"), plural(2, "trial"), plural(3, "child", "children")
+    ('1 trial', '2 trials', '3 children')
+    """
+    return f"{count} {noun}" if count == 1 else f"{count} {many or f'{noun}s'}"
+
+
 def significant(x: float, digits: int) -> str:
     """So many significant digits, never in scientific notation unless tiny."""
     if x == 0:

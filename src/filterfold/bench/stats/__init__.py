@@ -20,6 +20,7 @@ from .tests import (
     mean_interval,
     mean_ratio,
     permutation,
+    proportion_interval,
     summarise,
 )
 
@@ -40,6 +41,7 @@ __all__ = [
     "mean_interval",
     "mean_ratio",
     "permutation",
+    "proportion_interval",
     "resolvable_difference",
     "summarise",
     "trials_needed",

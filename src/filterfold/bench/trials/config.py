@@ -11,11 +11,12 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from ...errors import ConfigError, RecordError
 from ...utils.io import write_json
 from .method_names import Method
+from .start import Start
 
 FORMAT = 1
 
@@ -34,6 +35,9 @@ CONTROLS = ("dense-long", "random", "scratch", "online-l1")
 """What `compare` runs by default, and the controls that a gain must be held against: the dense network trained for as
 long as the retrained ones, filters dropped by chance, the small network from fresh weights, and the schedule of the
 online method with the original criterion."""
+
+
+Teacher = Literal["file", "before the cut", "at the start", "before the first cut"]
 
 
 class Described(TypedDict):
@@ -65,7 +69,11 @@ class Setting:
     - `follow`: `shortcut`, or None; see `criteria.score`.
     - `retrain`, `scratch`: fields of `training.Recipe` in which retraining, and training the small network from
       scratch, differ from a constant `retrain_lr`, and from `recipe`.
-    - `weights`: file with the dense network's weights, which is then not trained.
+    - `weights`: file with the weights that networks begin with. Without `start`'s `tune` they are those of the dense
+      network, which is then not trained.
+    - `start`: what else is to be known about them: the other fields of `Start`.
+    - `distill`: how methods with `+distill` are taught: `weight` and `temperature` (see `ff.Distillation`), `teacher`,
+      a file with a network's weights, and their `fingerprint`.
     """
 
     model: str
@@ -82,6 +90,8 @@ class Setting:
     retrain: Mapping[str, Any] = field(default_factory=dict)
     scratch: Mapping[str, Any] = field(default_factory=dict)
     weights: str | None = None
+    start: Mapping[str, Any] = field(default_factory=dict)
+    distill: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse values that make no sense."""
@@ -93,6 +103,19 @@ class Setting:
         ):
             if not good:
                 raise ConfigError(f"{name} = {value:g} makes no sense here")
+        try:
+            self.begins  # noqa: B018  # refuses what makes no sense
+        except TypeError as error:
+            raise ConfigError(f"start has an entry that this version does not know: {error}") from error
+
+    @property
+    def begins(self) -> Start:
+        """What networks begin with."""
+        return Start(self.weights, **self.start)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; fields that came later only where they are used, so that names of trials stay as they were."""
+        return _without_unused(asdict(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +130,8 @@ class Trial:
       many as cost what the online method costs; `online`: fold clusters while training;
       `online-<criterion>`: the same schedule, but drop by that criterion;
       `online-centroid`: the same, but replace filters by their cluster's mean and remove none;
-      `online…+repair`, `online…+distill`: with additions (see `method_names.ADDITIONS`).
+      `online…+repair`, `online…+distill`: with additions (see `method_names.ADDITIONS`); `l1+distill`,
+      `scratch+distill`: with a teacher, too.
     - `seed`: of the initial weights, the batches, and the augmentation.
     - `clusters`: filters that stay in every layer (online methods), or None.
     - `keep`: share of the filters that stays, or None (criteria: the paper's own widths where it gives some, else
@@ -143,13 +167,33 @@ class Trial:
             raise ConfigError(f"method {self.method!r} takes no number of clusters; give a share to keep")
         if self.parsed.kind == "dense" and given:
             raise ConfigError(f"method {self.method!r} cuts nothing, so it takes no share to keep")
+        if self.parsed.is_taught and self.teacher is None:
+            raise ConfigError(f"method {self.method!r}: no network is cut that could teach; give --teacher FILE")
         if len(given) > 1:
             raise ConfigError(f"method {self.method!r}: give a share of the filters or of the MACs to keep, not both")
 
     @property
+    def teacher(self) -> Teacher | None:
+        """Who teaches a method with `+distill`: the network of a file; else that before the cut of a one-shot method.
+
+        Of an online method it is the network that training starts with, or, where that knows nothing of these classes
+        (fresh weights, a new classifier), the one before the first cut, from then on.
+        """
+        if "teacher" in self.setting.distill:
+            return "file"
+        if self.parsed.kind != "online":
+            return "before the cut" if self.parsed.kind == "one-shot" else None
+        knows = self.setting.begins.given and not self.setting.begins.new_head
+        return "at the start" if knows else "before the first cut"
+
+    @property
     def online_options(self) -> dict[str, Any]:
         """Options for `OnlineCallback`: the setting's, changed by the method's additions."""
-        return {"schedule": "gradual", **self.setting.online, **self.parsed.options}
+        options = {"schedule": "gradual", **self.setting.online, **self.parsed.options}
+        if self.parsed.is_taught and self.teacher == "before the first cut":
+            names = {"weight": "distill", "temperature": "temperature"}
+            return options | {names[key]: value for key, value in self.setting.distill.items()}
+        return {key: value for key, value in options.items() if not (key == "distill" and self.parsed.is_taught)}
 
     @property
     def label(self) -> str:
@@ -172,11 +216,9 @@ class Trial:
     @property
     def options(self) -> dict[str, Any]:
         """All that is not method, model, data, and seed."""
-        shared = asdict(self.setting)
-        later = ("shares", "follow", "retrain", "scratch", "weights")  # left out where unused: ids stay as they were
-        shown = (key for key in shared if key not in ("model", "data") and (key not in later or shared[key]))
+        shared = self.setting.to_dict()
         macs = {} if self.macs is None else {"macs": self.macs}
-        return {"keep": self.keep} | macs | {key: shared[key] for key in shown}
+        return {"keep": self.keep} | macs | {key: shared[key] for key in shared if key not in ("model", "data")}
 
     def to_dict(self) -> Described:
         """Plain values: the beginning of the trial's record."""
@@ -266,7 +308,7 @@ class Comparison:
         **Raises:** `RecordError` if the folder holds another comparison, or files that are none of ours.
         """
         entries = self.entries(folder, ours=ours)
-        document = {"format": FORMAT, "setting": asdict(self.setting), "trials": entries, "command": command}
+        document = {"format": FORMAT, "setting": self.setting.to_dict(), "trials": entries, "command": command}
         write_json(Path(folder) / FILE, document)
 
     def entries(self, folder: Path, *, ours: bool = False) -> dict[str, Any]:
@@ -274,13 +316,23 @@ class Comparison:
         entries = {trial.id: _budget(trial) for trial in self.trials}
         if (Path(folder) / FILE).exists():
             found = description(Path(folder))
-            difference = _difference(found["setting"], json.loads(json.dumps(asdict(self.setting))))
-            if difference:
+            there, here = _without_unused(found["setting"]), json.loads(json.dumps(self.setting.to_dict()))
+            if difference := _difference(there, here):
+                if difference.startswith("start.fingerprint"):
+                    difference = f"{self.setting.weights or 'the hub'} holds other weights now: {difference}"
                 raise RecordError(f"{folder} holds a different comparison ({difference}); give another folder")
             return {**found["trials"], **entries}
         if not ours and Path(folder).is_dir() and any(Path(folder).glob("[!.]*")):
             raise RecordError(f"{folder} is not empty and holds no comparison; give another folder")
         return entries
+
+
+_LATER = ("shares", "follow", "retrain", "scratch", "weights", "start", "distill")
+"""Fields of a setting that came after the first records."""
+
+
+def _without_unused(setting: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in setting.items() if value or name not in _LATER}
 
 
 def _budgets(method: str, clusters: Sequence[int], shares: list[dict[str, Any]]) -> list[dict[str, Any]]:

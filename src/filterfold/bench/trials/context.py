@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from ... import data as datasets
 from ...errors import ConfigError
+from ...surgery.weights import Loaded, Weights
 from ...training import Callback, Recipe, Row, Tracker, check_trackers, tracking, train
 from ...training.evaluate import check_fit
 from ...zoo import build
 from .config import Setting, Trial
+from .start import Start
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -89,13 +91,19 @@ class RunContext:
         check_trackers(self.trackers)
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the images: another process loads its own."""
-        return {name: value for name, value in self.__dict__.items() if name != "data"}
+        """All but images and weights: another process loads its own."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("data", "weights")}
 
     @cached_property
     def data(self) -> datasets.ImageData:
         """The data set, loaded when it is first asked for."""
         return datasets.load(self.setting.data, cache_dir=self.cache_dir, **self.setting.data_options)
+
+    @cached_property
+    def weights(self) -> Weights | None:
+        """What networks begin with, read when it is first asked for; None: fresh weights."""
+        start = self.setting.begins
+        return start.read(self.setting.model, self.data.channels) if start.given else None
 
     @property
     def example(self) -> Tensor:
@@ -103,17 +111,67 @@ class RunContext:
         return torch.zeros(1, self.data.channels, self.data.image_size, self.data.image_size, device=self.device)
 
     def build(self, seed: int = 0) -> nn.Module:
-        """The dense network on the device, with a seed's initial weights; the global random state stays as it was."""
+        """The dense network on the device, as training begins with it; the global random state stays as it was.
+
+        It has the weights of the setting, and what these don't fill (a new classifier) is drawn by the seed.
+        """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = build(
-                self.setting.model,
-                classes=len(self.data.classes),
-                channels=self.data.channels,
-                width=self.setting.width,
-                image_size=self.data.image_size,
-            )
+            model = self._drawn()
+            self._begin(model)
         return model.to(self.device)
+
+    def fresh(self, seed: int = 0) -> nn.Module:
+        """The same network with all its weights drawn by the seed, whatever the setting begins with."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self._drawn().to(self.device)
+
+    @property
+    def begins_smaller(self) -> bool:
+        """Whether the weights of the setting are those of a network that was pruned already."""
+        if self.weights is None or not self.weights.header:
+            return False
+        sizes = [[parameter.shape for parameter in model.parameters()] for model in (self.build(), self.fresh())]
+        return sizes[0] != sizes[1]
+
+    def _drawn(self) -> nn.Module:
+        return build(
+            self.setting.model,
+            classes=len(self.data.classes),
+            channels=self.data.channels,
+            width=self.setting.width,
+            image_size=self.data.image_size,
+        )
+
+    def _begin(self, model: nn.Module) -> Loaded | None:
+        if self.weights is None:
+            return None
+        return self.weights.into(model, new_head=self.setting.begins.new_head, classes=len(self.data.classes))
+
+    def teacher(self) -> nn.Module:
+        """The network of the setting's teacher file, on the CPU.
+
+        **Raises:** `CheckpointError` if it does not fit, `RecordError` if it is another than the runs began with.
+        """
+        file = Start(self.setting.distill["teacher"], fingerprint=self.setting.distill.get("fingerprint", ""))
+        with torch.random.fork_rng(devices=[]):
+            model = self._drawn()
+        file.read(self.setting.model, self.data.channels).into(model, classes=len(self.data.classes))
+        return model
+
+    def told(self) -> str | None:
+        """In words what the networks begin with and how images are normalised; None where both are the usual."""
+        loaded = self._begin(self._drawn())
+        if self.weights is None or loaded is None:
+            return None
+        mean, deviation = ([f"{value:.3g}" for value in values] for values in self.data.train.normalization)
+        about = "; ".join(filter(None, (f"fingerprint {self.setting.begins.fingerprint}", str(loaded))))
+        size = f"{self.data.channels}x{self.data.image_size}x{self.data.image_size}"
+        return (
+            f"begins with {self.weights.source} ({about})\n"
+            f"images: {size}, mean {' '.join(mean)}, deviation {' '.join(deviation)}"
+        )
 
     def recipe(self, seed: int, **changes: Any) -> Recipe:
         """The setting's training recipe for a seed."""
@@ -172,7 +230,8 @@ class RunContext:
 
         **Raises:** the `FilterfoldError` that says so.
         """
-        self.recipe(0)
+        for changes in ({}, self.setting.retrain, self.setting.scratch):
+            self.recipe(0, **changes)
         check_fit(self.build(), self.example, len(self.data.classes))
 
     def model_file(self, trial_id: str) -> Path:

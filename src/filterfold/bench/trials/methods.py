@@ -1,7 +1,8 @@
-"""The methods, one function each: from fresh weights to the final network.
+"""The methods, one function each: from the first weights to the final network.
 
-Initial weights and every random choice come from the trial's seed, so trials of one seed are paired: they start from
-the same weights and see the same batches. The dense network that several trials begin with is trained once and kept;
+Every method begins with the weights of the setting, `scratch` excepted; without any, they are drawn. What is drawn, and
+every random choice, comes from the trial's seed, so trials of one seed are paired: they start from the same weights and
+see the same batches. The dense network that several trials begin with is trained once and kept;
 its training counts in full for each of them.
 """
 
@@ -17,11 +18,12 @@ from torch import nn
 
 from ...errors import ConfigError, RecordError
 from ...graph import trace
-from ...online import ClusterRow, OnlineCallback
+from ...online import ClusterRow, Distillation, DistillationCallback, OnlineCallback
 from ...plan import Plan
 from ...pruning.budgets.patterns import by_group
-from ...pruning.prune import Scoring, prune
-from ...surgery.checkpoint import load, load_weights, save
+from ...pruning.prune import prune
+from ...pruning.scored import Scoring
+from ...surgery.checkpoint import load, save
 from ...training import Row
 from ...utils.io import write_json
 from .config import Trial
@@ -65,6 +67,7 @@ def one_shot(trial: Trial, context: RunContext) -> Trained:
     trained = base(trial, context)
     context.deadline.check()
     setting, method, model = trial.setting, trial.parsed, trained.model
+    taught = teachers(trial, context, model)
     rounds = _rounds(trial, context, model) if method.strategy == "iterative" else [budget(trial)]
     history: list[Row] = []
     plans: list[Plan] = []
@@ -87,7 +90,7 @@ def one_shot(trial: Trial, context: RunContext) -> Trained:
         if epochs:
             recipe = {"lr": setting.retrain_lr, "schedule": "constant", **setting.retrain, "epochs": epochs}
             name = "retraining" if len(rounds) == 1 else f"retraining-{number}"
-            rows = context.train(trial, model, checkpoint=name, phase="retrain", **recipe)
+            rows = context.train(trial, model, checkpoint=name, phase="retrain", callbacks=taught, **recipe)
             before = len(history)
             history += [{**row, "epoch": row["epoch"] + before} for row in rows]
     return Trained(model, trained.history + history, plans)
@@ -99,9 +102,10 @@ def scratch(trial: Trial, context: RunContext) -> Trained:
     The units that stay are drawn at random from the freshly drawn ones, so no weight is better than chance.
     """
     recipe = {**trial.setting.scratch, **paid_epochs(trial, context)}
-    model = context.build(trial.seed)
+    model = context.fresh(trial.seed)
     plan = shrink(trial, context, model, budget(trial)).plan
-    return Trained(model, context.train(trial, model, **recipe), [plan])
+    history = context.train(trial, model, callbacks=teachers(trial, context, model), **recipe)
+    return Trained(model, history, [plan])
 
 
 def online(trial: Trial, context: RunContext) -> Trained:
@@ -110,9 +114,9 @@ def online(trial: Trial, context: RunContext) -> Trained:
     reads_data = trial.parsed.criterion or trial.parsed.additions
     callback = online_callback(trial, context.loader(trial.seed) if reads_data else None)
     model = context.build(trial.seed)
-    history = context.train(trial, model, callbacks=(callback,), **recipe)
+    history = context.train(trial, model, callbacks=(callback, *teachers(trial, context, model)), **recipe)
     assert callback.online is not None
-    return Trained(model, history, tuple(callback.online.plans), callback.online.history)
+    return Trained(model, history, tuple(callback.online.plans), callback.history)
 
 
 def online_callback(trial: Trial, loader: Sequence[Any] | None = None) -> OnlineCallback:
@@ -135,12 +139,26 @@ def online_callback(trial: Trial, loader: Sequence[Any] | None = None) -> Online
         raise ConfigError(f"online clustering has an option that this version does not know: {error}") from error
 
 
+def teachers(trial: Trial, context: RunContext, network: nn.Module) -> tuple[DistillationCallback, ...]:
+    """The teacher of a trial with `+distill`: of the setting's file, or this network as it is now.
+
+    None where there is no teacher, or `OnlineCallback` makes it at the first cut.
+
+    **Raises:** `ConfigError` for a weight or temperature that makes no sense; what `RunContext.teacher` raises.
+    """
+    if not trial.parsed.is_taught or trial.teacher == "before the first cut":
+        return ()
+    how = {name: value for name, value in trial.setting.distill.items() if name in ("weight", "temperature")}
+    return (
+        DistillationCallback(Distillation(context.teacher() if trial.teacher == "file" else network, **how).to("cpu")),
+    )
+
+
 def base(trial: Trial, context: RunContext) -> Trained:
-    """The dense network of the trial's seed: from the setting's file, from an earlier trial, or trained and kept."""
+    """The dense network of the trial's seed: trained already, from an earlier trial, or trained now and kept."""
     trial = trial.base
     model = context.build(trial.seed)
-    if trial.setting.weights is not None:
-        load_weights(model, trial.setting.weights)
+    if trial.setting.begins.given and not trial.setting.begins.tune:
         return Trained(model, [])
     about, weights = (context.base_file(trial.id, suffix) for suffix in (".json", ".safetensors"))
     with context.locked(f"base-{trial.id}"):  # trials of one seed may run at the same time
@@ -160,7 +178,8 @@ def base(trial: Trial, context: RunContext) -> Trained:
 def needed_base(trial: Trial, context: RunContext) -> str | None:
     """The id of the dense training that a trial would have to do first, or None: it uses none, or there is one."""
     method = trial.parsed
-    if method.kind not in ("dense", "one-shot") or method.long or trial.setting.weights is not None:
+    start = trial.setting.begins
+    if method.kind not in ("dense", "one-shot") or method.long or (start.given and not start.tune):
         return None
     name = trial.base.id
     return None if context.base_file(name, ".json").exists() else name

@@ -219,6 +219,8 @@ def compare(
     with _alone_in(folder):
         comparison.claim(folder, command, ours=fresh and clear(folder))
         missing = _missing(comparison, folder)
+        if missing and (begins := context.told()):
+            log.info("%s", begins)
         try:
             with closing(engine(missing, Runner(context, command))) as running:
                 for record in track(running, "trials", len(missing)):

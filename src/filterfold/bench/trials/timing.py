@@ -138,7 +138,7 @@ class _TimingPass:
         self.finished, self.context, self.asked, self.key = finished, context, list(batch_sizes), key
         self.columns = _columns(context, batch_sizes)
         self.models = [
-            load(context.model_file(record["id"]), partial(context.build, record["seed"]), device=context.device)
+            load(context.model_file(record["id"]), partial(context.fresh, record["seed"]), device=context.device)
             for record in finished
         ]
         self.seconds: dict[str, list[list[float]]] = {name: [[] for _ in [*finished, None]] for name in self.columns}

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from ...errors import FilterfoldError
+from ...errors import ConfigError, FilterfoldError
 from ...plan import Plan
 from ...profiling.macs import Cost, measure
 from ...surgery.checkpoint import save
@@ -18,8 +18,9 @@ from . import records
 from .config import Trial
 from .context import RunContext
 from .costs import train_images, train_macs
-from .methods import online_callback, train_by_method
+from .methods import online_callback, teachers, train_by_method
 from .records import Dense, Record, Result
+from .start import input_of
 from .timing import measure_alone
 
 
@@ -43,7 +44,10 @@ def run_trial(trial: Trial, context: RunContext, *, command: str | None = None) 
     with context.tracked(trial) as trackers:
         for tracker in trackers:
             tracker.final({"top1": metrics.top1, "top5": metrics.top5, "macs": final.macs, "weights": final.weights})
-    about = {"trial": json.dumps(trial.to_dict(), sort_keys=True)}
+    about = {
+        "trial": json.dumps(trial.to_dict(), sort_keys=True),
+        "input": input_of(context.data, trial.setting.data_options),
+    }
     save(trained.model, context.model_file(trial.id), plan=tuple(trained.plans), metadata=about)
     result = Result(
         top1=metrics.top1,
@@ -85,9 +89,18 @@ def check(trials: Iterable[Trial], context: RunContext) -> None:
 
     **Raises:** the `FilterfoldError` that says so.
     """
+    taught = False
     for trial in trials:
         if trial.parsed.is_online:
             online_callback(trial)
+        if trial.parsed.is_taught and not taught:
+            teachers(trial, context, context.build())
+            taught = True
+        if trial.parsed.kind == "scratch" and context.begins_smaller:
+            raise ConfigError(
+                f"method {trial.method!r}: {trial.setting.weights} is pruned already, and nothing builds a network of "
+                "its size with fresh weights; leave that method out"
+            )
     context.check()
 
 

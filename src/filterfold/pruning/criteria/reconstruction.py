@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from math import ceil
 from typing import Any
 
 import torch
@@ -10,14 +11,14 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...plan import ChannelGroup, Slice
-from ...utils.inputs import call
+from ...utils.inputs import batch_of, call
 from ...utils.model_state import preserved
-from ..reconstruction import Inputs, observed, ridged, unsolvable
+from ...utils.modules import named_tensors
+from ..reconstruction.least_squares import RIDGES, Problem, best_ridge, exact, ridged
+from ..reconstruction.operations import Key, Products
+from ..reconstruction.passes import rows_for
+from ..reconstruction.products import Product, Sample
 from .registry import Batch, Evidence, criterion
-
-RIDGE = 1e-3
-"""Weight of staying near the present kernels, relative to the inputs' mean square: the default of `repair`."""
-
 
 _LARGEST = 8192
 """Inputs of a layer, at most: their products take 512 MiB."""
@@ -27,26 +28,64 @@ _AT_ONCE = 64
 """Of so many units that are left, one goes at a time."""
 
 
+class _Inputs:
+    """The inputs X of one layer: XᵀX and their sums, in float64, for every group and half of the examples."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+        self.centred = False
+        groups, features, _ = weight.shape
+        self._products = weight.new_zeros(2, groups, features, features)
+        self._sums = weight.new_zeros(2, groups, features)
+        self._counts = [0, 0]
+
+    def add(self, x: Tensor, *, second: bool) -> None:
+        """Add rows of one half: shape `(groups, rows, inputs)`."""
+        self._products[int(second)] += x.mT @ x
+        self._sums[int(second)] += x.sum(1)
+        self._counts[second] += x.shape[1]
+
+    def grams(self) -> list[Tensor]:
+        """XᵀX of both halves, and of all, of the centred inputs where means are free."""
+        halves = zip((*self._products, self._products.sum(0)), (*self._sums, self._sums.sum(0)), strict=True)
+        counts = (*self._counts, sum(self._counts))
+        return [
+            gram - sums[:, :, None] * sums[:, None, :] / max(count, 1) if self.centred else gram
+            for (gram, sums), count in zip(halves, counts, strict=True)
+        ]
+
+
 class _Reader:
     """One layer that reads a group: what it loses with each unit when the others make good what they can.
 
     With X its centred inputs, W its kernels and H = (XᵀX + λ)⁻¹, leaving out the inputs b and solving the others anew
     costs tr(W_bᵀ H_bb⁻¹ W_b); then W and H are those of the layer without b (Hassibi & Stork 1993, equations 5 and 9,
-    for blocks of weights and for all outputs at once).
+    for blocks of weights and for all outputs at once). λ is the ridge of `RIDGES` that serves best where every second
+    unit is left out: the others are solved anew on half of the examples, and judged on the other half.
     """
 
-    def __init__(self, part: Slice, module: Any, inputs: Inputs) -> None:
-        weight = inputs.kernels(module)
-        gram = inputs.gram()
-        self.energy = float((weight * (gram @ weight)).sum()) or 1.0
-        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(ridged(gram, RIDGE)))
-        self.weight = weight
-        each = weight.shape[1] // len(part.units)  # kernel positions of a channel
+    def __init__(self, units: Sequence[int], weight: Tensor, grams: Sequence[Tensor], energy: float) -> None:
+        self.energy = energy
+        each = weight.shape[1] // len(units)  # kernel positions of a channel
         owned: dict[int, list[int]] = {}
-        for place, unit in enumerate(part.units):
+        for place, unit in enumerate(units):
             if unit >= 0:
                 owned.setdefault(unit, []).extend(range(place * each, (place + 1) * each))
         self.owned = owned
+        self.weight = weight
+        *halves, gram = grams
+        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(ridged(gram, self._ridge(halves), len(gram[0]))))
+
+    def _ridge(self, halves: Sequence[Tensor]) -> float:
+        gone = sorted(place for unit in sorted(self.owned)[1::2] for place in self.owned[unit])
+        left, at = (self._index(places) for places in (sorted({*range(self.weight.shape[1])} - {*gone}), gone))
+        lost = self.weight[:, at]
+        problems = []
+        for gram in halves:
+            columns = gram[:, :, at] @ lost
+            error = float((lost * columns[:, at]).sum())
+            problems.append(Problem(gram[:, left][:, :, left], columns[:, left], error, len(left)))
+        return min(best_ridge(problems), RIDGES[1])
 
     def costs(self, units: Sequence[int]) -> Tensor:
         """Loss of each unit, as a share of the layer's output: shape `(len(units),)`."""
@@ -79,35 +118,68 @@ class _Reader:
         self.owned = {unit: [new[place] for place in places] for unit, places in self.owned.items()}
 
     def _index(self, places: Any) -> Tensor:
-        return torch.tensor(places, device=self.weight.device)
+        return torch.tensor(places, device=self.weight.device, dtype=torch.int64)
+
+
+class _Gather(Products):
+    """Adds up what the layers that read groups are given by `examples` examples, a `share` of all."""
+
+    def __init__(
+        self, model: nn.Module, found: dict[Key, _Inputs], wanted: set[str], examples: int, share: float
+    ) -> None:
+        super().__init__(model)
+        self._found, self._wanted, self._examples, self._share = found, wanted, examples, share
+
+    def before(self, key: Key, product: Product) -> None:
+        """Add up a sample of rows."""
+        kernel = product.form(product.weight)
+        if key[0] not in self._wanted or kernel.shape[1] > _LARGEST:
+            return
+        inputs = self._found.setdefault(key, _Inputs(exact(kernel).contiguous()))
+        inputs.centred |= product.bias is not None
+        rows = ceil(rows_for(kernel.shape[1]) * self._share)
+        sample = Sample.draw(product, rows, examples=self._examples, seed=len(self._found))
+        for piece, data in product.inputs(sample):
+            inputs.add(exact(data), second=piece.second)
+
+
+def _gathered(
+    model: nn.Module, wanted: set[str], batches: Iterable[Batch]
+) -> tuple[dict[Key, _Inputs], dict[str, str]]:
+    """The inputs of the layers whose kernels these are; and what else reads parameters."""
+    found: dict[Key, _Inputs] = {}
+    others: dict[str, str] = {}
+    images = [inputs for inputs, _ in batches]
+    counts = [batch_of(inputs) or 1 for inputs in images]
+    for inputs, count in zip(images, counts, strict=True):
+        with (
+            preserved(model),
+            torch.inference_mode(),
+            _Gather(model, found, wanted, count, count / sum(counts)) as watch,
+        ):
+            call(model, inputs)
+        others |= watch.others
+        for key in watch.normed & found.keys():
+            found[key].centred = True
+    return found, others
 
 
 def _losses(model: nn.Module, groups: Sequence[ChannelGroup], batches: Iterable[Batch], _loss: Any) -> Evidence:
     """Group name → what the layers behind it lose with each unit, shape `(size,)`."""
-    modules: dict[str, Any] = {}
-    reasons: dict[str, str] = {}
-    for part in _kernels(groups):
-        name, _, leaf = part.tensor.rpartition(".")
-        module: Any = model.get_submodule(name)
-        reason = unsolvable(module, leaf, model)
-        if reason is None and (size := module.weight[0].numel()) > _LARGEST:
-            reason = f"it has {size} inputs, more than {_LARGEST}"
-        if reason is None:
-            modules[name] = module
-        else:
-            reasons[part.tensor] = reason
-    with preserved(model), torch.no_grad(), observed(model, modules) as inputs:
-        for batch, _ in batches:
-            call(model, batch)
+    first: dict[int, str] = {}
+    names = {name: first.setdefault(id(tensor), name) for name, tensor in named_tensors(model)}
+    tensors = dict(named_tensors(model))
+    inputs, others = _gathered(model, {names[part.tensor] for part in _kernels(groups)}, batches)
     found = {}
     for group in groups:
         readers, why = [], []
         for part in _kernels([group]):
-            name = part.tensor.rpartition(".")[0]
-            if name in inputs:
-                readers.append(_Reader(part, modules[name], inputs[name]))
-            else:
-                why.append(f"{part.tensor}: {reasons.get(part.tensor, 'did not run')}")
+            own = [entry for key, entry in inputs.items() if key[0] == names[part.tensor]]
+            readers += [reader for entry in own for reader in _readers(part.units, entry)]
+            if not own:
+                size = tensors[part.tensor][0].numel()
+                reason = others.get(names[part.tensor], "no product") + " reads it"
+                why.append(f"{part.tensor}: " + (reason if size <= _LARGEST else f"more than {_LARGEST} inputs"))
         if not readers:
             reason = "; ".join(why) or "no layer reads it"
             raise ConfigError(f"criterion 'reconstruction' can't score group {group.name!r} ({reason}): ignore it")
@@ -117,6 +189,20 @@ def _losses(model: nn.Module, groups: Sequence[ChannelGroup], batches: Iterable[
 
 def _kernels(groups: Iterable[ChannelGroup]) -> list[Slice]:
     return [part for group in groups for part in group.consumers if part.role == "kernel"]
+
+
+def _readers(units: Sequence[int], inputs: _Inputs) -> list[_Reader]:
+    """One reader; or one for each group of a convolution whose groups read different units."""
+    grams, weight = inputs.grams(), inputs.weight
+    energy = float((weight * (grams[-1] @ weight)).sum()) or 1.0
+    parts, each = len(weight), len(units) // len(weight)
+    alike = [units[place * each : (place + 1) * each] for place in range(parts)]
+    if len(units) * parts == 0 or weight.shape[1] % len(units) == 0:
+        return [_Reader(units, weight, grams, energy)]
+    return [
+        _Reader(own, weight[place : place + 1], [gram[place : place + 1] for gram in grams], energy)
+        for place, own in enumerate(alike)
+    ]
 
 
 def _eliminated(size: int, readers: Sequence[_Reader]) -> Tensor:
@@ -136,7 +222,7 @@ def _eliminated(size: int, readers: Sequence[_Reader]) -> Tensor:
     return scores
 
 
-@criterion("reconstruction", gather=_losses)
+@criterion("reconstruction", gather=_losses, across_layers=True)
 def reconstruction(group: ChannelGroup, evidence: Evidence) -> Tensor:
     """What the next layers lose with a unit after they have been solved anew for the units that are left.
 

@@ -2,24 +2,106 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from ...errors import ConfigError, DataError, ModelError
-from ...utils.inputs import call
+from ...errors import ConfigError, DataError, FilterfoldError, ModelError
+from ...utils.inputs import batch_of, call
 from ...utils.model_state import preserved, random_state_preserved
 from ...utils.modules import named_tensors, unwrap
 from ...utils.progress import track
 
+MEMORY = 4 * 2**30
+"""Bytes that the activations of one pass may take at once, at most: so many images are used."""
+
+
+_LEAST = 8
+"""Images that are used whatever they take."""
+
 
 class ReachedError(Exception):
-    """Thrown out of a forward pass at the layer that is looked at: what follows is not needed."""
+    """Thrown out of a forward pass: what follows is not needed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Images:
+    """Batches as one.
+
+    **Arguments:**
+
+    - `inputs`: what the model is called with.
+    - `count`: how many examples these are; 1 where they have no common first axis.
+    - `given`: how many there were in all batches.
+    """
+
+    inputs: Any
+    count: int
+    given: int
+
+    @classmethod
+    def of(cls, batches: Sequence[Any]) -> Images:
+        """Join the batches; those that have other shapes, or other content that is no tensor, are left out."""
+        counts = [batch_of(batch) for batch in batches]
+        given = sum(count or 1 for count in counts)
+        if counts[0] is None:
+            return cls(batches[0], 1, given)
+        leaves, form = tree_flatten(batches[0])
+        marks = _marks(leaves, counts[0])
+        joined = [[leaf] if mark is not None else leaf for leaf, mark in zip(leaves, marks, strict=True)]
+        total = counts[0]
+        for batch, count in zip(batches[1:], counts[1:], strict=True):
+            others, other_form = tree_flatten(batch)
+            if (
+                count is None
+                or other_form != form
+                or _marks(others, count) != marks
+                or not _same(leaves, others, marks)
+            ):
+                continue
+            total += count or 0
+            for place, leaf in enumerate(others):
+                if marks[place] is not None:
+                    joined[place].append(leaf)
+        parts = [torch.cat(leaf) if mark is not None else leaf for leaf, mark in zip(joined, marks, strict=True)]
+        return cls(tree_unflatten(parts, form), total, given)
+
+    def first(self, count: int) -> Images:
+        """The first examples."""
+        if count >= self.count:
+            return self
+
+        def taken(leaf: Any) -> Any:
+            return leaf[:count] if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == self.count else leaf
+
+        return Images(tree_map(taken, self.inputs), count, self.given)
+
+    def that_fit(self, used: int, images: int) -> Images:
+        """As many as `MEMORY` allows, where `images` of them took `used` bytes."""
+        return self.first(max(_LEAST, int(MEMORY / max(1, used / images))))
+
+
+def _marks(leaves: Sequence[Any], count: int) -> list[Any]:
+    """For every leaf that has a row for each example, what its batches must have in common; None for others."""
+    return [
+        (leaf.shape[1:], leaf.dtype) if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == count else None
+        for leaf in leaves
+    ]
+
+
+def _same(first: Sequence[Any], second: Sequence[Any], marks: Sequence[Any]) -> bool:
+    """Whether what is not joined is equal."""
+    return all(
+        (torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b))
+        for a, b, mark in zip(first, second, marks, strict=True)
+        if mark is None
+    )
 
 
 def gathered(model: nn.Module, loader: Iterable[Any], batches: int) -> list[Any]:
@@ -40,7 +122,7 @@ def run(model: nn.Module, inputs: Any) -> None:
     """Call the model; whatever goes wrong becomes a `ModelError`."""
     try:
         call(model, inputs)
-    except ReachedError:
+    except (ReachedError, FilterfoldError):
         raise
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
