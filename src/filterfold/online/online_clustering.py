@@ -15,9 +15,11 @@ from ..errors import CheckpointError, ConfigError, SelectionError
 from ..graph import Traced, trace_and_measure
 from ..plan import ChannelGroup, Plan
 from ..profiling.macs import Cost
+from ..pruning.budgets import Budget, Selection, choose
 from ..pruning.budgets.patterns import merged
 from ..pruning.budgets.ranking import rank
 from ..pruning.criteria import score
+from ..pruning.criteria.registry import resolve
 from ..pruning.prune import check_optimizers
 from ..pruning.scored import Optimizers
 from ..surgery.apply import apply_with_sizes
@@ -347,9 +349,14 @@ class OnlineFilterClustering:
         if self._clusters:
             self._cluster(share, fresh=True)
             return fold(self._active, self.labels, self._bare, gain="regression") if self.method == FOLD else Plan(())
-        self._choose_widths(share)
         seed = self.cutting.seed + 1000 * len(self.plans)
         scores = score(self._active, self._bare, self.method, loader=self.cutting.loader, seed=seed)
+        if self.target.macs is not None and resolve(self.method).across_layers:
+            target = self.target
+            selection = Selection("global", target.round_to, target.min_keep)
+            budget = Budget(macs=min(self.widths.limit(share) / self._cost.macs, 1.0))
+            return choose(self._active, scores, budget, self._cost, selection)
+        self._choose_widths(share)
         cuts = []
         for group in self._active:
             width = self.widths.width(group, share)

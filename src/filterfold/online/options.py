@@ -25,7 +25,8 @@ class Target:
     - `keep`: share of the units kept in every group, or name or pattern → share. In mappings the last pattern that
       matches counts, and groups that none matches stay whole.
     - `threshold`: cosine similarity above which filters fold together.
-    - `macs`: share of the multiply-accumulates that may remain; groups that cluster well then give more units.
+    - `macs`: share of the multiply-accumulates that may remain; groups that cluster well then give more units, or, with
+      a method whose scores of different layers say the same (`reconstruction`), the units of lowest score go first.
     - `round_to`: widths are multiples of this, as in `filterfold.pruning.budgets.Selection`. None: of 16 in groups that
       began with 128 units or more; with `clusters`, which are taken at their word, 1.
     - `min_keep`, `ignore`: as in `Selection`.
