@@ -266,3 +266,24 @@ def test_a_failure_on_the_way_leaves_everything_as_it_was() -> None:
         repair(model, original, plan, [x])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert (model.seen, model.training, model.second.weight.requires_grad) == (seen, True, True)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_a_kernel_whose_scale_counts_does_not_grow_beyond_what_fewer_inputs_ask_for(normed: bool) -> None:
+    """What is dropped is a hundred times the difference of two inputs that stay, so the best kernel is a large one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Identity(), nn.Linear(8, 3, bias=False), nn.BatchNorm1d(3)).double()
+    with torch.no_grad():
+        model[0].weight[1] = model[0].weight[0] + 0.01 * model[0].weight[1]
+        model[0].weight[4:] = 100 * (model[0].weight[0] - model[0].weight[1])
+        model[0].bias.zero_()
+    x = torch.randn(400, 4, dtype=torch.float64)
+    model = model.eval() if normed else model[:3]
+    original = copy.deepcopy(model)
+    plan = halved(model, x[:1], "0")
+    (row,) = repair(copy.deepcopy(model), original, plan, [x], ridge=1e-12).layers
+    assert row.after < 1e-4
+    (row,) = repair(model, original, plan, [x]).layers
+    norms = [float(net[2].weight.detach().norm()) for net in (model, original)]
+    assert (norms[0] <= 2**0.5 * norms[1]) != normed
+    assert row.after < row.before

@@ -15,7 +15,7 @@ from ...errors import PlanError
 from ...surgery.index_maps import Edit
 from ...utils.dispatch import Function, tensors_in
 from .calibration import ReachedError
-from .least_squares import Equations, Problem, best_ridge, exact
+from .least_squares import RIDGES, Equations, Problem, best_ridge, exact
 from .operations import Key, Products
 from .products import Product, Sample
 
@@ -62,11 +62,13 @@ class Layer:
 
     - `reason`: why it can't be solved, or None.
     - `parameters`: what its kernel is computed from and may be changed for it; none where it is a parameter itself.
+    - `size`: norm of what the cut leaves of its outputs' kernels, times the root of the number of inputs.
     - `targets`: one for each call.
     """
 
     reason: str | None = None
     parameters: tuple[str, ...] = ()
+    size: float = 0.0
     targets: list[Target] = field(default_factory=list)
 
 
@@ -119,10 +121,13 @@ class Record(Products):
         values = product.outputs(output, sample)
         if product.bias is not None:
             values = values - product.bias.reshape(values.shape[1:])
+        weight = exact(product.weight)
         for axis, cut in self._edits.get(key[0], {}).items():
             place = self._place(key[0], axis, product.weight)
             if place is not None and place in product.out_axes:
                 values = cut.apply(values, product.out_axes[place], "value")
+                weight = cut.apply(weight, place, "value")
+        layer.size = float(weight.norm()) * product.form(product.weight).shape[1] ** 0.5
         layer.targets.append(Target(sample, product.space, values))
 
     def _unsolvable(self, key: Key, layer: Layer, product: Product) -> str | None:
@@ -232,15 +237,19 @@ class Solve(Products):
         if key[0] not in self._readers and before < _UNCHANGED:
             self._done[key] = None
             return
-        ridge = best_ridge(equations.problems(centred=centred)) if self._ridge is None else self._ridge
-        problem = equations.problem(centred=centred)
         old = exact(product.form(product.weight)).clone()
+        problem = equations.problem(centred=centred)
+        ridge = self._ridge
+        if ridge is None:
+            ridge = best_ridge(equations.problems(centred=centred))
+            if key not in self._record.normed:
+                ridge = _bounded(problem, ridge, old, layer.size / old.shape[1] ** 0.5)
         if layer.parameters:
             self._fit(layer, product, problem, ridge)
             shift = problem.coordinates(exact(product.form(product.weight)) - old)
         else:
             shift = problem.shift(ridge)
-            product.write(old + (shift if problem.basis is None else problem.basis @ shift))
+            product.write(old + problem.whole(shift))
         if bias is not None:
             bias.copy_(exact(bias) + equations.offset(shift).reshape(bias.shape))
         before, after = equations.errors(shift, centred=centred, bias=bias is not None)
@@ -265,6 +274,20 @@ class Solve(Products):
         new_mean, new_var = _moments(data)
         for old, new in ((mean, new_mean), (var, new_var)):
             old.copy_(new if calls == 1 else old + (new - old) / calls)
+
+
+def _bounded(problem: Problem, ridge: float, kernels: Tensor, size: float) -> float:
+    """The weakest ridge from `ridge` on whose kernels are no larger than `size`, or than they are.
+
+    Where outputs keep their scale, as logits do, a far larger kernel gives them from small differences of its inputs.
+    It may do so on other images as well; but a step of training that changes those inputs throws it off, and a network
+    trains worse with it than without repair. To do the same with F′ instead of F inputs, the norm grows by √(F / F′).
+    """
+    limit = max(size, float(kernels.norm()))
+    for stronger in (one for one in RIDGES[::-1] if one >= ridge):
+        if float((kernels + problem.whole(problem.shift(stronger))).norm()) <= limit:
+            return stronger
+    return inf
 
 
 def _moments(data: Tensor) -> tuple[Tensor, Tensor]:

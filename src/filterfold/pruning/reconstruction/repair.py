@@ -85,7 +85,9 @@ def repair(
     - `batches`: use at most so many.
     - `ridge`: weight of staying near the present kernels, relative to the inputs' mean square. Above 0. None: for each
       layer the one of `RIDGES` whose kernels, solved on every second example, leave the least error on the others. Too
-      small a ridge gives kernels that fit these images only.
+      small a ridge gives kernels that fit these images only. Without a batch norm behind it, a kernel also grows no
+      more than doing the same with fewer inputs asks for: logits that come from small differences of features are
+      thrown off by the first steps of training.
 
     **Returns:** a `Repair`: each layer's error before and after, and what was left as it is.
 
