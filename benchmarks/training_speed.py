@@ -139,7 +139,7 @@ def start(mode: str, width: float, device: str, batch: int, steps: int) -> Runne
     model = build("vgg16", width=width).train()
     fabric = fabric.make(device, recipe, model, data.example)
     model.to(fabric.device)
-    run = Run(model, recipe.optimizer(model), data, recipe, fabric, "train")
+    run = Run(model, recipe.make_optimizer(model), data, recipe, fabric, "train")
     job = Job(model, data, recipe, callbacks=(), optimizer=None, validate_every=0, device=device, phase="train")
     return Runner(mode, run, Loop(run, job, Leading(), {}), batch * steps, device)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,12 @@ def shared() -> Path:
 def reference() -> Path:
     """The folder with Table 1 of Li et al. (exact counts) and the 35 trials of the document's Figures 4 and 5."""
     return CHECKOUT / "docs"
+
+
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports without plots, which take longer to draw than small networks to train; for claims about anything else."""
+    monkeypatch.setattr(import_module("filterfold.bench.report.build"), "all_plots", lambda *_: [])
 
 
 # --- order ---------------------------------------------------------------------------------------

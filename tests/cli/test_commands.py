@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -20,6 +19,7 @@ from filterfold.bench.trials.records import Record, read_all
 from filterfold.cli.app import app
 from filterfold.cli.options import OnlineOptions, settings
 from filterfold.data import load as load_data
+from filterfold.online import Distillation
 from filterfold.profiling.macs import measure
 from filterfold.surgery.checkpoint import inspect, load
 from filterfold.training import Recipe, evaluate
@@ -106,6 +106,91 @@ def test_train_online_is_smaller(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_recipe_for_fine_tuning_and_cuts_between_batches(tmp_path: Path) -> None:
+    command = [
+        "train",
+        *SMALL,
+        "--lr",
+        "0.002",
+        "--optimizer",
+        "adamw",
+        "--schedule",
+        "warmup-cosine",
+        "--warmup",
+        "0.1",
+    ]
+    command += ["--head-lr", "3", "--clip", "1", "--ema", "0.9", "--freeze-norms", "--label-smoothing", "0.1"]
+    run(
+        *command,
+        "--epochs",
+        "4",
+        "--method",
+        "online",
+        "--keep",
+        "0.5",
+        "--milestones",
+        "0.1,0.4",
+        "--out",
+        str(tmp_path),
+    )
+    [record] = read_all(tmp_path)
+    asked = {"optimizer": "adamw", "warmup": 0.1, "head_lr": 3.0, "clip": 1.0, "ema": 0.9, "freeze_norms": True}
+    assert asked.items() <= record["options"]["recipe"].items()
+    assert record["options"]["online"]["schedule"] == "0.1,0.4"
+    assert sum("mean_macs" in epoch for epoch in record["history"]) == 2
+    model = load(tmp_path / "model.safetensors", dense)
+    assert record["result"] is not None
+    assert evaluate(model, load_data("digits").test).top1 == pytest.approx(record["result"]["top1"], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_a_teacher_on_the_command_line(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = str(trained / "model.safetensors")
+    seen: list[dict[str, Any]] = []
+
+    class Watched(Distillation):
+        def __init__(self, model: Any, **options: Any) -> None:
+            super().__init__(model, **options)
+            seen.append({name: value.clone() for name, value in self.network.state_dict().items()} | options)
+
+    monkeypatch.setattr("filterfold.online.Distillation", Watched)
+    cut = ["prune", "-m", "vgg_small", "-d", "digits", "--width", "0.25", "-w", file, "--keep", "0.5", "--threads", "1"]
+    plain, taught = tmp_path / "plain.safetensors", tmp_path / "taught.safetensors"
+    run(*cut, "--epochs", "1", "--out", str(plain))
+    assert not seen
+    run(*cut, "--epochs", "1", "--distill", "--distill-weight", "0.7", "--temperature", "3", "--out", str(taught))
+    [teacher] = seen  # the network before the cut
+    assert {name: teacher.pop(name) for name in ("weight", "temperature")} == {"weight": 0.7, "temperature": 3.0}
+    assert all(
+        torch.equal(value, teacher[name])
+        for name, value in load(trained / "model.safetensors", dense).state_dict().items()
+    )
+    first, second = load_file(plain), load_file(taught)
+    assert any(not first[name].equal(second[name]) for name in first)
+    run(
+        "train",
+        *SMALL,
+        "--epochs",
+        "1",
+        "--method",
+        "online",
+        "--keep",
+        "0.5",
+        "--distill",
+        "--teacher",
+        file,
+        "--out",
+        str(tmp_path / "run"),
+    )
+    [record] = read_all(tmp_path / "run")
+    assert record["method"] == "online+distill"
+    assert record["options"]["distill"]["teacher"] == file
+    assert len(record["options"]["distill"]["fingerprint"]) == 16
+    assert record["dense"] is not None
+    assert record["history"][0]["extra_macs"] == record["dense"]["macs"]
+
+
+@pytest.mark.slow
 def test_stopping_in_time_and_going_on(tmp_path: Path, trained: Path) -> None:
     command = ["train", *SMALL, "--epochs", "6", "--out", str(tmp_path / "run")]
     text = run(*command, "--stop-after", "0.001s", code=3)
@@ -129,7 +214,7 @@ def test_prune_and_evaluate_what_came_out(trained: Path, tmp_path: Path) -> None
     out = tmp_path / "small.safetensors"
     text = run(
         "prune", "-m", "vgg_small", "-d", "digits", "--width", "0.25", "-w", str(trained / "model.safetensors"),
-        "--keep", "0.5", "--out", str(out), "--retrain-epochs", "2", "--retrain-lr", "0.01", "--threads", "1",
+        "--keep", "0.5", "--out", str(out), "--epochs", "2", "--lr", "0.01", "--threads", "1",
     )  # fmt: skip
     assert "verified: the cut network equals the masked one" in text
     about = inspect(out)
@@ -214,25 +299,26 @@ def test_demo_twice(tmp_path: Path) -> None:
     assert read_all(tmp_path / "demo") == found
 
 
-COMPARE = [
-    "compare",
-    *SMALL,
-    "--methods",
-    "dense,l1,online",
-    "--epochs",
-    "8",
-    "--retrain-epochs",
-    "4",
-    "--keep",
-    "0.5",
-    "--trials",
-    "2",
-    "--latency-batches",
-    "none",
-]
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_plots")
+def test_retraining_by_another_schedule_is_another_trial(tmp_path: Path) -> None:
+    command = ["compare", *SMALL, "--methods", "l1", "--epochs", "2", "--retrain-epochs", "2", "--keep", "0.5"]
+    command += ["--trials", "1", "--latency-batches", "none", "--retrain-lr", "0.01"]
+    run(*command, "--out", str(tmp_path / "constant"))
+    run(*command, "--retrain-schedule", "warmup-cosine", "--out", str(tmp_path / "cosine"))
+    [constant], [cosine] = read_all(tmp_path / "constant"), read_all(tmp_path / "cosine")
+    assert "retrain" not in constant["options"]
+    assert cosine["options"]["retrain"] == {"schedule": "warmup-cosine"}
+    assert [row["learning_rate"] for row in constant["history"][2:]] == [0.01, 0.01]
+    assert cosine["history"][3]["learning_rate"] < 0.005
+
+
+COMPARE = ["compare", *SMALL, "--methods", "dense,l1,online", "--epochs", "8", "--retrain-epochs", "4", "--keep", "0.5"]
+COMPARE += ["--trials", "1", "--latency-batches", "none"]
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_plots")
 def test_a_killed_comparison_goes_on_with_the_same_numbers(tmp_path: Path) -> None:
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     _kill_in_the_middle(killed)
@@ -240,9 +326,9 @@ def test_a_killed_comparison_goes_on_with_the_same_numbers(tmp_path: Path) -> No
     assert before
     assert any((killed / "work").rglob("*.safetensors"))  # something was going on
     text = run(*COMPARE, "--out", str(killed))
-    assert f"[{6 - len(before)}/{6 - len(before)}]" in text  # the missing ones ran, no other
+    assert f"[{3 - len(before)}/{3 - len(before)}]" in text  # the missing ones ran, no other
     after = {record["id"]: record for record in read_all(killed)}
-    assert len(after) == 6
+    assert len(after) == 3
     for name, record in before.items():
         assert (after[name]["started"], after[name]["finished"]) == (record["started"], record["finished"])
     run(*COMPARE, "--out", str(whole))
@@ -271,39 +357,6 @@ def _kill_in_the_middle(folder: Path) -> None:
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-
-
-@pytest.mark.slow
-def test_the_gpu_plan_at_a_tiny_size(tmp_path: Path) -> None:
-    assert _plan("gpu", "--once", tmp_path / "run", piece="0.1s") == 3  # one piece, and something is left
-    assert _plan("gpu", "--tiny", tmp_path / "run", piece="9m") == 0
-    found = read_all(tmp_path / "run")
-    assert sorted(record["label"] for record in found) == sorted(["dense", "l1", "online k=2", "online k=4"] * 2)
-    assert (tmp_path / "run" / "report.html").exists()
-    assert json.loads((tmp_path / "run" / "comparison.json").read_text())["setting"]["data"] == "digits"
-
-
-@pytest.mark.slow
-def test_the_headline_plan_at_a_tiny_size(tmp_path: Path) -> None:
-    assert _plan("headline", "--tiny", tmp_path, piece="9m") == 0
-    labels = [record["label"] for record in read_all(tmp_path / "vgg16")]
-    assert sorted(labels) == sorted(
-        [
-            "dense",
-            "online keep=0.7",
-            *(f"{name} keep=0.35" for name in ("online", "online-l1", "scratch", "scratch-long")),
-        ]
-    )
-    cut = {record["method"]: record["result"]["macs"] for record in read_all(tmp_path / "resnet56")}
-    assert set(cut) == {"dense", "online", "online-l1", "scratch", "scratch-long"}
-    assert max(macs for method, macs in cut.items() if method != "dense") <= 0.4 * cut["dense"]
-
-
-def _plan(name: str, option: str, folder: Path, piece: str) -> int:
-    script = Path(__file__).resolve().parents[2] / "benchmarks" / f"{name}_plan.sh"
-    environment = os.environ | {"FILTERFOLD": f"{sys.executable} -m filterfold", "PIECE": piece}
-    command = ["bash", str(script), "--tiny", option, "--out", str(folder)]
-    return subprocess.run(command, capture_output=True, env=environment, timeout=300, check=False).returncode
 
 
 def _example() -> Any:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import csv
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from filterfold.bench import recipes
+from filterfold.bench.trials.parallel import Parallel
 from filterfold.bench.trials.records import read_all
+from filterfold.bench.trials.runner import local
 from filterfold.cli.app import app
 
 runner = CliRunner()
@@ -103,11 +102,16 @@ def test_a_run_ends_in_records_and_the_papers_table(mini: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_run_with_all_that_compare_has(mini: Path, tmp_path: Path) -> None:
+def test_a_run_with_all_that_compare_has(mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorboard")
+    workers: list[int] = []
+    monkeypatch.setattr(
+        Parallel, "__call__", lambda self, trials, runner: workers.append(self.count) or local(trials, runner)
+    )
     folder = tmp_path / "run"
     options = ["--epochs-scale", "0.1", "--train-limit", "200", "--threads", "1", "--no-scratch", "--parallel", "2"]
     run("run", str(mini), *options, "--log", "tensorboard", "--latency-batches", "2", "--out", str(folder))
+    assert workers == [2]
     found = read_all(folder)
     assert [record["method"] for record in found] == ["dense", "l1"]
     for record in found:
@@ -134,19 +138,3 @@ def test_what_makes_no_sense_is_refused(command: list[str], message: str, tmp_pa
     more = ["--out", str(tmp_path / "run")] if command[0] == "run" else []
     assert message in run(*command, *more, code=2)
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.slow
-def test_the_whole_plan_at_a_tiny_size(tmp_path: Path) -> None:
-    assert _plan("--once", tmp_path, piece="0.1s") == 3
-    assert _plan("--tiny", tmp_path, piece="9m") == 0
-    records = read_all(tmp_path / "resnet56-b")
-    assert sorted(record["method"] for record in records) == ["dense", "l1", "scratch"]
-    assert "ResNet-56-pruned-B scratch" in (tmp_path / "resnet56-b" / "paper_table.md").read_text()
-
-
-def _plan(option: str, folder: Path, piece: str) -> int:
-    script = Path(__file__).resolve().parents[2] / "benchmarks" / "li2017_plan.sh"
-    environment = os.environ | {"FILTERFOLD": f"{sys.executable} -m filterfold", "PIECE": piece}
-    command = ["bash", str(script), "--tiny", option, "--out", str(folder)]
-    return subprocess.run(command, capture_output=True, env=environment, timeout=500, check=False).returncode

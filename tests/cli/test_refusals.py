@@ -113,6 +113,26 @@ TABLE = {
         "--pull none has none",
     ),
     "no such milestones": ("train tiny --method online --keep 0.5 --milestones late --out {}/new", "late"),
+    "fractions of training that fall": (
+        "train tiny --method online --keep 0.5 --milestones 0.3,0.1 --out {}/new", "must rise"
+    ),
+    "no such optimizer": ("train tiny --optimizer adam --out {}/new", "optimizer='adam'"),
+    "no such retraining": ("compare tiny --methods l1 --retrain-schedule never --out {}/new", "schedule='never'"),
+    "a teacher of nothing": ("train tiny --distill --out {}/new", "dense cuts no network"),
+    "a teacher that nobody asked for": (
+        "compare tiny --teacher {}/whole.safetensors --out {}/new", "--teacher has no effect without --distill"
+    ),
+    "no such teacher": (
+        "train tiny --method l1 --distill --teacher {}/none.safetensors --out {}/new", "none.safetensors: no such file"
+    ),
+    "a teacher without training": (
+        "prune -m vgg_small -d digits -w {}/whole.safetensors --keep 0.5 --distill --out {}/new",
+        "--distill has no effect without --epochs",
+    ),
+    "retraining without epochs": (
+        "prune -m vgg_small -d digits -w {}/whole.safetensors --keep 0.5 --lr 0.1 --out {}/new",
+        "--lr has no effect without --epochs",
+    ),
     "no epochs": ("train -m vgg_small -d digits --epochs 0 --out {}/new", "epochs=0"),
     "no validation share": ("train tiny --validation some --out {}/new", "--validation some"),
 }  # fmt: skip

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,12 @@ import torch
 from torch import nn
 
 from filterfold import data, zoo
+from filterfold.errors import TrainingError
 from filterfold.online import OnlineCallback
 from filterfold.surgery.layer_attributes import snapshot
 from filterfold.training import Callback, Recipe, Run, evaluate, train
+from filterfold.training.fabric import lead_or_follow
+from filterfold.training.loop import work
 from filterfold.utils import distributed
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -124,8 +128,37 @@ def online(folder: Path) -> dict[str, Any]:
     }
 
 
+def averaged(_folder: Path) -> dict[str, Any]:
+    """Cuts between batches, with a moving average."""
+    model, callback = small(), OnlineCallback(keep=0.5, schedule="0.2,0.4")
+    recipe = Recipe(epochs=2, batch_size=64, lr=0.002, optimizer="adamw", ema=0.9, clip=1.0)
+    train(model, data.load("digits", train_limit=320), recipe, callbacks=[callback], device="cpu")  # type: ignore[list-item]
+    return {"structure": snapshot(model), "weights": digest(model)}
+
+
+def handed_out(_folder: Path) -> dict[str, Any]:
+    """Rank 0 hands out work that can't be sent, and then some that can."""
+    said: dict[str, Any] = {}
+
+    def command() -> None:
+        class Local(Callback):
+            pass
+
+        digits, recipe = data.load("digits", train_limit=100), Recipe(epochs=1, batch_size=50)
+        try:
+            train(small(), digits, recipe, callbacks=[Local()], device="cpu")
+        except TrainingError as error:
+            said["refused"] = str(error)
+        said["epochs"] = len(train(small(), digits, recipe, device="cpu").rows)
+
+    lead_or_follow(command, work)
+    return said
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    where = Path(sys.argv[1])
-    found = {task.__name__: task(where) for task in (exact, online, plain_ddp.run)}
-    (where / f"{distributed.rank()}.json").write_text(json.dumps({"count": distributed.world_size(), **found}))
+    where, number = Path(sys.argv[1]), int(os.environ["RANK"])
+    found = {task.__name__: task(where) for task in (exact, online, averaged, plain_ddp.run)}
+    found["count"] = distributed.world_size()
+    found["handed_out"] = handed_out(where)  # and leaves the others
+    (where / f"{number}.json").write_text(json.dumps(found))

@@ -73,8 +73,23 @@ def test_two_processes_cut_alike_and_end_where_one_does(both: list[dict[str, Any
 
 
 @pytest.mark.slow
+def test_two_processes_cut_alike_between_batches_and_average_alike(both: list[dict[str, Any]]) -> None:
+    first, second = (entry["averaged"] for entry in both)
+    assert first == second
+    assert first["structure"]["tensors"]["features.0.weight"][0][0] == 8  # half of 16
+
+
+@pytest.mark.slow
 def test_a_plain_loop_recovers_after_a_cut(both: list[dict[str, Any]]) -> None:
     assert [entry["run"]["recovered"] for entry in both] == [3, 3]  # it asserts the rest by itself
+
+
+@pytest.mark.slow
+def test_work_that_can_not_be_sent_is_refused_and_the_next_is_done(both: list[dict[str, Any]]) -> None:
+    first, second = (entry["handed_out"] for entry in both)
+    assert first["refused"].startswith("the work can't be sent to the other processes (")
+    assert first["epochs"] == 1
+    assert second == {}  # it follows
 
 
 @pytest.mark.slow
@@ -86,6 +101,7 @@ def test_a_command_runs_once_and_trains_on_all(torchrun: Launch, tmp_path: Path)
     )
     command = ["-m", "filterfold", "compare", "--methods", "dense,l1,online", "--keep", "0.5", "--data", "digits"]
     command += ["--model", f"{tmp_path / 'nets.py'}:net", "--epochs", "2", "--trials", "1", "--retrain-epochs", "1"]
+    command += ["--latency-batches", "none"]
     done = torchrun(*command, "--lr", "0.1", "--device", "cpu", "--threads", "1", "--out", tmp_path / "run")
     assert done.stdout.count("records and networks:") == 1
     records = [json.loads(path.read_text()) for path in (tmp_path / "run" / "records").glob("*.json")]
@@ -99,49 +115,9 @@ def test_a_command_runs_once_and_trains_on_all(torchrun: Launch, tmp_path: Path)
 
 @pytest.mark.slow
 def test_a_refused_command_ends_all_processes(torchrun: Launch, tmp_path: Path) -> None:
-    arguments = [
-        "--data",
-        "digits",
-        "--model",
-        "resnet20",
-        "--epochs",
-        "1",
-        "--device",
-        "cpu",
-        "--out",
-        tmp_path / "run",
-    ]
-    done = torchrun("-m", "filterfold", "compare", *arguments, "--parallel", "2", code=1)
+    arguments = ["--data", "digits", "--model", "resnet20", "--parallel", "2", "--out", tmp_path / "run"]
+    done = torchrun("-m", "filterfold", "compare", *arguments, code=1)
     assert done.stderr.count("torchrun has every process train the same network") == 1
-
-
-@pytest.mark.slow
-def test_work_that_can_not_be_sent_is_refused_and_the_next_is_done(torchrun: Launch, tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text("""
-from filterfold import data, zoo
-from filterfold.errors import TrainingError
-from filterfold.training import Callback, Recipe, train
-from filterfold.training.fabric import lead_or_follow
-from filterfold.training.loop import work
-
-def command():
-    class Local(Callback):
-        pass
-
-    digits, recipe = data.load("digits", train_limit=100), Recipe(epochs=1, batch_size=50)
-    network = zoo.build("vgg_small", channels=1, image_size=8, width=0.25)
-    try:
-        train(network, digits, recipe, callbacks=[Local()], device="cpu")
-    except TrainingError as error:
-        print("refused:", error)
-    print("epochs:", len(train(network, digits, recipe, device="cpu").rows))
-
-lead_or_follow(command, work)
-""")
-    done = torchrun(script)
-    assert done.stdout.count("refused: the work can't be sent to the other processes (") == 1
-    assert done.stdout.count("epochs: 1") == 1
 
 
 def test_one_or_the_other(monkeypatch: pytest.MonkeyPatch) -> None:

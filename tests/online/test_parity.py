@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from filterfold.errors import FilterfoldError
 from filterfold.online import OnlineFilterClustering, Target
+from filterfold.online.options import CutOptions
+from filterfold.profiling.macs import measure
 from filterfold.pruning.budgets import Selection
 from filterfold.pruning.prune import prune
 
@@ -70,6 +72,27 @@ def test_the_same_options_give_the_same_widths(direct, others, method: str) -> N
         small, same = dict(pruned.named_parameters()), dict(trained.named_parameters())
         assert all(torch.equal(value, same[name]) for name, value in small.items())
     assert any(len(set(cut.assignment)) < cut.size for cut in plan.cuts)
+
+
+def test_a_budget_of_macs_goes_over_all_layers_where_scores_of_layers_say_the_same() -> None:
+    pruned, trained = Net(), Net()
+    batches = [torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(n)) for n in range(2)]
+    prune(pruned, X, criterion="reconstruction", macs=0.5, loader=batches, selection=Selection("global"))
+    online = OnlineFilterClustering(
+        trained, X, method="reconstruction", macs=0.5, round_to=1, cutting=CutOptions(loader=batches)
+    )
+    online.cluster_and_prune()
+    small, same = dict(pruned.named_parameters()), dict(trained.named_parameters())
+    assert all(torch.equal(value, same[name]) for name, value in small.items())
+
+    stepwise = Net()
+    whole = measure(stepwise, X).macs
+    online = OnlineFilterClustering(
+        stepwise, X, method="reconstruction", macs=0.5, round_to=1, cutting=CutOptions(loader=batches)
+    )
+    for share, least in ((0.5, 0.7), (1.0, 0.45)):
+        online.cluster_and_prune(share)
+        assert least * whole < measure(stepwise, X).macs <= (1 - share / 2) * whole
 
 
 @pytest.mark.parametrize(

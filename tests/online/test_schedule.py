@@ -185,6 +185,20 @@ def test_plateau_schedules_are_written_down() -> None:
     assert Schedule.of("plateau", 10) == Schedule.plateau(10)
 
 
+def test_names_of_schedules_by_steps() -> None:
+    assert Schedule.of("0.1,0.2,0.4", 10, 1000).milestones == ((100, 1 / 3), (200, 2 / 3), (400, 1.0))
+    small = Schedule.of("small-cuts", 10, 1000)
+    assert [place for place, _ in small.milestones] == list(range(25, 501, 25))
+    assert small.milestones[9][1] == pytest.approx(1 - 0.5**3)
+    assert small.unit == Schedule.of("0.1", 10, 1000).unit == "step"
+    for name in ("small-cuts", "0.1,0.2"):
+        with pytest.raises(ConfigError, match=f"{name}.* not known"):
+            Schedule.of(name, 10)
+    for name, message in (("0.2,0.1", "must rise"), ("0.5,1", r"in \[0, 1\)"), ("0.5;0.7", "or a Schedule")):
+        with pytest.raises(ConfigError, match=message):
+            Schedule.of(name, 10, 1000)
+
+
 def test_schedules_by_steps_lie_at_the_same_fractions() -> None:
     schedule = Schedule.gradual(steps=1000)
     assert schedule.milestones == ((200, 0.4), (350, 0.8), (500, 1.0))

@@ -140,6 +140,8 @@ def test_lightning_levels_off_and_refuses(tmp_path) -> None:
     callback = shrinking(schedule=schedule, monitor="loss")
     fit(classifier(), callback, 3, tmp_path)
     assert callback.online.finished
+    fit(classifier(), callback := shrinking(schedule="0.3,0.5"), 2, tmp_path)
+    assert callback.online.schedule.milestones == ((2, 0.5), (3, 1.0))  # of six batches
     with pytest.raises(ConfigError, match="metric=loss"):
         fit(classifier(), shrinking(schedule=schedule, monitor="none"), 3, tmp_path)
     with pytest.raises(ConfigError, match="example_input_array"):
@@ -212,6 +214,9 @@ def test_hugging_face_levels_off_and_refuses(tmp_path) -> None:
     assert callback.online is not None
     assert callback.online.finished
     assert callback.online.labels == {}
+    run(callback := HuggingFaceCallback(inputs, keep=0.5, schedule="0.25,0.5"))
+    assert callback.online is not None
+    assert callback.online.schedule == Schedule.at_fractions([(0.25, 0.5), (0.5, 1.0)], steps=24)
     with pytest.raises(ConfigError, match="metric=loss"):
         run(HuggingFaceCallback(inputs, keep=0.5, schedule="plateau", monitor="none"))
 

@@ -23,6 +23,7 @@ from .options import (
     setting_of,
 )
 from .report import MARGIN_HELP
+from .teacher import DistillationOptions
 from .weights import StartOptions
 
 if TYPE_CHECKING:
@@ -75,7 +76,8 @@ METHODS_HELP = (
     "largest or mean-std; CRITERION-greedy or -iterative (its variants); scratch (the small network, fresh weights); "
     "scratch-long (for as many epochs as cost what online costs); online (fold clusters while training); "
     "online-CRITERION (the same schedule, dropping by a criterion); online-centroid (nothing removed); "
-    "online…+repair, online…+distill (next kernels repaired after every cut; the uncut network as a teacher); "
+    "online…+repair (next kernels repaired after every cut); "
+    "online…+distill, l1+distill, scratch+distill (with a teacher, see --distill); "
     "online…+early (cuts at 5, 10 and 15 % of training); "
     "online+centripetal, online+unpulled (filters brought together by the stronger rule, or not at all); "
     "online…+longer, scratch+longer (more epochs, for at most .7 of the dense training's MACs)."
@@ -91,6 +93,7 @@ def compare(
     images: DataOptions,
     training: TrainingOptions,
     clustering: OnlineOptions,
+    teaching: DistillationOptions,
     running: EngineOptions,
     methods: Annotated[
         str | None,
@@ -116,7 +119,8 @@ def compare(
         int | None,
         _comparison(help="After a one-shot cut.", show_default="40 % of --epochs: 40 for 100, as Li et al."),
     ] = None,
-    retrain_lr: Annotated[float, _comparison(help="Constant learning rate of retraining.")] = 0.001,
+    retrain_lr: Annotated[float, _comparison(help="Learning rate of retraining, constant or the highest.")] = 0.001,
+    retrain_schedule: Annotated[str, _comparison(help="constant; or as --schedule, over the retraining.")] = "constant",
     round_to: Annotated[int, _comparison(help="Keep multiples of so many filters.")] = 1,
     margin: Annotated[float, _comparison(help=MARGIN_HELP)] = 0.5,
     out: Annotated[Path | None, Option(help="Run folder.", show_default="runs/MODEL-DATA")] = None,
@@ -132,6 +136,7 @@ def compare(
     from ..bench.trials.config import COMPARED, CONTROLS, Comparison
 
     start, images = beginning.settle(chosen.model, images)
+    names = teaching.methods([*COMPARED, *CONTROLS] if methods is None else listed(methods, "--methods", str))
     setting = setting_of(
         chosen,
         images,
@@ -139,11 +144,12 @@ def compare(
         clustering,
         weights=start.weights,
         start=start.entries,
+        distill=teaching.setting(),
         retrain_epochs=max(1, round(0.4 * training.epochs)) if retrain_epochs is None else retrain_epochs,
         retrain_lr=retrain_lr,
+        retrain={} if retrain_schedule == "constant" else {"schedule": retrain_schedule},
         round_to=round_to,
     )
-    names = [*COMPARED, *CONTROLS] if methods is None else listed(methods, "--methods", str)
     comparison = Comparison.of(
         setting,
         names,

@@ -131,26 +131,34 @@ def _amount(text: str | None) -> float | None:
         raise ConfigError(f"--validation {text}: give a share such as 0.1, or a count such as 5000") from None
 
 
-TrainingOptions = Annotated[
-    Recipe,
-    {
-        "epochs": _training("--epochs", "-e", help="Passes over the training images."),
-        "batch_size": _training(help="Images a step."),
-        "lr": _training(help="Initial (or highest) learning rate."),
-        "schedule": _training(help="step, constant, cosine or onecycle."),
-        "step_every": _training(help="step: divide every so many epochs …"),
-        "step_factor": _training(help="… by this factor."),
-        "momentum": _training(help="Of SGD."),
-        "nesterov": _training("--nesterov", help="Nesterov's momentum."),
-        "weight_decay": _training(help="Of SGD."),
-        "label_smoothing": _training(help="Share spread over all classes."),
-        "precision": _training(help="32-true, bf16-mixed or 16-mixed."),
-        "channels_last": _training("--channels-last", help="Memory format."),
-        "compile": _training("--compile", help="Use torch.compile."),
-        "cuda_graphs": _training("--cuda-graphs", help="Replay the network as CUDA graphs (a GPU only)."),
-        "validate_every": _training(help="Epochs from one validation to the next; 0: never."),
-    },
-]
+SHOWN = {
+    "epochs": _training("--epochs", "-e", help="Passes over the training images."),
+    "batch_size": _training(help="Images a step."),
+    "optimizer": _training(help="sgd; or adamw, for which rates of .001 and less are usual."),
+    "lr": _training(help="Initial (or highest) learning rate."),
+    "schedule": _training(help="step, constant, cosine, onecycle or warmup-cosine."),
+    "step_every": _training(help="step: divide every so many epochs …"),
+    "step_factor": _training(help="… by this factor."),
+    "warmup": _training(help="onecycle, warmup-cosine: share of the training in which the rate rises."),
+    "momentum": _training(help="Of SGD; AdamW's first beta."),
+    "nesterov": _training("--nesterov", help="Nesterov's momentum."),
+    "weight_decay": _training(help="Of either optimizer."),
+    "head_lr": _training(help="The classifier's learning rate, times that of the rest: 10 where it is new."),
+    "clip": _training(help="Largest norm of the gradient; 0: no limit."),
+    "ema": _training(
+        help="Decay of a moving average of the weights, such as 0.999, with which training ends; 0: none."
+    ),
+    "freeze_norms": _training("--freeze-norms", help="Leave the running statistics of batch norms as they are."),
+    "label_smoothing": _training(help="Share spread over all classes."),
+    "precision": _training(help="32-true, bf16-mixed or 16-mixed."),
+    "channels_last": _training("--channels-last", help="Memory format."),
+    "compile": _training("--compile", help="Use torch.compile."),
+    "cuda_graphs": _training("--cuda-graphs", help="Replay the network as CUDA graphs (a GPU only)."),
+    "validate_every": _training(help="Epochs from one validation to the next; 0: never."),
+}
+
+
+TrainingOptions = Annotated[Recipe, SHOWN]
 """The fields of a training recipe that a command shows as options, with its defaults."""
 
 
@@ -167,7 +175,8 @@ class OnlineOptions:
         str,
         _online(
             help="When to cut: gradual (at 20, 35 and 50 % of training), early (5, 10, 15 %), document (50, 60, 70 %), "
-            "or plateau (as document at the latest, sooner where the loss levels off)."
+            "plateau (as document at the latest, sooner where the loss levels off), each at the end of an epoch; or "
+            "between batches: small-cuts (20, up to half of training) or fractions of training, such as 0.1,0.2,0.3."
         ),
     ] = "gradual"
     pull: Annotated[

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -13,17 +14,19 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 from typer import Option
 
 from ..errors import ConfigError
+from ..training.recipe import Recipe, Schedule
 from .display import change, count, live, say, table
 from .options import (
+    SHOWN,
     DataOptions,
     Device,
     ModelOptions,
     Overwrite,
-    Precision,
     Threads,
     refuse_existing,
     use_threads,
 )
+from .teacher import DistillationOptions
 from .weights import WeightOptions
 
 if TYPE_CHECKING:
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
     from ..plan import Plan
     from ..profiling import LatencyComparison
     from ..pruning.scored import PruneResult
-    from ..training import Recipe
+    from ..training import Callback
 
 
 EXAMPLES = """
@@ -41,7 +44,7 @@ Examples:
 
   filterfold prune --model vgg16 --weights vgg16.safetensors --data cifar10 --keep 0.5 --out small.safetensors
 
-  filterfold prune -m resnet56 -w resnet56.safetensors -d cifar10 --macs 0.5 --round-to 8 --retrain-epochs 40
+  filterfold prune -m resnet56 -w resnet56.safetensors -d cifar10 --macs 0.5 --round-to 8 --epochs 40
 
   filterfold prune -m vgg16 -w vgg16.safetensors -d cifar10 --latency 0.25 --out fast.safetensors
 
@@ -98,20 +101,46 @@ class CutOptions:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Retraining(Recipe):
+    """How the smaller network is trained on: not at all, unless epochs are given."""
+
+    epochs: int = 0
+    lr: float = 0.01
+    schedule: Schedule = "warmup-cosine"
+    warmup: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Refuse values that make no sense, or have no effect."""
+        if self.epochs:
+            Recipe.__post_init__(self)
+            return
+        for entry in fields(self):
+            if getattr(self, entry.name) != entry.default:
+                raise ConfigError(f"--{entry.name.replace('_', '-')} has no effect without --epochs")
+
+    def seeded(self, seed: int) -> Recipe | None:
+        """The recipe, or None for no training."""
+        return replace(self, seed=seed) if self.epochs else None
+
+
+RETRAINED = {name: SHOWN[name] for name in SHOWN if name not in ("step_every", "step_factor", "validate_every")}
+RETRAINED["epochs"] = Option("--epochs", "-e", help="Train on after the cut.", rich_help_panel="Training", min=0)
+
+
 def prune(
     chosen: ModelOptions,
     images: DataOptions,
     cut: CutOptions,
     trained: WeightOptions,
+    retraining: Annotated[Retraining, RETRAINED],
+    teaching: DistillationOptions,
     out: Annotated[Path, Option("--out", "-o", help="The pruned network's file.")] = Path("pruned.safetensors"),
     onnx: Annotated[Path | None, Option(help="Also write an ONNX file, checked in ONNX Runtime.")] = None,
     overwrite: Overwrite = False,
     repair: Annotated[
         bool, Option("--repair", help="Solve the layers behind cut ones anew on 1,280 training images.")
     ] = False,
-    retrain_epochs: Annotated[int, Option(help="Train on after the cut.", rich_help_panel="Retraining", min=0)] = 0,
-    retrain_lr: Annotated[float, Option(help="At this constant learning rate.", rich_help_panel="Retraining")] = 0.001,
-    precision: Precision = "32-true",
     evaluate: Annotated[bool, Option(help="Measure top-1 on the test images before and after.")] = True,
     seed: Annotated[int, Option(help="Of random scores and retraining.")] = 0,
     device: Device = "auto",
@@ -119,7 +148,7 @@ def prune(
 ) -> None:
     """Cut filters out of a trained network, prove the cut right, and show what it cost and gained.
 
-    With --retrain-epochs the smaller network is trained on; a run that was stopped goes on with the same command.
+    With --epochs the smaller network is trained on; a run that was stopped goes on with the same command.
     """
     from .. import prune as prune_model
     from .. import repair as repair_model
@@ -127,14 +156,15 @@ def prune(
     from ..bench.trials.context import resolve
     from ..bench.trials.start import input_of
     from ..data import batches
+    from ..online import DistillationCallback
     from ..profiling import measure_latency
     from ..pruning.scored import Scoring
-    from ..training import Recipe
     from ..utils.environment import command, describe
     from ..utils.export import to_onnx
 
     use_threads(threads)
-    budget = cut.keywords()
+    budget, recipe = cut.keywords(), retraining.seeded(seed)
+    teaching.check(recipe is not None)
     for path in filter(None, (out, onnx)):
         refuse_existing(path, overwrite)
     device = resolve(device)
@@ -147,21 +177,16 @@ def prune(
         kept = out.with_name(f".{out.name}.widths")
         budget_or_widths = _as_before(kept, budget)
         result = prune_model(model, example, loader=loader, scoring=Scoring(seed=seed), **budget_or_widths)
-        if budget["latency"] and retrain_epochs:
+        if budget["latency"] and recipe:
             result = _keep_widths(kept, result)
         stages = {"before": top1(before), "after the cut": top1(model)}
         if repair:
             repair_model(model, before, result.plan, loader, batches=len(loader))  # says in the log what it did
             stages["after repair"] = top1(model)
-        if retrain_epochs:
-            recipe = Recipe(
-                epochs=retrain_epochs,
-                lr=retrain_lr,
-                schedule="constant",
-                precision=cast(Any, precision),
-                seed=seed,
-            )
-            _retrain(model, data, out, recipe, device, result.plan)
+        if recipe:
+            teacher = teaching.distillation(before, chosen, data)
+            callbacks = [] if teacher is None else [DistillationCallback(teacher)]
+            _retrain(model, data, out, recipe, device, result.plan, callbacks)
             stages["after retraining"] = top1(model)
         latency = measure_latency({"before": before, "after": model}, example, batch_sizes=TIMED, repeats=10)
         about = {
@@ -212,14 +237,22 @@ def _kept_plan(kept: Path) -> Plan | None:
     return Plan.from_json(kept.read_text(encoding="utf-8")) if kept.exists() else None
 
 
-def _retrain(model: nn.Module, data: ImageData, out: Path, recipe: Recipe, device: str, plan: Plan) -> None:
+def _retrain(
+    model: nn.Module,
+    data: ImageData,
+    out: Path,
+    recipe: Recipe,
+    device: str,
+    plan: Plan,
+    callbacks: Sequence[Callback],
+) -> None:
     """Train the cut network; after an interruption the same command makes the same cut and resumes here."""
     from ..training import train
 
     weights = b"".join(value.cpu().numpy().tobytes() for value in model.state_dict().values())
     cut = hashlib.sha256(weights + plan.to_json().encode()).hexdigest()[:10]  # of another network: another file
     kept = out.with_name(f".{out.name}.{cut}")
-    train(model, data, recipe, checkpoint=kept, device=device, phase="retrain")
+    train(model, data, recipe, callbacks=callbacks, checkpoint=kept, device=device, phase="retrain")
     kept.unlink(missing_ok=True)
 
 

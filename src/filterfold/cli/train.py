@@ -25,6 +25,7 @@ from .options import (
     setting_of,
     use_threads,
 )
+from .teacher import DistillationOptions
 from .weights import StartOptions, WeightOptions
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def train(
     images: DataOptions,
     training: TrainingOptions,
     clustering: OnlineOptions,
+    teaching: DistillationOptions,
     running: RunOptions,
     method: Annotated[
         str, Option(help="dense; online: fold clusters of filters while training; or l1: train, cut once, retrain.")
@@ -76,8 +78,9 @@ def train(
     from ..bench.trials.config import Comparison, Trial
 
     start, images = beginning.settle(chosen.model, images)
-    weights = {"weights": start.weights, "start": start.entries}
-    setting = setting_of(chosen, images, training, clustering, retrain_epochs=retrain_epochs, **weights)
+    [method] = teaching.methods([method])
+    others = {"weights": start.weights, "start": start.entries, "distill": teaching.setting()}
+    setting = setting_of(chosen, images, training, clustering, retrain_epochs=retrain_epochs, **others)
     trial = Trial(method, seed, setting, clusters, keep)
     folder = out or default_folder(setting, method)
     _make_room(folder, overwrite)

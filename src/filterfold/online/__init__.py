@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .assign import ClusterRow
-from .callbacks import OnlineCallback
+from .callbacks import DistillationCallback, OnlineCallback
 from .children import Child, shrink
 from .cosine_pull import averager, pull
 from .cut import CutResult
@@ -18,6 +18,7 @@ __all__ = [
     "CutOptions",
     "CutResult",
     "Distillation",
+    "DistillationCallback",
     "OnlineCallback",
     "OnlineFilterClustering",
     "Pull",

@@ -66,6 +66,28 @@ class Distillation:
     >>> distillation(images, outputs, task=functional.cross_entropy(outputs, labels)).backward()
 
     ```
+
+    A segmentation network of one's own that returns a map of logits and one at half the size; the task's loss is
+    whatever the loop makes of the labels, and the teacher is compared with output by output:
+
+    ```python
+    >>> class Segmenter(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.body, self.head = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 4, 1)
+    ...     def forward(self, x):
+    ...         logits = self.head(self.body(x).relu())
+    ...         return {"out": logits, "aux": functional.avg_pool2d(logits, 2)}
+    >>> model, masks = Segmenter(), torch.randint(4, (4, 8, 8))
+    >>> distillation = ff.Distillation(model, losses={"out": "kl", "aux": "mse"})  # "kl": over classes, at each place
+    >>> optimizer, result = torch.optim.AdamW(model.parameters(), 1e-3), ff.prune(model, images, keep=0.5)
+    >>> for _ in range(2):
+    ...     optimizer.zero_grad()
+    ...     outputs = model(images)
+    ...     distillation(images, outputs, task=functional.cross_entropy(outputs["out"], masks)).backward()
+    ...     optimizer.step()
+
+    ```
     """
 
     def __init__(

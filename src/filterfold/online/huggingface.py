@@ -36,8 +36,7 @@ class HuggingFaceCallback(TrainerCallback):
     **Arguments:**
 
     - `example_inputs`: what the model is called with, such as `{"pixel_values": images[:1]}`, for tracing.
-    - `schedule`: "gradual", "document" or "plateau" over the arguments' `num_train_epochs`, a `Schedule`, or its
-      `to_dict()`.
+    - `schedule`: see `Schedule.of`; the length is that of the trainer's arguments.
     - `monitor`: key of the trainer's log, a loss, that a schedule with patience watches: "loss" or "eval_loss".
     - `options`: everything else that `OnlineFilterClustering` takes besides model, inputs and optimizer; also the
       fields of its `Pull`, `CutOptions` and `Target` by their names.
@@ -55,7 +54,7 @@ class HuggingFaceCallback(TrainerCallback):
         monitor: str = "loss",
         **options: Any,
     ) -> None:
-        Schedule.of(schedule, 1)  # refuses unknown names now
+        Schedule.of(schedule, 100, 100)  # refuses unknown names now
         self.example_inputs, self.schedule, self.monitor = example_inputs, schedule, monitor
         self.options = as_objects(options)
         self.online: OnlineFilterClustering | None = None
@@ -86,7 +85,7 @@ class HuggingFaceCallback(TrainerCallback):
             raise ConfigError("HuggingFaceCallback works on one device; use OnlineFilterClustering in your own loop")
         if args.fp16 and not args.max_grad_norm:
             raise ConfigError("HuggingFaceCallback: fp16 gradients are unscaled only where max_grad_norm is set")
-        schedule = Schedule.of(self.schedule, math.ceil(args.num_train_epochs))
+        schedule = Schedule.of(self.schedule, math.ceil(args.num_train_epochs), state.max_steps)
         done = state.global_step if schedule.unit == "step" else int((state.epoch or 0) + 1e-6)
         if state.global_step and (self._state is None or self._state["epoch"] != done):
             raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,7 +35,7 @@ class LightningCallback(Callback):
 
     - `network`: attribute of the `LightningModule` that holds the network; None: the module itself is one.
     - `example_inputs`: what the network is called with, for tracing; None: the module's `example_input_array`.
-    - `schedule`: "gradual", "document" or "plateau" over the trainer's `max_epochs`, a `Schedule`, or its `to_dict()`.
+    - `schedule`: see `Schedule.of`; the length is that of the trainer's `max_epochs` or `max_steps`.
     - `monitor`: name of the logged metric, a loss, that a schedule with patience watches.
     - `options`: everything else that `OnlineFilterClustering` takes besides model, inputs and optimizer; also the
       fields of its `Pull`, `CutOptions` and `Target` by their names.
@@ -53,7 +54,7 @@ class LightningCallback(Callback):
         monitor: str | None = None,
         **options: Any,
     ) -> None:
-        Schedule.of(schedule, 1)  # refuses unknown names now
+        Schedule.of(schedule, 100, 100)  # refuses unknown names now
         self.network, self.example_inputs, self.schedule, self.monitor = network, example_inputs, schedule, monitor
         self.options = as_objects(options)
         self.online: OnlineFilterClustering | None = None
@@ -85,7 +86,8 @@ class LightningCallback(Callback):
         if example is None:
             raise ConfigError("LightningCallback: give example_inputs=, or the module an example_input_array")
         example = tree_map(lambda leaf: leaf.to(pl_module.device) if hasattr(leaf, "to") else leaf, example)
-        schedule = Schedule.of(self.schedule, trainer.max_epochs or 1)
+        steps = trainer.estimated_stepping_batches
+        schedule = Schedule.of(self.schedule, trainer.max_epochs or 1, int(steps) if math.isfinite(steps) else None)
         self.online = OnlineFilterClustering(
             self._network(pl_module), example, trainer.optimizers[0], schedule=schedule, **self.options
         )

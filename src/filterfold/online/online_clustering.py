@@ -15,9 +15,11 @@ from ..errors import CheckpointError, ConfigError, SelectionError
 from ..graph import Traced, trace_and_measure
 from ..plan import ChannelGroup, Plan
 from ..profiling.macs import Cost
+from ..pruning.budgets import Budget, Selection, choose
 from ..pruning.budgets.patterns import merged
 from ..pruning.budgets.ranking import rank
 from ..pruning.criteria import score
+from ..pruning.criteria.registry import resolve
 from ..pruning.prune import check_optimizers
 from ..pruning.scored import Optimizers
 from ..surgery.apply import apply_with_sizes
@@ -323,7 +325,9 @@ class OnlineFilterClustering:
     def _cut(self, plan: Plan, undo: Undo) -> Plan:
         """Make the cut, trace the network that it leaves, and apply the remedy."""
         options = self.cutting
-        uncut = copy.deepcopy(self._bare) if options.remedy == "kernels" else None
+        averaged = [self.averaged] if isinstance(self.averaged, nn.Module) else self.averaged
+        networks = [self._bare, *map(unwrap, averaged)] if options.remedy is not None else []
+        uncut = [copy.deepcopy(network) if options.remedy == "kernels" else None for network in networks]
         plan, receipt = apply_with_sizes(
             plan,
             self._bare,
@@ -335,9 +339,9 @@ class OnlineFilterClustering:
         undo(receipt.rollback)
         self.plans.append(plan)
         self.groups, self._cost = self._traced()
-        if options.remedy is not None:
-            undo(kept_values(self._bare))
-            apply_remedy(options, self._bare, uncut, plan)
+        for network, before in zip(networks, uncut, strict=True):
+            undo(kept_values(network))
+            apply_remedy(options, network, before, plan)
         return plan
 
     def _plan(self, share: float) -> Plan:
@@ -345,9 +349,14 @@ class OnlineFilterClustering:
         if self._clusters:
             self._cluster(share, fresh=True)
             return fold(self._active, self.labels, self._bare, gain="regression") if self.method == FOLD else Plan(())
-        self._choose_widths(share)
         seed = self.cutting.seed + 1000 * len(self.plans)
         scores = score(self._active, self._bare, self.method, loader=self.cutting.loader, seed=seed)
+        if self.target.macs is not None and resolve(self.method).across_layers:
+            target = self.target
+            selection = Selection("global", target.round_to, target.min_keep)
+            budget = Budget(macs=min(self.widths.limit(share) / self._cost.macs, 1.0))
+            return choose(self._active, scores, budget, self._cost, selection)
+        self._choose_widths(share)
         cuts = []
         for group in self._active:
             width = self.widths.width(group, share)

@@ -25,7 +25,8 @@ class Target:
     - `keep`: share of the units kept in every group, or name or pattern → share. In mappings the last pattern that
       matches counts, and groups that none matches stay whole.
     - `threshold`: cosine similarity above which filters fold together.
-    - `macs`: share of the multiply-accumulates that may remain; groups that cluster well then give more units.
+    - `macs`: share of the multiply-accumulates that may remain; groups that cluster well then give more units, or, with
+      a method whose scores of different layers say the same (`reconstruction`), the units of lowest score go first.
     - `round_to`: widths are multiples of this, as in `filterfold.pruning.budgets.Selection`. None: of 16 in groups that
       began with 128 units or more; with `clusters`, which are taken at their word, 1.
     - `min_keep`, `ignore`: as in `Selection`.
@@ -105,7 +106,7 @@ class CutOptions:
     - `features`: compare "units", filters by direction with their batch norm's scale and shift where these are
       clearly theirs (folds far better once trained), or "filters" alone, as the original description has it.
     - `remedy`: after each cut, measure batch norms anew ("norms"), or repair the next layers' kernels as well
-      ("kernels", see `filterfold.pruning.reconstruction`); averaged copies aren't touched. None: leave it to training.
+      ("kernels", see `filterfold.pruning.reconstruction`), of averaged copies likewise. None: leave it to training.
     - `loader`: a few batches, for criteria that need data, and for remedies.
     - `seed`: of k-means and random scores.
     - `verify`: hold every cut against the masked network before it is made.

@@ -174,20 +174,38 @@ class Schedule:
         return replace(cls.document(epochs), patience=patience, change=change)
 
     @classmethod
-    def of(cls, schedule: str | Schedule | Mapping[str, Any], epochs: int) -> Schedule:
-        """A schedule by name ("gradual", "early", "document", "plateau"), as it is, or from its `to_dict()`.
+    def of(cls, schedule: str | Schedule | Mapping[str, Any], epochs: int, steps: int | None = None) -> Schedule:
+        """A schedule by name, as it is, or from its `to_dict()`.
+
+        **Arguments:**
+
+        - `schedule`: "gradual", "early", "document", "plateau": by epochs; "small-cuts": twenty of `small_cuts`, by
+          steps; "0.1,0.2,0.3": cuts after these fractions of training, by steps, in equal steps to the target.
+        - `epochs`, `steps`: the length of training; None: not known, and what counts steps is refused.
 
         >>> Schedule.of("document", 10) == Schedule.document(10)
         True
+        >>> Schedule.of("0.1,0.3", 10, 500).milestones
+        ((50, 0.5), (150, 1.0))
         """
         if isinstance(schedule, Schedule):
             return schedule
         if isinstance(schedule, Mapping):
             return cls.from_dict(schedule)
-        if schedule not in ("gradual", "early", "document", "plateau"):
-            raise ConfigError(f"schedule={schedule!r}: 'gradual', 'early', 'document', 'plateau', or a Schedule")
-        made: Schedule = getattr(cls, schedule)(epochs)
-        return made
+        if schedule in ("gradual", "early", "document", "plateau"):
+            made: Schedule = getattr(cls, schedule)(epochs)
+            return made
+        fractions = _fractions(schedule)
+        if schedule != "small-cuts" and not fractions:
+            raise ConfigError(
+                f"schedule={schedule!r}: 'gradual', 'early', 'document', 'plateau', 'small-cuts', fractions of "
+                "training such as '0.1,0.2,0.3', or a Schedule"
+            )
+        if steps is None:
+            raise ConfigError(f"schedule={schedule!r}: the number of optimizer steps is not known here")
+        if not fractions:
+            return cls.small_cuts(steps=steps, every=max(1, steps // 40))
+        return cls.at_fractions([(at, (n + 1) / len(fractions)) for n, at in enumerate(fractions)], steps=steps)
 
     def passed(self, done: int, before: int) -> int:
         """How many milestones are behind once so many epochs or steps are done, of which `before` were already."""
@@ -210,6 +228,14 @@ class Schedule:
         milestones = tuple((int(at), float(share)) for at, share in document["milestones"])
         others = {name: document[name] for name in ("patience", "change", "unit") if name in document}
         return cls(tuple(document["updates"]), milestones, **others)
+
+
+def _fractions(text: str) -> list[float]:
+    """Comma-separated numbers; none where anything else stands there."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        return []
 
 
 def _length(epochs: int | None, steps: int | None) -> tuple[Literal["epoch", "step"], int]:

@@ -108,13 +108,17 @@ class TargetWidths:
             return
         ranked = [self.ranked(group) for group in groups]
         curves = [clustering_curve(entry, self.tried(entry), tensors, kind) for entry in ranked]
-        prices, limit = SizePrices(ranked, cost), self.macs * (1 - share * (1 - self.target.macs))
+        prices, limit = SizePrices(ranked, cost), self.limit(share)
         for counts in descend(curves, prices):
             macs = prices.amounts(counts)["macs"]
             if macs <= limit:
                 self.chosen = {group.name: width for group, width in zip(groups, counts, strict=True)}
                 return
         raise out_of_reach({"macs": self.target.macs}, {"macs": macs / max(1, self.macs)})
+
+    def limit(self, share: float) -> float:
+        """Multiply-accumulates that may remain when the network is `share` of the way to a budget of them."""
+        return self.macs * (1 - share * (1 - (self.target.macs or 0.0)))
 
     def state_dict(self) -> dict[str, int | dict[str, int]]:
         """What does not follow from the options and the network as it is."""

@@ -13,12 +13,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from ..errors import CheckpointError, one_line
 from ..utils.io import read_safetensors
-from ..utils.modules import named_tensors, unwrap
-from .checkpoint import is_pickle, read_header, rebuild
+from ..utils.modules import classifier, named_tensors, unwrap
+from .checkpoint import draw, is_pickle, read_header, rebuild
 
 _NESTED = (
     "model_ema",
@@ -47,7 +46,7 @@ class Loaded:
     - `place`: keys that lead to it, such as `model_ema`; empty if it lay open.
     - `prefix`: what was taken off its names, such as `module.`.
     - `left_out`: names without that prefix.
-    - `heads`: layer → its outputs in the file and in the model, for classifiers that were left as the model had them.
+    - `heads`: layer → its outputs in the file and in the model, for classifiers that were drawn anew.
     """
 
     place: str = ""
@@ -125,7 +124,7 @@ class Weights:
         model = unwrap(model)
         if not self.header:
             return self.by_name(model, new_head=new_head)
-        head = None if classes is None else _classifier(model, classes)
+        head = None if classes is None else classifier(model, classes)
         there = None if head is None else self.tensors.get(f"{head}.weight")
         if head is None or classes is None or there is None or len(there) == classes:
             rebuild(model, Path(self.source), self.header, self.tensors)
@@ -151,6 +150,8 @@ class Weights:
         with torch.no_grad():
             for name, value in rest.items():
                 targets[name].copy_(value)
+        for head in heads:
+            draw(model.get_submodule(head))
         return Loaded(self.place, prefix, left_out, heads)
 
 
@@ -164,8 +165,9 @@ def load_weights(model: nn.Module, path: str | Path, *, new_head: bool = False) 
     **Arguments:**
 
     - `model`: bare, or in the wrappers that `apply` knows.
-    - `new_head`: leave the classifier as the model has it where the file's is of another number of classes and
-      everything else fits: the layers whose weights differ from the file's in the number of outputs only.
+    - `new_head`: where everything fits but the classifier's number of classes, keep the model's and draw it anew, as
+      PyTorch draws such layers by default. The classifier is the layer, or the layers, whose weights differ from the
+      file's in the number of outputs only.
 
     **Returns:** what was taken, and what was not.
 
@@ -235,12 +237,6 @@ def _heads(
         return {}, frozenset()
     [((there,), (here,))] = pairs
     return dict.fromkeys(sorted(layers), (there, here)), frozenset(differing)
-
-
-def _classifier(model: nn.Module, classes: int) -> str | None:
-    """The last linear layer or convolution with so many outputs."""
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | _ConvNd)}
-    return next((name for name in reversed(layers) if len(layers[name].weight) == classes), None)
 
 
 def _wants_new_head(source: str, heads: Mapping[str, tuple[int, int]]) -> str:

@@ -65,6 +65,8 @@ def save(path: Path, run: Run, callbacks: Sequence[Callback], identity: Mapping[
         "precision": dict(run.fabric.strategy.precision.state_dict()),
         "callbacks": [callback.state_dict() for callback in callbacks],
     }
+    if run.averaged is not None:
+        tree["averaged"] = dict(run.averaged.state_dict())
     save_tree(path, tree)
 
 
@@ -97,6 +99,8 @@ def resume(path: Path | str, run: Run, tree: Mapping[str, Any]) -> None:
     try:
         run.model.load_state_dict(tree["model"])
         run.optimizer.load_state_dict(tree["optimizer"])
+        if run.averaged is not None:
+            run.averaged.load_state_dict(tree["averaged"])
         run.fabric.strategy.precision.load_state_dict(tree["precision"])
     except (RuntimeError, ValueError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

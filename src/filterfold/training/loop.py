@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..data import ImageData, batches
 from ..data.augment import seeded
@@ -66,7 +67,7 @@ def train(
     - `callbacks`: see `Callback`, called in this order.
     - `observers`: each called with every new row of the history. They do not change the run: unlike callbacks they may
       differ when a run is resumed.
-    - `optimizer`: over the model's parameters, instead of the recipe's SGD. The schedule scales its groups' own
+    - `optimizer`: over the model's parameters, instead of the recipe's. The schedule scales its groups' own
       learning rates, taken as those for `recipe.lr`.
     - `checkpoint`: file to write after each epoch and to go on from if it exists. A finished one is just loaded.
     - `checkpoint_seconds`: write at most so often; the last epoch is always written.
@@ -143,7 +144,8 @@ def work(job: Job, leading: Leading | None = None) -> History:
         tree = distributed.decided(lambda: checkpoint.read(leading.checkpoint, identity))
         if tree is not None:
             checkpoint.resize(model, tree)
-        run = Run(model, job.optimizer or recipe.optimizer(model), data, recipe, fabric, job.phase)
+        optimizer = job.optimizer or recipe.make_optimizer(model, len(data.classes))
+        run = Run(model, optimizer, data, recipe, fabric, job.phase)
         loop = Loop(run, job, leading, identity)
         if tree is not None:
             checkpoint.resume(leading.checkpoint or "the checkpoint", run, tree)
@@ -155,6 +157,7 @@ def work(job: Job, leading: Leading | None = None) -> History:
         try:
             with nullcontext() if distributed.is_first() else show(None):
                 loop.go()
+            run.take_average()
         finally:
             run.optimizer.zero_grad(set_to_none=True)
         return run.history
@@ -172,10 +175,10 @@ class Loop:
         self.rates = [group["lr"] / run.recipe.lr for group in run.optimizer.param_groups]
         self.augment = run.recipe.augment or run.data.augment
         self.whole = len(self.split) >= run.recipe.batch_size
-        self.steps = len(self.split) // run.recipe.batch_size if self.whole else 1
         self.images = min(len(self.split), run.recipe.batch_size)
         self.part = distributed.own_part if distributed.world_size() > 1 else whole
         self.hooked = [c for c in job.callbacks if type(c).after_backward is not Callback.after_backward]
+        self.stepping = [c for c in job.callbacks if type(c).after_step is not Callback.after_step]
         self.written = time.monotonic()
 
     def go(self) -> None:
@@ -207,19 +210,23 @@ class Loop:
             part=self.part,
         )
         total = torch.zeros((), dtype=torch.float64, device=run.device)
-        rate = 0.0
-        for images, labels in track(feed, f"epoch {run.epoch}", self.steps):
-            rate = recipe.rate(run.step, self.steps)
+        rate, first, macs, extra = 0.0, run.macs, 0, 0
+        for images, labels in track(feed, f"epoch {run.epoch}", run.steps):
+            rate = recipe.rate(run.step, run.steps)
+            macs, extra = macs + run.macs, extra + run.extra_macs
             total += self._batch(images, labels, rate)
             run.step += 1
-        loss = float(distributed.summed(total)) / (self.steps * distributed.world_size())
+            run.average()
+            for callback in self.stepping:
+                callback.after_step(run)
+        loss = float(distributed.summed(total)) / (run.steps * distributed.world_size())
         if not math.isfinite(loss):
             raise TrainingError(f"the loss of epoch {run.epoch} is {loss}; lower the learning rate (it was {rate:g})")
         run.loss = loss
         if distributed.world_size() > 1:  # callbacks find the same network and the same random state everywhere
             distributed.averaged(run.model.buffers())
+            distributed.averaged(() if run.averaged is None else run.averaged.buffers())
             _seed(recipe.seed, run.epoch, distributed.world_size())
-        extra = run.extra_macs
         for callback in self.callbacks:
             callback.on_epoch_end(run)
         row: Row = {
@@ -232,7 +239,11 @@ class Loop:
             "macs": run.macs,
             "events": run.take_events(),
         }
-        return row | {"extra_macs": extra} if extra else row
+        if macs != run.steps * first:
+            row["mean_macs"] = macs / run.steps
+        if extra:
+            row["extra_macs"] = extra / run.steps if extra % run.steps else extra // run.steps
+        return row
 
     def _batch(self, images: Tensor, labels: Tensor, rate: float) -> Tensor:
         """Take one step; return its loss, detached, because surgery needs that no autograd graph outlives the step."""
@@ -246,22 +257,24 @@ class Loop:
                 f"{type(run.model).__name__} returns a {type(logits).__name__} in training mode, not logits"
             )
         loss = functional.cross_entropy(logits, labels, label_smoothing=run.recipe.label_smoothing)
-        if (
-            len(labels) * distributed.world_size() != self.images
-        ):  # parts of different sizes: the mean is to be over images
-            loss = loss * (len(labels) * distributed.world_size() / self.images)
         objective = loss
-        run.batch = Batch(images, labels, logits)
+        run.batch = Batch(images, labels, logits, loss)
         for callback in self.callbacks:
             extra = callback.on_batch_loss(run)
             if extra is not None:
                 objective = objective + extra
         run.batch = None
+        part = len(labels) * distributed.world_size() / self.images
+        if part != 1:  # processes have parts of different sizes: the mean is to be over images
+            loss, objective = loss * part, objective * part
         run.fabric.backward(objective)
-        if self.hooked:
+        if self.hooked or run.recipe.clip:
             run.fabric.strategy.precision.unscale_gradients(run.optimizer)
             for callback in self.hooked:
                 callback.after_backward(run)
+        if run.recipe.clip:
+            members = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
+            nn.utils.clip_grad_norm_(members, run.recipe.clip)
         self.stepper.step()
         return loss.detach()
 
@@ -272,10 +285,11 @@ class Loop:
     def _validate(self) -> float:
         run = self.run
         return evaluate(
-            run.forward,
+            run.forward if run.averaged is None else run.averaged,
             self.validation,
             batch_size=EVALUATION_BATCH,
             device=run.device,
+            precision="32-true" if run.averaged is None else run.recipe.precision,
             channels_last=run.recipe.channels_last,
             description="validating",
             together=distributed.world_size() > 1,
@@ -321,6 +335,9 @@ def _given_back(model: nn.Module, recipe: Recipe) -> Iterator[None]:
         try:
             if not model.training:
                 model.train()
+            for module in model.modules() if recipe.freeze_norms else ():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
             if recipe.deterministic:
                 torch.use_deterministic_algorithms(True)
             torch.backends.cudnn.benchmark = not recipe.deterministic

@@ -11,8 +11,12 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
+from ..utils.modules import classifier
 
-Schedule = Literal["step", "constant", "cosine", "onecycle"]
+Schedule = Literal["step", "constant", "cosine", "onecycle", "warmup-cosine"]
+
+
+Optimizer = Literal["sgd", "adamw"]
 
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
@@ -22,24 +26,33 @@ AUTOCAST: dict[str, torch.dtype | None] = {"32-true": None, "bf16-mixed": torch.
 """Precision → type for `torch.autocast`, or None for no autocast."""
 
 
-_LATER = ("cuda_graphs", "validate_every")
+_LATER = ("cuda_graphs", "validate_every", "optimizer", "head_lr", "ema", "freeze_norms", "clip")
 """Fields that were added later: `to_dict` leaves them out where they have their defaults."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How to train: SGD with momentum. The defaults are those of the document that this project reproduces.
+    """How to train. The defaults are those of the document that this project reproduces: SGD with momentum.
 
     **Arguments:**
 
     - `epochs`, `batch_size`: images a step, over all processes if several train together. An incomplete last batch is
       left out (other images each epoch).
-    - `lr`, `momentum`, `nesterov`, `weight_decay`: of SGD.
+    - `optimizer`: `sgd`; or `adamw` (Loshchilov & Hutter 2019), for which rates of .001 and less are usual.
+    - `lr`, `weight_decay`: of either. `momentum`: of SGD; of AdamW it is β₁ (β₂ is .999). `nesterov`: of SGD.
+    - `head_lr`: the classifier, the last layer with as many outputs as there are classes, learns at so many times the
+      rate: 10, say, where it is new and everything else is pretrained.
     - `decay_norms`: whether weight decay also pulls on biases and normalisation parameters.
     - `schedule`: `step`: divide by `step_factor` every `step_every` epochs; `constant`; `cosine`: to zero by half
       a cosine (Loshchilov & Hutter 2017), batch by batch; `onecycle`: linearly up over the share `warmup` of the
-      training, then linearly to zero, batch by batch (the short form of Smith & Topin 2018).
+      training, then linearly to zero, batch by batch (the short form of Smith & Topin 2018); `warmup-cosine`: likewise
+      up, then by half a cosine.
     - `label_smoothing`: share of the target spread over all classes.
+    - `clip`: gradients are scaled down to this norm, over all parameters together, where theirs is larger; 0: never.
+    - `ema`: decay of a moving average of weights and running statistics, such as .999, which is validated and which
+      training ends with; 0: none. After step n it is at most (1 + n) / (10 + n), so that short trainings forget what
+      they began with.
+    - `freeze_norms`: batch norms go on with the running statistics that they have; scales and shifts are trained.
     - `augment`: policy for `data.batches`; None: what suits the data set.
     - `precision`: `32-true`, or autocast to bfloat16 or float16 (a GPU only). On CPUs without matrix units for
       bfloat16 (AMX) `32-true` with `channels_last` is the faster one.
@@ -82,6 +95,11 @@ class Recipe:
     seed: int = 0
     cuda_graphs: bool = False
     validate_every: int = 1
+    optimizer: Optimizer = "sgd"
+    head_lr: float = 1.0
+    ema: float = 0.0
+    freeze_norms: bool = False
+    clip: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse values that make no sense."""
@@ -91,6 +109,11 @@ class Recipe:
             ("lr", 0 < self.lr < math.inf, "above 0"),
             ("momentum", 0 <= self.momentum < 1, "from 0 up to below 1"),
             ("nesterov", not (self.nesterov and self.momentum == 0), "False without momentum"),
+            ("nesterov", not (self.nesterov and self.optimizer != "sgd"), "False unless by SGD"),
+            ("optimizer", self.optimizer in get_args(Optimizer), f"one of {', '.join(get_args(Optimizer))}"),
+            ("head_lr", 0 < self.head_lr < math.inf, "above 0"),
+            ("ema", 0 <= self.ema < 1, "from 0 up to below 1"),
+            ("clip", 0 <= self.clip < math.inf, "at least 0"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0"),
             ("schedule", self.schedule in get_args(Schedule), f"one of {', '.join(get_args(Schedule))}"),
             ("step_every", self.step_every >= 1, "at least 1"),
@@ -120,20 +143,40 @@ class Recipe:
         """The learning rate of a batch: `step` counts batches from 0 over the whole training."""
         return self.lr * _FRACTIONS[self.schedule](self, step, steps_per_epoch)
 
-    def optimizer(self, model: nn.Module) -> torch.optim.SGD:
-        """SGD over the parameters that require gradients."""
+    def make_optimizer(self, model: nn.Module, classes: int | None = None) -> torch.optim.Optimizer:
+        """The optimizer over the parameters that require gradients.
+
+        **Arguments:** `classes`: outputs of the classifier; None: the last layer is one.
+
+        **Raises:** `ConfigError` if nothing requires a gradient, or `head_lr` finds no classifier.
+        """
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not trained:
             raise ConfigError("the network has no parameter that requires a gradient, so there is nothing to train")
-        groups: list[dict[str, object]] = [{"params": trained}]
-        if not self.decay_norms:
-            matrices = [parameter for parameter in trained if parameter.ndim > 1]
-            vectors = [parameter for parameter in trained if parameter.ndim <= 1]
-            groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-            groups = [group for group in groups if group["params"]]
-        return torch.optim.SGD(
-            groups, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, nesterov=self.nesterov
-        )
+        head: set[int] = set()
+        if self.head_lr != 1:
+            name = classifier(model, classes)
+            if name is None:
+                raise ConfigError(
+                    f"head_lr={self.head_lr:g}: no layer of the network has {classes} outputs; leave it out"
+                )
+            head = {id(parameter) for parameter in model.get_submodule(name).parameters()}
+        kinds: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for parameter in trained:
+            kinds.setdefault((id(parameter) in head, parameter.ndim <= 1 and not self.decay_norms), []).append(
+                parameter
+            )
+        groups = [
+            {
+                "params": members,
+                "lr": self.lr * (self.head_lr if of_head else 1.0),
+                "weight_decay": 0.0 if undecayed else self.weight_decay,
+            }
+            for (of_head, undecayed), members in sorted(kinds.items(), key=lambda entry: entry[0])
+        ]
+        if self.optimizer == "adamw":
+            return torch.optim.AdamW(groups, betas=(self.momentum, 0.999))
+        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)
 
 
 def _step(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
@@ -155,9 +198,17 @@ def _onecycle(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
     return (1 - done) / (1 - recipe.warmup)
 
 
+def _warmup_cosine(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
+    done = (step + 0.5) / (recipe.epochs * steps_per_epoch)
+    if done < recipe.warmup:
+        return done / recipe.warmup
+    return (1 + math.cos(math.pi * (done - recipe.warmup) / (1 - recipe.warmup))) / 2
+
+
 _FRACTIONS: dict[str, Callable[[Recipe, int, int], float]] = {
     "step": _step,
     "constant": _constant,
     "cosine": _cosine,
     "onecycle": _onecycle,
+    "warmup-cosine": _warmup_cosine,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NotRequired, Protocol, TypedDict
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..data import ImageData
 from ..profiling.macs import measure
@@ -63,6 +65,8 @@ class Row(TypedDict):
     - `macs`: multiply-accumulates an image of the network that the epoch ends with.
     - `events`: what callbacks reported.
     - `extra_macs`: multiply-accumulates an image that callbacks added in the epoch's batches; left out where none.
+    - `mean_macs`: multiply-accumulates an image, mean over the epoch's batches; left out where the network is of one
+      size in all of them. `extra_macs` is then a mean, too.
     """
 
     phase: str
@@ -73,7 +77,8 @@ class Row(TypedDict):
     seconds: float
     macs: int
     events: list[str]
-    extra_macs: NotRequired[int]
+    extra_macs: NotRequired[float]
+    mean_macs: NotRequired[float]
 
 
 @dataclass
@@ -101,18 +106,19 @@ class History:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The present training batch: images (b, channels, size, size), labels (b,), logits (b, classes)."""
+    """The present training batch: images (b, channels, size, size), labels (b,), logits (b, classes), loss ()."""
 
     images: Tensor
     labels: Tensor
     logits: Tensor
+    loss: Tensor
 
 
 class Callback(Protocol):
     """A part of a run of one's own: derive from it and override what is needed, or have all its methods.
 
     A callback may change the network physically, as long as every parameter stays the same object (`surgery.apply`
-    does so) and it calls `run.structure_changed()` afterwards. Cut between batches: in `on_epoch_end`.
+    does so) and it calls `run.structure_changed()` afterwards. Cut between batches: in `after_step` or `on_epoch_end`.
     """
 
     def on_start(self, run: Run) -> None:
@@ -122,11 +128,18 @@ class Callback(Protocol):
         """
 
     def on_batch_loss(self, run: Run) -> Tensor | None:  # noqa: ARG002  # what overrides it needs the run
-        """A scalar to add to the batch's loss, or None; `run.batch` holds the inputs and outputs of this batch."""
+        """A scalar to add to the batch's loss, or None; `run.batch` holds inputs, outputs and loss of this batch."""
         return None
 
     def after_backward(self, run: Run) -> None:
         """Called with the gradients in place (unscaled), before the optimizer's step."""
+
+    def after_step(self, run: Run) -> None:
+        """Called after each step of the optimizer, when `run.step` of them are done; the batch is gone.
+
+        With several processes it is called in each, with the same weights; running statistics and random state are each
+        process's own.
+        """
 
     def on_epoch_end(self, run: Run) -> None:
         """Called after the epoch's last batch, before validation and the checkpoint.
@@ -152,11 +165,13 @@ class Run:
     - `data`, `recipe`, `phase`: what `train` was given.
     - `fabric`: Lightning Fabric, for the device and precision, and for gradients over several processes.
     - `epoch`: the present epoch, counted from 1; 0 before the first.
-    - `step`: batches done in the whole run.
+    - `step`: batches done in the whole run; `steps`: batches of one epoch.
     - `history`: rows of the epochs that are over.
     - `loss`: mean training loss of the epoch that is over, in `Callback.on_epoch_end`; None before the first.
     - `macs`: multiply-accumulates an image of the present network.
     - `extra_macs`: what callbacks add to it from now on, for an image: a teacher's forward pass.
+    - `averaged`: the moving average of the network, of the same sizes, or None; whoever cuts the network cuts it alike
+      (the `averaged` of `surgery.apply`).
     - `batch`: the present `Batch`, inside `Callback.on_batch_loss`; else None.
     """
 
@@ -173,6 +188,7 @@ class Run:
         self.fabric, self.phase = fabric, phase
         self.epoch = 0
         self.step = 0
+        self.steps = max(1, len(data.train) // recipe.batch_size)
         self.loss: float | None = None
         self.history = History()
         self.macs = 0
@@ -181,7 +197,10 @@ class Run:
         self._events: list[str] = []
         self._compiled = False
         self.forward: nn.Module = model
+        self.averaged: nn.Module | None = None
         self.structure_changed()
+        if recipe.ema:
+            self.averaged = copy.deepcopy(model).requires_grad_(False)
 
     @property
     def device(self) -> torch.device:
@@ -205,7 +224,7 @@ class Run:
     def structure_changed(self) -> None:
         """Tell the run that the sizes of the network have changed: set memory formats, wrap it, count its cost."""
         layout = torch.channels_last if self.recipe.channels_last else torch.contiguous_format
-        for tensor in (*self.model.parameters(), *self.model.buffers()):
+        for tensor in (*_tensors(self.model), *_tensors(self.averaged)):
             form = layout if tensor.ndim == 4 else torch.contiguous_format
             if not tensor.is_contiguous(memory_format=form):
                 tensor.data = tensor.data.contiguous(memory_format=form)
@@ -220,9 +239,34 @@ class Run:
         self.forward = self.fabric.setup_module(inner)
         self.macs = measure(self.model, self.example).macs
 
+    @torch.no_grad()
+    def average(self) -> None:
+        """Move the averaged network, if there is one, towards the present one; after each step."""
+        if self.averaged is None:
+            return
+        decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
+        pairs = list(zip(_tensors(self.averaged), _tensors(self.model), strict=True))
+        floating = [pair for pair in pairs if pair[0].is_floating_point()]
+        move = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]  # so in torch's stubs
+        move([one for one, _ in floating], [other for _, other in floating], None)
+        for one, other in pairs:
+            if not one.is_floating_point():
+                one.copy_(other)
+
+    @torch.no_grad()
+    def take_average(self) -> None:
+        """Put the averaged values, if there are any, into the network."""
+        if self.averaged is not None:
+            for one, other in zip(_tensors(self.averaged), _tensors(self.model), strict=True):
+                other.copy_(one)
+
     def _graphed(self, layout: torch.memory_format) -> nn.Module:
         """The network recorded for the size and type of the training batches."""
         dtype = AUTOCAST[self.recipe.precision]
         count = min(self.recipe.batch_size, len(self.data.train))
         images = self.example.to(dtype or torch.float32).repeat(count, 1, 1, 1).contiguous(memory_format=layout)
         return Graphed(self.model, images, dtype)
+
+
+def _tensors(model: nn.Module | None) -> list[Tensor]:
+    return [] if model is None else [*model.parameters(), *model.buffers()]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 WRAPPERS = {
     "OptimizedModule": "_orig_mod",  # torch.compile
@@ -92,6 +93,16 @@ def unwrap(model: nn.Module) -> nn.Module:
     while type(model).__name__ in WRAPPERS:
         model = getattr(model, WRAPPERS[type(model).__name__])
     return model
+
+
+def classifier(model: nn.Module, classes: int | None = None) -> str | None:
+    """The name of the last linear layer or convolution, of those with so many outputs; None if there is none.
+
+    >>> classifier(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4, 10), nn.ReLU()), 10)
+    '2'
+    """
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | _ConvNd)}
+    return next((name for name in reversed(layers) if classes in (None, len(layers[name].weight))), None)
 
 
 def like(old: Any, new: Any) -> Any:

@@ -48,8 +48,9 @@ def test_twelve_trials_two_workers_one_killed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_plots")
 def test_a_killed_driver_takes_its_cluster_along_and_nothing_is_lost_or_done_twice(tmp_path: Path) -> None:
-    kill_the_driver_and_go_on(tmp_path / "run", "--engine", "ray", "--parallel", "1", "--threads", "1")
+    kill_the_driver_and_go_on(tmp_path / "run", ["--engine", "ray", "--parallel", "1"])
 
 
 def test_a_node_that_does_not_see_the_run_folder_sends_what_it_made(

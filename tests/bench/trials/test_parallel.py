@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from filterfold.bench.trials import records, runner
 from filterfold.bench.trials.config import Comparison, Setting, Trial
 from filterfold.bench.trials.context import RunContext, lock
 from filterfold.bench.trials.methods import must_wait
 from filterfold.bench.trials.parallel import Parallel
+from filterfold.cli.app import app
 from filterfold.errors import ConfigError
 from filterfold.utils.io import write_json
 
 RECIPE = {"epochs": 1, "lr": 0.1}
 SETTING = Setting("vgg_small", "digits", width=0.25, data_options={"train_limit": 256}, recipe=RECIPE, retrain_epochs=1)
+
+COMMAND = ["compare", "--model", "vgg_small", "--data", "digits", "--width", "0.25", "--train-limit", "400"]
+COMMAND += ["--epochs", "8", "--methods", "dense,online", "--keep", "0.5", "--trials", "2", "--latency-batches", "none"]
+COMMAND += ["--threads", "1"]
 
 DEADLY = """
 import multiprocessing, os, signal
@@ -32,10 +39,13 @@ from pathlib import Path
 from filterfold.zoo import build
 
 def factory(num_classes=10):
-    marker = Path(__file__).with_name("once")
-    if multiprocessing.parent_process() is not None and not marker.exists():
-        marker.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
+    if multiprocessing.parent_process() is not None:
+        try:
+            Path(__file__).with_name("once").touch(exist_ok=False)
+        except FileExistsError:
+            pass
+        else:
+            os.kill(os.getpid(), signal.SIGKILL)
     return build("vgg_small", channels=1, image_size=8, width=0.25)
 """
 
@@ -48,74 +58,68 @@ def figures(record: records.Record) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_the_same_records_as_in_sequence(tmp_path: Path) -> None:
-    comparison = Comparison.of(SETTING, ["dense", "l1", "random", "online"], keep=[0.5], seeds=range(2))
-    together = runner.compare(comparison, tmp_path / "two", engine=Parallel(2), timing_rounds=1, batch_sizes=[])
-    alone = runner.compare(comparison, tmp_path / "one", timing_rounds=1, batch_sizes=[])
-    assert together.complete
-    assert alone.complete
-    assert sorted(together.ran) == sorted(alone.ran)
-    assert [figures(record) for record in together.records] == [figures(record) for record in alone.records]
-    assert len(list((tmp_path / "two" / "bases").glob("*.json"))) == 2
-
-
-@pytest.mark.slow
-def test_a_worker_that_dies_fails_its_trial_and_no_other(tmp_path: Path) -> None:
+def test_the_same_records_as_in_sequence_though_a_worker_dies(tmp_path: Path) -> None:
     (tmp_path / "deadly.py").write_text(DEADLY)
-    setting = Setting(f"{tmp_path / 'deadly.py'}:factory", "digits", recipe=RECIPE)
-    comparison = Comparison.of(setting, ["dense"], seeds=range(3))
-    outcome = runner.compare(comparison, tmp_path / "run", engine=Parallel(2), timing_rounds=1, batch_sizes=[])
-    assert len(outcome.records) == 3
-    (failed,) = outcome.failed
+    setting = replace(SETTING, model=f"{tmp_path / 'deadly.py'}:factory", width=1.0)
+    comparison = Comparison.of(setting, ["dense", "l1", "random", "online"], keep=[0.5], seeds=range(2))
+
+    def run(name: str, engine: runner.Engine) -> runner.Outcome:
+        return runner.compare(comparison, tmp_path / name, engine=engine, timing_rounds=1, batch_sizes=[])
+
+    first = run("together", Parallel(2))
+    assert sorted(first.ran) == sorted(trial.id for trial in comparison.trials)
+    (failed,) = first.failed
     assert failed["reason"] == "its worker process died (killed by SIGKILL); out of memory? Run fewer trials at a time"
-    again = runner.compare(comparison, tmp_path / "run", engine=Parallel(2), timing_rounds=1, batch_sizes=[])
+    again = run("together", runner.local)
     assert again.complete
     assert again.ran == (failed["id"],)
+    assert len(list((tmp_path / "together" / "bases").glob("*.json"))) == 2
+    alone = run("alone", runner.local)
+    assert alone.complete
+    assert [figures(record) for record in again.records] == [figures(record) for record in alone.records]
 
 
 @pytest.mark.slow
 def test_stopping_in_time(tmp_path: Path) -> None:
-    comparison = Comparison.of(SETTING, ["dense"], seeds=range(2))
+    comparison = Comparison.of(SETTING, ["dense"], seeds=[0])
     before = children()
     outcome = runner.compare(comparison, tmp_path / "run", engine=Parallel(2), stop_after=0.5)
-    assert (outcome.left, outcome.timed, outcome.records) == (2, False, ())
+    assert (outcome.left, outcome.timed, outcome.records) == (1, False, ())
     assert children() <= before
 
 
 @pytest.mark.slow
-def test_a_killed_driver_takes_its_workers_along_and_nothing_is_lost_or_done_twice(tmp_path: Path) -> None:
-    kill_the_driver_and_go_on(tmp_path / "run", "--parallel", "2", "--threads", "2")
-
-
-def kill_the_driver_and_go_on(folder: Path, *options: str) -> None:
-    """Kill a comparison of four trials when one has ended and another has begun; the same command does the rest."""
-    command = [sys.executable, "-m", "filterfold", "compare", "--model", "vgg_small", "--data", "digits"]
-    command += [
-        "--width",
-        "0.25",
-        "--train-limit",
-        "400",
-        "--epochs",
-        "8",
-        "--methods",
-        "dense,online",
-        "--keep",
-        "0.5",
-    ]
-    command += ["--trials", "2", "--latency-batches", "none", *options, "--out", str(folder)]
-    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        wait_until(lambda: len(list(folder.glob("records/*.json"))) >= 1 and any(folder.glob("work/*/*.safetensors")))
+@pytest.mark.usefixtures("no_plots")
+def test_ctrl_c_ends_the_workers_and_a_killed_driver_takes_them_along(tmp_path: Path) -> None:
+    folder, options = tmp_path / "run", ["--parallel", "2"]
+    with start(folder, options, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as driver:
+        # one of four trials has a checkpoint: the end of the run is far off, however fast the machine
+        wait_until(lambda: any(folder.glob("work/*/*.safetensors")), driver)
         workers = children(driver.pid)
-    finally:
+        os.killpg(driver.pid, signal.SIGINT)  # what a terminal does: to the driver and its workers alike
+        said, _ = driver.communicate(timeout=300)
+    assert driver.returncode == 130
+    assert said.endswith("filterfold: interrupted; the same command goes on from here\n")
+    assert "Traceback" not in said
+    wait_until(lambda: not any(map(alive, workers)))
+    for path in folder.glob("records/*.json"):
+        assert records.read(path)["status"] == "finished"  # stopped is not failed
+    kill_the_driver_and_go_on(folder, options)
+
+
+def kill_the_driver_and_go_on(folder: Path, options: list[str]) -> None:
+    """Kill a comparison of four trials when one has ended and another has begun; then do the rest in this process."""
+    with start(folder, options, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as driver:
+        wait_until(lambda: any(folder.glob("records/*.json")) and any(folder.glob("work/*/*.safetensors")), driver)
+        workers = children(driver.pid)
         driver.send_signal(signal.SIGKILL)
-        driver.wait()
     assert len(workers) >= 2
-    wait_until(lambda: not any(alive(pid) for pid in workers))
+    wait_until(lambda: not any(map(alive, workers)))
     before = {record["id"]: record for record in records.read_all(folder)}
     assert 1 <= len(before) < 4
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=400)
-    assert f"[{4 - len(before)}/{4 - len(before)}]" in done.stdout
+    done = CliRunner().invoke(app, [*COMMAND, "--out", str(folder)])
+    assert done.exit_code == 0, done.output
+    assert f"[{4 - len(before)}/{4 - len(before)}]" in done.output
     after = {record["id"]: record for record in records.read_all(folder)}
     assert len(after) == 4
     assert {record["status"] for record in after.values()} == {"finished"}
@@ -123,33 +127,17 @@ def kill_the_driver_and_go_on(folder: Path, *options: str) -> None:
         assert (after[name]["started"], after[name]["finished"]) == (record["started"], record["finished"])
 
 
-@pytest.mark.slow
-def test_ctrl_c_ends_the_workers_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    command = [sys.executable, "-m", "filterfold", "compare", "--model", "vgg_small", "--data", "digits"]
-    command += ["--width", "0.25", "--train-limit", "400", "--epochs", "40", "--methods", "dense", "--trials", "6"]
-    command += ["--parallel", "2", "--threads", "2", "--latency-batches", "none", "--out", str(folder)]
-    driver = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0, preexec_fn=heed_ctrl_c
-    )
-    try:
-        # one of six trials has a checkpoint: the end of the run is far off, however fast the machine
-        wait_until(lambda: len(list(folder.glob("work/*/*.safetensors"))) > 0, 300)
-        workers = children(driver.pid)
-        os.killpg(driver.pid, signal.SIGINT)  # what a terminal does: to the driver and its workers alike
-        said, _ = driver.communicate(timeout=300)
-    finally:
-        if driver.poll() is None:
-            os.killpg(driver.pid, signal.SIGKILL)
-            driver.communicate()
-    assert driver.returncode == 130
-    assert said.endswith("filterfold: interrupted; the same command goes on from here\n")
-    assert "Traceback" not in said
-    wait_until(lambda: not any(alive(pid) for pid in workers), 300)
-    left = [json.loads(path.read_text()) for path in folder.glob("records/*.json")]
-    assert all(record["status"] == "finished" for record in left)  # stopped is not failed
-    assert subprocess.run(command, capture_output=True, check=False, timeout=400).returncode == 0
-    assert len(records.read_all(folder)) == 6
+@contextmanager
+def start(folder: Path, options: list[str], **how: Any) -> Iterator[subprocess.Popen[str]]:
+    """The command in a process group of its own, all of which is killed if anything fails meanwhile."""
+    command = [sys.executable, "-m", "filterfold", *COMMAND, *options, "--out", str(folder)]
+    with subprocess.Popen(command, process_group=0, preexec_fn=heed_ctrl_c, **how) as driver:
+        try:
+            yield driver
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(driver.pid, signal.SIGKILL)
+            raise
 
 
 @pytest.mark.slow
@@ -157,15 +145,17 @@ def test_two_processes_with_one_trial_do_it_once(tmp_path: Path) -> None:
     """An orphan of a killed run may still be at it: the second waits, and takes over its record."""
     trial = Trial("dense", 0, SETTING)
     code = (
-        "import sys, pickle; run, trial = pickle.loads(bytes.fromhex(sys.argv[1]));"
-        "print(run(trial)['started'], run.context.__dict__.get('data') is not None)"
+        "import sys, pickle; run, trial = pickle.loads(bytes.fromhex(sys.argv[1])); print('here', flush=True);"
+        "print(run(trial)['started'], 'data' in run.context.__dict__)"
     )
     trials = runner.Runner(RunContext(SETTING, tmp_path, "cpu"))
-    packed = pickle.dumps((trials, trial)).hex()
-    both = [subprocess.Popen([sys.executable, "-c", code, packed], stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [process.communicate(timeout=400)[0].split() for process in both]
-    assert said[0][0] == said[1][0]
-    assert sorted(loaded for _, loaded in said) == ["False", "True"]  # one of them never needed the images
+    second = [sys.executable, "-c", code, pickle.dumps((trials, trial)).hex()]
+    with subprocess.Popen(second, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        with lock(tmp_path, trial.id):
+            assert process.stdout.readline() == "here\n"
+            record = trials._run(trial)
+        assert process.stdout.read().split() == [record["started"], "False"]  # it never needed the images
 
 
 def test_a_trial_waits_while_another_process_trains_its_dense_network(tmp_path: Path) -> None:
@@ -236,8 +226,9 @@ def heed_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def wait_until(true: Callable[[], bool], seconds: float = 300) -> None:
+def wait_until(true: Callable[[], bool], process: subprocess.Popen[str] | None = None, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "it never happened"
+        assert process is None or process.poll() is None, "it ended too early"
         time.sleep(0.01)

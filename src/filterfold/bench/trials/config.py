@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from ...errors import ConfigError, RecordError
 from ...utils.io import write_json
@@ -35,6 +35,9 @@ CONTROLS = ("dense-long", "random", "scratch", "online-l1")
 """What `compare` runs by default, and the controls that a gain must be held against: the dense network trained for as
 long as the retrained ones, filters dropped by chance, the small network from fresh weights, and the schedule of the
 online method with the original criterion."""
+
+
+Teacher = Literal["file", "before the cut", "at the start", "before the first cut"]
 
 
 class Described(TypedDict):
@@ -69,6 +72,8 @@ class Setting:
     - `weights`: file with the weights that networks begin with. Without `start`'s `tune` they are those of the dense
       network, which is then not trained.
     - `start`: what else is to be known about them: the other fields of `Start`.
+    - `distill`: how methods with `+distill` are taught: `weight` and `temperature` (see `ff.Distillation`), `teacher`,
+      a file with a network's weights, and their `fingerprint`.
     """
 
     model: str
@@ -86,6 +91,7 @@ class Setting:
     scratch: Mapping[str, Any] = field(default_factory=dict)
     weights: str | None = None
     start: Mapping[str, Any] = field(default_factory=dict)
+    distill: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse values that make no sense."""
@@ -124,7 +130,8 @@ class Trial:
       many as cost what the online method costs; `online`: fold clusters while training;
       `online-<criterion>`: the same schedule, but drop by that criterion;
       `online-centroid`: the same, but replace filters by their cluster's mean and remove none;
-      `online…+repair`, `online…+distill`: with additions (see `method_names.ADDITIONS`).
+      `online…+repair`, `online…+distill`: with additions (see `method_names.ADDITIONS`); `l1+distill`,
+      `scratch+distill`: with a teacher, too.
     - `seed`: of the initial weights, the batches, and the augmentation.
     - `clusters`: filters that stay in every layer (online methods), or None.
     - `keep`: share of the filters that stays, or None (criteria: the paper's own widths where it gives some, else
@@ -160,13 +167,33 @@ class Trial:
             raise ConfigError(f"method {self.method!r} takes no number of clusters; give a share to keep")
         if self.parsed.kind == "dense" and given:
             raise ConfigError(f"method {self.method!r} cuts nothing, so it takes no share to keep")
+        if self.parsed.is_taught and self.teacher is None:
+            raise ConfigError(f"method {self.method!r}: no network is cut that could teach; give --teacher FILE")
         if len(given) > 1:
             raise ConfigError(f"method {self.method!r}: give a share of the filters or of the MACs to keep, not both")
 
     @property
+    def teacher(self) -> Teacher | None:
+        """Who teaches a method with `+distill`: the network of a file; else that before the cut of a one-shot method.
+
+        Of an online method it is the network that training starts with, or, where that knows nothing of these classes
+        (fresh weights, a new classifier), the one before the first cut, from then on.
+        """
+        if "teacher" in self.setting.distill:
+            return "file"
+        if self.parsed.kind != "online":
+            return "before the cut" if self.parsed.kind == "one-shot" else None
+        knows = self.setting.begins.given and not self.setting.begins.new_head
+        return "at the start" if knows else "before the first cut"
+
+    @property
     def online_options(self) -> dict[str, Any]:
         """Options for `OnlineCallback`: the setting's, changed by the method's additions."""
-        return {"schedule": "gradual", **self.setting.online, **self.parsed.options}
+        options = {"schedule": "gradual", **self.setting.online, **self.parsed.options}
+        if self.parsed.is_taught and self.teacher == "before the first cut":
+            names = {"weight": "distill", "temperature": "temperature"}
+            return options | {names[key]: value for key, value in self.setting.distill.items()}
+        return {key: value for key, value in options.items() if not (key == "distill" and self.parsed.is_taught)}
 
     @property
     def label(self) -> str:
@@ -300,7 +327,7 @@ class Comparison:
         return entries
 
 
-_LATER = ("shares", "follow", "retrain", "scratch", "weights", "start")
+_LATER = ("shares", "follow", "retrain", "scratch", "weights", "start", "distill")
 """Fields of a setting that came after the first records."""
 
 

@@ -23,6 +23,7 @@ from ...training import Callback, Recipe, Row, Tracker, check_trackers, tracking
 from ...training.evaluate import check_fit
 from ...zoo import build
 from .config import Setting, Trial
+from .start import Start
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -148,6 +149,17 @@ class RunContext:
             return None
         return self.weights.into(model, new_head=self.setting.begins.new_head, classes=len(self.data.classes))
 
+    def teacher(self) -> nn.Module:
+        """The network of the setting's teacher file, on the CPU.
+
+        **Raises:** `CheckpointError` if it does not fit, `RecordError` if it is another than the runs began with.
+        """
+        file = Start(self.setting.distill["teacher"], fingerprint=self.setting.distill.get("fingerprint", ""))
+        with torch.random.fork_rng(devices=[]):
+            model = self._drawn()
+        file.read(self.setting.model, self.data.channels).into(model, classes=len(self.data.classes))
+        return model
+
     def told(self) -> str | None:
         """In words what the networks begin with and how images are normalised; None where both are the usual."""
         loaded = self._begin(self._drawn())
@@ -218,7 +230,8 @@ class RunContext:
 
         **Raises:** the `FilterfoldError` that says so.
         """
-        self.recipe(0)
+        for changes in ({}, self.setting.retrain, self.setting.scratch):
+            self.recipe(0, **changes)
         check_fit(self.build(), self.example, len(self.data.classes))
 
     def model_file(self, trial_id: str) -> Path:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -41,24 +42,32 @@ def train_macs(trial: Trial, context: RunContext, history: Iterable[Row], dense:
 
     - `history`: rows of the epochs; each has the MACs of the network that it ended with.
     - `dense`: MACs an image of the uncut network. Online methods cut at the end of an epoch, so an epoch is that of
-      the network that the one before ended with; all others cut between training and retraining.
+      the network that the one before ended with, or between batches, and then there is a mean over these; all others
+      cut between training and retraining.
     """
     total, last = 0, dense
     for epoch in history:
-        during = last if trial.parsed.is_online else epoch["macs"]
-        total += (STEP * during + epoch.get("extra_macs", 0)) * _images(trial, context, epoch)
+        during = epoch.get("mean_macs", last if trial.parsed.is_online else epoch["macs"])
+        total += round((STEP * during + epoch.get("extra_macs", 0)) * _images(trial, context, epoch))
         last = epoch["macs"]
     return total
 
 
 def _images(trial: Trial, context: RunContext, epoch: Row) -> int:
-    """Images of one epoch: an incomplete last batch is left out, unless it is the only one."""
     setting, count = trial.setting, len(context.data.train)
     if trial.parsed.kind == "scratch":
         changes = setting.scratch
     else:
         changes = setting.retrain if epoch["phase"] == "retrain" else {}
-    batch = context.recipe(trial.seed, **changes).batch_size
+    return images_of(count, context.recipe(trial.seed, **changes).batch_size)
+
+
+def images_of(count: int, batch: int) -> int:
+    """Images of one epoch: an incomplete last batch is left out, unless it is the only one.
+
+    >>> images_of(100, 32), images_of(10, 32)
+    (96, 10)
+    """
     return count // batch * batch if count >= batch else count
 
 
@@ -89,45 +98,52 @@ def paid_epochs(trial: Trial, context: RunContext) -> dict[str, Any]:
     if "longer" in trial.parsed.additions:
         return {"epochs": _longer(trial, context)}
     if trial.method == "scratch-long":
-        epochs, sizes = context.recipe(trial.seed).epochs, _sizes(trial, context)
-        return {"epochs": max(1, round(_online_cost(trial, sizes, epochs) / sizes[1.0]))}
+        epochs, size = context.recipe(trial.seed).epochs, _sizes(trial, context)
+        return {"epochs": max(1, round(_online_cost(trial, context, size, epochs) / size(1.0)))}
     return {}
 
 
 def _longer(trial: Trial, context: RunContext) -> int:
     """The most epochs for which a trial costs no more than the share `LONGER` of the dense network's training."""
-    sizes = _sizes(trial, context)
-    most = LONGER * context.recipe(trial.seed).epochs * sizes[0.0]
+    size = _sizes(trial, context)
+    most = LONGER * context.recipe(trial.seed).epochs * size(0.0)
     if not trial.parsed.is_online:
-        return max(1, int(most / sizes[1.0]))
+        return max(1, int(most / (size(1.0) + _teaching(trial, context, size))))
     epochs = 0
-    while _online_cost(trial, sizes, epochs + 1) <= most:
+    while _online_cost(trial, context, size, epochs + 1) <= most:
         epochs += 1
     if not epochs:
         raise ConfigError(f"method {trial.method!r}: {LONGER:g} of the dense training does not pay for an epoch")
     return epochs
 
 
-def _online_cost(trial: Trial, sizes: Mapping[float, int], epochs: int) -> int:
+def _online_cost(trial: Trial, context: RunContext, size: Callable[[float], int], epochs: int) -> float:
     """Multiply-accumulates an image, summed over the epochs of the online schedule."""
-    spent, since, now = 0, 0, sizes[0.0]
-    for at, share in _schedule(trial, epochs).milestones:
-        spent, since, now = spent + now * (at - since), at, sizes[share]
-    return spent + now * (epochs - since)
-
-
-def _schedule(trial: Trial, epochs: int) -> Schedule:
-    schedule = Schedule.of(trial.online_options["schedule"], epochs)
+    steps = max(1, len(context.data.train) // context.recipe(trial.seed).batch_size)
+    schedule = Schedule.of(trial.online_options["schedule"], epochs, epochs * steps)
     if schedule.patience is not None:
         raise ConfigError(f"method {trial.method!r}: a schedule that waits for a plateau has no cost known beforehand")
-    return schedule
+    length = 1 if schedule.unit == "epoch" else steps
+    spent, since, now = 0, 0, size(0.0)
+    for at, share in schedule.milestones:
+        spent, since, now = spent + now * (at - since), at, size(share)
+    untaught = schedule.milestones[0][0] if trial.teacher == "before the first cut" else 0
+    taught = _teaching(trial, context, size) * (epochs * length - untaught)
+    return (spent + now * (epochs * length - since) + taught) / length
 
 
-def _sizes(trial: Trial, context: RunContext) -> dict[float, int]:
-    """Share of the way to the budget → multiply-accumulates of the network that has gone so far."""
+def _teaching(trial: Trial, context: RunContext, size: Callable[[float], int]) -> float:
+    """What a teacher adds to the cost of a training step, in forward passes times `STEP`, as `size` counts."""
+    if not trial.parsed.is_taught:
+        return 0
+    macs = measure(context.teacher(), context.example.cpu()).macs if trial.teacher == "file" else size(0.0)
+    return macs / STEP
+
+
+def _sizes(trial: Trial, context: RunContext) -> Callable[[float], int]:
+    """From a share of the way to the budget to the multiply-accumulates of the network that has gone so far."""
     full = measure(context.build(trial.seed), context.example).macs
-    steps = {share for _, share in _schedule(trial, 100).milestones} | {0.0, 1.0}
-    return {share: full if share == 0 else _size(trial, context, full, share) for share in sorted(steps)}
+    return cache(lambda share: full if share == 0 else _size(trial, context, full, share))
 
 
 def _size(trial: Trial, context: RunContext, full: int, share: float) -> int:

@@ -19,7 +19,7 @@ STRATEGIES: tuple[Strategy, ...] = ("greedy", "iterative")
 
 
 DISTILL = 0.3
-"""Weight of the teacher in `+distill`."""
+"""Weight of the teacher in `+distill` where it is the network before the first cut of an online method."""
 
 
 ADDITIONS: Mapping[str, Mapping[str, Any]] = {
@@ -34,7 +34,11 @@ ADDITIONS: Mapping[str, Mapping[str, Any]] = {
 
 They go together in any combination (`online-l1+repair+distill`), but for the last two, of which `online` takes one:
 filters are brought together by the stronger rule, or not at all. `longer` trains for as many epochs as `costs.LONGER`
-of the dense training pays for; `scratch` takes it as well."""
+of the dense training pays for; `scratch` takes it as well. One-shot methods and `scratch` take `distill`."""
+
+
+_OTHERS: Mapping[str, tuple[str, ...]] = {"one-shot": ("distill",), "scratch": ("distill", "longer")}
+"""Additions that methods take which are not online."""
 
 
 PULLS = ("centripetal", "unpulled")
@@ -67,6 +71,11 @@ class Method:
         return self.kind == "online"
 
     @property
+    def is_taught(self) -> bool:
+        """Whether a teacher takes part in training."""
+        return "distill" in self.additions
+
+    @property
     def options(self) -> dict[str, Any]:
         """The options of `OnlineCallback` that the additions set."""
         return {key: value for name in self.additions for key, value in ADDITIONS[name].items()}
@@ -90,8 +99,8 @@ class Method:
             raise ConfigError(f"no method {plain!r}; {hint}")
         method = known[plain]
         for addition in additions:
-            if not method.is_online and (plain, addition) != ("scratch", "longer"):
-                raise ConfigError(f"method {name!r}: only online methods take additions (+{addition})")
+            if not method.is_online and (method.long or addition not in _OTHERS.get(method.kind, ())):
+                raise ConfigError(f"method {name!r}: only online methods take +{addition}")
             if addition not in ADDITIONS or additions.count(addition) > 1:
                 raise ConfigError(
                     f"method {name!r}: +{addition} is not one of +{', +'.join(ADDITIONS)}, each at most once"

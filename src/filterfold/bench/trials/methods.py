@@ -18,7 +18,7 @@ from torch import nn
 
 from ...errors import ConfigError, RecordError
 from ...graph import trace
-from ...online import ClusterRow, OnlineCallback
+from ...online import ClusterRow, Distillation, DistillationCallback, OnlineCallback
 from ...plan import Plan
 from ...pruning.budgets.patterns import by_group
 from ...pruning.prune import prune
@@ -67,6 +67,7 @@ def one_shot(trial: Trial, context: RunContext) -> Trained:
     trained = base(trial, context)
     context.deadline.check()
     setting, method, model = trial.setting, trial.parsed, trained.model
+    taught = teachers(trial, context, model)
     rounds = _rounds(trial, context, model) if method.strategy == "iterative" else [budget(trial)]
     history: list[Row] = []
     plans: list[Plan] = []
@@ -89,7 +90,7 @@ def one_shot(trial: Trial, context: RunContext) -> Trained:
         if epochs:
             recipe = {"lr": setting.retrain_lr, "schedule": "constant", **setting.retrain, "epochs": epochs}
             name = "retraining" if len(rounds) == 1 else f"retraining-{number}"
-            rows = context.train(trial, model, checkpoint=name, phase="retrain", **recipe)
+            rows = context.train(trial, model, checkpoint=name, phase="retrain", callbacks=taught, **recipe)
             before = len(history)
             history += [{**row, "epoch": row["epoch"] + before} for row in rows]
     return Trained(model, trained.history + history, plans)
@@ -103,7 +104,8 @@ def scratch(trial: Trial, context: RunContext) -> Trained:
     recipe = {**trial.setting.scratch, **paid_epochs(trial, context)}
     model = context.fresh(trial.seed)
     plan = shrink(trial, context, model, budget(trial)).plan
-    return Trained(model, context.train(trial, model, **recipe), [plan])
+    history = context.train(trial, model, callbacks=teachers(trial, context, model), **recipe)
+    return Trained(model, history, [plan])
 
 
 def online(trial: Trial, context: RunContext) -> Trained:
@@ -112,9 +114,9 @@ def online(trial: Trial, context: RunContext) -> Trained:
     reads_data = trial.parsed.criterion or trial.parsed.additions
     callback = online_callback(trial, context.loader(trial.seed) if reads_data else None)
     model = context.build(trial.seed)
-    history = context.train(trial, model, callbacks=(callback,), **recipe)
+    history = context.train(trial, model, callbacks=(callback, *teachers(trial, context, model)), **recipe)
     assert callback.online is not None
-    return Trained(model, history, tuple(callback.online.plans), callback.online.history)
+    return Trained(model, history, tuple(callback.online.plans), callback.history)
 
 
 def online_callback(trial: Trial, loader: Sequence[Any] | None = None) -> OnlineCallback:
@@ -135,6 +137,21 @@ def online_callback(trial: Trial, loader: Sequence[Any] | None = None) -> Online
         )
     except TypeError as error:
         raise ConfigError(f"online clustering has an option that this version does not know: {error}") from error
+
+
+def teachers(trial: Trial, context: RunContext, network: nn.Module) -> tuple[DistillationCallback, ...]:
+    """The teacher of a trial with `+distill`: of the setting's file, or this network as it is now.
+
+    None where there is no teacher, or `OnlineCallback` makes it at the first cut.
+
+    **Raises:** `ConfigError` for a weight or temperature that makes no sense; what `RunContext.teacher` raises.
+    """
+    if not trial.parsed.is_taught or trial.teacher == "before the first cut":
+        return ()
+    how = {name: value for name, value in trial.setting.distill.items() if name in ("weight", "temperature")}
+    return (
+        DistillationCallback(Distillation(context.teacher() if trial.teacher == "file" else network, **how).to("cpu")),
+    )
 
 
 def base(trial: Trial, context: RunContext) -> Trained:

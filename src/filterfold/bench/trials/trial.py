@@ -18,7 +18,7 @@ from . import records
 from .config import Trial
 from .context import RunContext
 from .costs import train_images, train_macs
-from .methods import online_callback, train_by_method
+from .methods import online_callback, teachers, train_by_method
 from .records import Dense, Record, Result
 from .start import input_of
 from .timing import measure_alone
@@ -89,9 +89,13 @@ def check(trials: Iterable[Trial], context: RunContext) -> None:
 
     **Raises:** the `FilterfoldError` that says so.
     """
+    taught = False
     for trial in trials:
         if trial.parsed.is_online:
-            online_callback(trial)
+            online_callback(trial, ())
+        if trial.parsed.is_taught and not taught:
+            teachers(trial, context, context.build())
+            taught = True
         if trial.parsed.kind == "scratch" and context.begins_smaller:
             raise ConfigError(
                 f"method {trial.method!r}: {trial.setting.weights} is pruned already, and nothing builds a network of "

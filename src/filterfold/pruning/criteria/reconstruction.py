@@ -222,7 +222,7 @@ def _eliminated(size: int, readers: Sequence[_Reader]) -> Tensor:
     return scores
 
 
-@criterion("reconstruction", gather=_losses)
+@criterion("reconstruction", gather=_losses, across_layers=True)
 def reconstruction(group: ChannelGroup, evidence: Evidence) -> Tensor:
     """What the next layers lose with a unit after they have been solved anew for the units that are left.
 

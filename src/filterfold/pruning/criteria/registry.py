@@ -39,11 +39,14 @@ class Criterion:
       take `combine` (how scores of coupled layers become one) and `seed`.
     - `gather`: makes the evidence from data; without it the evidence is the model's parameters and
       buffers by name.
+    - `across_layers`: whether the scores of different layers say the same, so that a budget of the MACs may choose the
+      widths of layers by them.
     """
 
     name: str
     function: Function
     gather: Gather | None = None
+    across_layers: bool = False
 
     def __call__(self, group: ChannelGroup, evidence: Evidence, **options: Any) -> Tensor:
         """The scores of one group; options that the function does not take are left out."""
@@ -62,7 +65,9 @@ def _arguments(function: Function) -> frozenset[str]:
 CRITERIA: dict[str, Criterion] = {}
 
 
-def criterion(name: str, *, gather: Gather | None = None) -> Callable[[Function], Function]:
+def criterion(
+    name: str, *, gather: Gather | None = None, across_layers: bool = False
+) -> Callable[[Function], Function]:
     """Register a criterion: the decorated function can then be named wherever a criterion is asked for.
 
     **Arguments:** those of `Criterion`, of which the decorated function is the `function`.
@@ -82,7 +87,7 @@ def criterion(name: str, *, gather: Gather | None = None) -> Callable[[Function]
     def register(function: Function) -> Function:
         if name in CRITERIA:
             raise ConfigError(f"criterion {name!r} exists already; choose another name")
-        CRITERIA[name] = Criterion(name, function, gather)
+        CRITERIA[name] = Criterion(name, function, gather, across_layers)
         return function
 
     return register
