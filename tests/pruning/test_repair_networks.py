@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations
 import filterfold as ff
 from filterfold.errors import ModelError
 from filterfold.graph import trace
-from filterfold.plan import Plan
+from filterfold.plan import Cut, Plan, Slice
 from filterfold.pruning.budgets import select
 from filterfold.pruning.reconstruction import Repair, calibration, passes, repair
 from filterfold.surgery.apply import apply
@@ -145,6 +145,89 @@ def test_what_else_reads_a_kernel_is_named() -> None:
     assert found.skipped == {"2.weight": "mul reads it too"}
     assert str(found) == "no layer repaired, 1 skipped"
     assert torch.equal(model[2].weight, weight)
+
+
+class Tied(nn.Module):
+    """A decoder that turns the encoder's kernel around."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.kernel = nn.Conv2d(3, 8, 1), nn.Parameter(torch.randn(4, 8, 3, 3) / 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv_transpose2d(torch.tanh(F.conv2d(torch.tanh(self.first(x)), self.kernel)), self.kernel)
+
+
+class Rows(nn.Module):
+    """Two layers that read halves of one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.both = nn.Linear(6, 8), nn.Parameter(torch.randn(7, 8) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.first(x))
+        one, two = self.both.split((3, 4))
+        return torch.cat((F.linear(y, one), y @ two.t()), -1)
+
+
+class Chosen(nn.Module):
+    """Keeps the examples whose sum is positive, as detectors keep boxes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.first(x))
+        return self.second(y[y.sum(-1) > 0])
+
+
+def test_kernels_that_several_operations_read() -> None:
+    torch.manual_seed(0)
+    model, x = Tied().double(), torch.randn(10, 3, 5, 5, dtype=torch.float64)
+    original, kernel = copy.deepcopy(model), torch.nn.Parameter(model.kernel[:, :4].detach().clone())
+    plan = Plan((Cut("first", (0, 1, 2, 3, -1, -1, -1, -1), *slices()),))
+    apply(plan, model)
+    found = repair(model, original, plan, [x])
+    assert found.skipped == {"kernel": "several operations read it, each in its own way"}
+    assert torch.equal(model.kernel, kernel)
+    model, x = Rows().double(), torch.randn(40, 6, dtype=torch.float64)
+    original = copy.deepcopy(model)
+    plan = halved(model, x[:1], "first")
+    cut = copy.deepcopy(model)
+    found = repair(model, original, plan, [x], ridge=1e-9)
+    assert [row.name for row in found.layers] == ["both", "both"]
+    with torch.no_grad():
+        best = torch.linalg.lstsq(torch.tanh(cut.first(x)), original(x)).solution
+    torch.testing.assert_close(model.both, nn.Parameter(best.T), rtol=1e-4, atol=1e-5)
+
+
+def slices() -> tuple[tuple[Slice, ...], tuple[Slice, ...]]:
+    units = tuple(range(8))
+    producers = Slice("first.weight", 0, units, "filter"), Slice("first.bias", 0, units, "bias")
+    return producers, (Slice("kernel", 1, units, "kernel"),)
+
+
+def test_a_layer_that_runs_on_other_shapes_is_left_as_it_is() -> None:
+    torch.manual_seed(0)
+    model, x = Chosen().double(), torch.randn(50, 6, dtype=torch.float64)
+    original = copy.deepcopy(model)
+    plan = Plan(
+        (
+            Cut(
+                "first",
+                (0, 1, 2, 3, -1, -1, -1, -1),
+                slices()[0],
+                (Slice("second.weight", 1, tuple(range(8)), "kernel"),),
+            ),
+        )
+    )
+    apply(plan, model)
+    weight = model.second.weight.clone()
+    found = repair(model, original, plan, [x])
+    assert found.skipped == {"second.weight": "it runs on other shapes than in the uncut network"}
+    assert torch.equal(model.second.weight, weight)
 
 
 def test_attention_projections() -> None:
