@@ -173,10 +173,13 @@ class RunContext:
             f"images: {size}, mean {' '.join(mean)}, deviation {' '.join(deviation)}"
         )
 
-    def recipe(self, seed: int, **changes: Any) -> Recipe:
-        """The setting's training recipe for a seed."""
+    def recipe(self, trial: Trial | None = None, **changes: Any) -> Recipe:
+        """The training recipe of a trial, or of the setting with seed 0."""
+        own: dict[str, Any] = {"seed": 0 if trial is None else trial.seed}
+        if trial is not None and trial.epochs is not None:
+            own["epochs"] = trial.epochs
         try:
-            return Recipe(**{**self.setting.recipe, **changes, "seed": seed})
+            return Recipe(**{**self.setting.recipe, **own, **changes})
         except TypeError as error:
             raise ConfigError(f"the training recipe has an option that this version does not know: {error}") from error
 
@@ -198,15 +201,17 @@ class RunContext:
         - `checkpoint`: its name in the working folder.
         - `changes`: fields of the recipe that differ from the setting's.
 
-        **Returns:** the epochs.
+        **Returns:** the epochs; none for a trial of 0.
 
         **Raises:** `Stopped` when the time is up.
         """
+        if trial.epochs == 0:
+            return []
         with self.tracked(trial) as trackers:
             history = train(
                 model,
                 self.data,
-                self.recipe(trial.seed, **changes),
+                self.recipe(trial, **changes),
                 callbacks=callbacks,
                 observers=[tracker.row for tracker in trackers],
                 checkpoint=self.work(trial.id) / f"{checkpoint}.safetensors",
@@ -231,7 +236,7 @@ class RunContext:
         **Raises:** the `FilterfoldError` that says so.
         """
         for changes in ({}, self.setting.retrain, self.setting.scratch):
-            self.recipe(0, **changes)
+            self.recipe(**changes)
         check_fit(self.build(), self.example, len(self.data.classes))
 
     def model_file(self, trial_id: str) -> Path:
