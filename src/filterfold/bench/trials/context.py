@@ -161,17 +161,12 @@ class RunContext:
         return model
 
     def told(self) -> str | None:
-        """In words what the networks begin with and how images are normalised; None where both are the usual."""
+        """In words what the networks begin with, and the images; None for fresh weights."""
         loaded = self._begin(self._drawn())
         if self.weights is None or loaded is None:
             return None
-        mean, deviation = ([f"{value:.3g}" for value in values] for values in self.data.train.normalization)
-        about = "; ".join(filter(None, (f"fingerprint {self.setting.begins.fingerprint}", str(loaded))))
-        size = f"{self.data.channels}x{self.data.image_size}x{self.data.image_size}"
-        return (
-            f"begins with {self.weights.source} ({about})\n"
-            f"images: {size}, mean {' '.join(mean)}, deviation {' '.join(deviation)}"
-        )
+        about = "; ".join(filter(None, (f"fingerprint {self.weights.fingerprint}", str(loaded))))
+        return f"begins with {self.weights.source} ({about})\n{shown(self.data)}"
 
     def recipe(self, seed: int, **changes: Any) -> Recipe:
         """The setting's training recipe for a seed."""
