@@ -85,8 +85,8 @@ class WeightOptions:
         model = chosen.build(data)
         if loaded := str(weights.into(model, classes=len(data.classes))):
             say(f"{weights.source}: {loaded}")
-        if fitting != images:
-            say(f"{shown(data)}, as for these weights")
+        if fitting != images and not weights.header:
+            say(f"{shown(data)}, as {chosen.model} expects")
         return TrainedNetwork(model.to(device), data, fitting, weights.fingerprint)
 
 

@@ -23,7 +23,7 @@ from ...training import Callback, Recipe, Row, Tracker, check_trackers, tracking
 from ...training.evaluate import check_fit
 from ...zoo import build
 from .config import Setting, Trial
-from .start import Start
+from .start import Start, shown
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -162,7 +162,8 @@ class RunContext:
 
     def told(self) -> str | None:
         """In words what the networks begin with, and the images; None for fresh weights."""
-        loaded = self._begin(self._drawn())
+        with torch.random.fork_rng(devices=[]):
+            loaded = self._begin(self._drawn())
         if self.weights is None or loaded is None:
             return None
         about = "; ".join(filter(None, (f"fingerprint {self.weights.fingerprint}", str(loaded))))
