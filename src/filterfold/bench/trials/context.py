@@ -23,7 +23,7 @@ from ...training import Callback, Recipe, Row, Tracker, check_trackers, tracking
 from ...training.evaluate import check_fit
 from ...zoo import build
 from .config import Setting, Trial
-from .start import Start
+from .start import Start, shown
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -161,17 +161,13 @@ class RunContext:
         return model
 
     def told(self) -> str | None:
-        """In words what the networks begin with and how images are normalised; None where both are the usual."""
-        loaded = self._begin(self._drawn())
+        """In words what the networks begin with, and the images; None for fresh weights."""
+        with torch.random.fork_rng(devices=[]):
+            loaded = self._begin(self._drawn())
         if self.weights is None or loaded is None:
             return None
-        mean, deviation = ([f"{value:.3g}" for value in values] for values in self.data.train.normalization)
-        about = "; ".join(filter(None, (f"fingerprint {self.setting.begins.fingerprint}", str(loaded))))
-        size = f"{self.data.channels}x{self.data.image_size}x{self.data.image_size}"
-        return (
-            f"begins with {self.weights.source} ({about})\n"
-            f"images: {size}, mean {' '.join(mean)}, deviation {' '.join(deviation)}"
-        )
+        about = "; ".join(filter(None, (f"fingerprint {self.weights.fingerprint}", str(loaded))))
+        return f"begins with {self.weights.source} ({about})\n{shown(self.data)}"
 
     def recipe(self, trial: Trial | None = None, **changes: Any) -> Recipe:
         """The training recipe of a trial, or of the setting with seed 0."""
