@@ -114,18 +114,15 @@ def main(epochs: int = 21, images: int = 768, size: int = 32) -> dict[str, tuple
                 loss.backward()
                 optimizer.step()
 
+    def tune(child: ff.Child) -> None:
+        learn(child.network, epochs // 3, child.distillation)
+
     learn(model, epochs)
     found = {"uncut": (ff.measure(model, x[:1]).macs, hits(model, x_test, y_test))}
     # ------------------------------------------------------------------------------------------------------------------
-    teacher, calibration = ff.Distillation(model, losses="mse"), x.split(64)  # the mean over the levels of the list
-    for child in ff.shrink(
-        model,
-        x[:1],
-        macs=[0.8, 0.5],
-        calibration=calibration,
-        distillation=teacher,
-        train=lambda child: learn(child.network, epochs // 3, child.distillation),
-    ):
+    teacher = ff.Distillation(model, losses="mse")  # the mean over the levels of the list
+    family = ff.shrink(model, x[:1], macs=[0.8, 0.5], calibration=x.split(64), distillation=teacher, train=tune)
+    for child in family:
         ff.save(child.network, folder / f"{child.share}.safetensors", plan=child.plan)
         found[str(child.share)] = child.cost.macs, hits(child.network, x_test, y_test)
     # ------------------------------------------------------------------------------------------------------------------

@@ -63,18 +63,15 @@ def main(epochs: int = 12, images: int = 256, size: int = 32) -> dict[str, tuple
                 loss.backward()
                 optimizer.step()
 
+    def tune(child: ff.Child) -> None:
+        learn(child.network, epochs // 3, child.distillation)
+
     learn(model, epochs)
     found = {"uncut": (ff.measure(model, x[:1]).macs, overlap(model, x_test, y_test))}
     # ------------------------------------------------------------------------------------------------------------------
-    teacher, calibration = ff.Distillation(model), x.split(64)
-    for child in ff.shrink(
-        model,
-        x[:1],
-        macs=[0.8, 0.5],
-        calibration=calibration,
-        distillation=teacher,
-        train=lambda child: learn(child.network, epochs // 3, child.distillation),
-    ):
+    teacher = ff.Distillation(model)
+    family = ff.shrink(model, x[:1], macs=[0.8, 0.5], calibration=x.split(64), distillation=teacher, train=tune)
+    for child in family:
         ff.save(child.network, folder / f"{child.share}.safetensors", plan=child.plan)
         found[str(child.share)] = child.cost.macs, overlap(child.network, x_test, y_test)
     # ------------------------------------------------------------------------------------------------------------------

@@ -69,21 +69,7 @@ def test_refusals(arguments: list[str], message: str) -> None:
 
 
 @pytest.mark.slow
-def test_prune_to_a_share_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FILTERFOLD_CACHE", str(tmp_path / "cache"))
-    weights, out = tmp_path / "dense.safetensors", tmp_path / "fast.safetensors"
-    save(_digits(), weights)
-    result = runner.invoke(app, [*_prune(weights, out), "--latency", "0.8"])
-    assert result.exit_code == 0, result.output
-    found = inspect(out).plans[0].notes["latency"]
-    assert (found["asked"], found["batch_size"]) == (0.8, 16)
-    assert found["measured"] <= 0.8
-    assert f"asked 80.0%, predicted {found['predicted']:.1%}, measured {found['measured']:.1%}" in result.stdout
-    assert list((tmp_path / "cache" / "latency").glob("*.json"))
-
-
-@pytest.mark.slow
-def test_a_stopped_retraining_takes_up_the_same_widths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prune_to_a_share_of_the_time_killed_and_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed in retraining, the second run must not measure anew: it would cut another network."""
     monkeypatch.setenv("FILTERFOLD_CACHE", str(tmp_path / "cache"))
     weights, out = tmp_path / "dense.safetensors", tmp_path / "fast.safetensors"
@@ -100,13 +86,20 @@ def test_a_stopped_retraining_takes_up_the_same_widths(tmp_path: Path, monkeypat
         assert runner.invoke(app, command).exit_code == 130
         note = tmp_path / ".fast.safetensors.widths"
         first = note.read_text()
+        assert list((tmp_path / "cache" / "latency").glob("*.json"))
         patch.setattr("filterfold.pruning.budgets.latency.measure_latency", None)
         assert runner.invoke(app, command).exit_code == 130
         assert note.read_text() == first
     assert trained[0] == trained[1]
-    assert runner.invoke(app, command).exit_code == 0
-    assert json.loads(inspect(out).plans[0].to_json()) == json.loads(first)
+    result = runner.invoke(app, command)
+    assert result.exit_code == 0, result.output
+    plan = inspect(out).plans[0]
+    assert json.loads(plan.to_json()) == json.loads(first)
     assert not note.exists()
+    found = plan.notes["latency"]
+    assert (found["asked"], found["batch_size"]) == (0.8, 16)
+    assert found["measured"] <= 0.8
+    assert f"asked 80.0%, predicted {found['predicted']:.1%}, measured {found['measured']:.1%}" in result.stdout
 
 
 def _digits() -> torch.nn.Module:

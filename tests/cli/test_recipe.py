@@ -9,7 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from filterfold.bench import recipes
+from filterfold.bench.trials.parallel import Parallel
 from filterfold.bench.trials.records import read_all
+from filterfold.bench.trials.runner import local
 from filterfold.cli.app import app
 
 runner = CliRunner()
@@ -100,11 +102,16 @@ def test_a_run_ends_in_records_and_the_papers_table(mini: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_run_with_all_that_compare_has(mini: Path, tmp_path: Path) -> None:
+def test_a_run_with_all_that_compare_has(mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorboard")
+    workers: list[int] = []
+    monkeypatch.setattr(
+        Parallel, "__call__", lambda self, trials, runner: workers.append(self.count) or local(trials, runner)
+    )
     folder = tmp_path / "run"
     options = ["--epochs-scale", "0.1", "--train-limit", "200", "--threads", "1", "--no-scratch", "--parallel", "2"]
     run("run", str(mini), *options, "--log", "tensorboard", "--latency-batches", "2", "--out", str(folder))
+    assert workers == [2]
     found = read_all(folder)
     assert [record["method"] for record in found] == ["dense", "l1"]
     for record in found:

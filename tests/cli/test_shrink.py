@@ -120,7 +120,7 @@ def test_interrupted_between_and_within_children_it_goes_on(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Validation runs once an epoch; the fifth is in the middle of the second child's training."""
-    options = ["--epochs", "3", "--lr", "0.02", "--onnx"]
+    options = ["--epochs", "3", "--lr", "0.02", "--distill", "--batch-size", "64", "--onnx"]
     shrink(weights, tmp_path / "whole", *options)
     honest, calls = training_loop.evaluate, []
 
@@ -146,10 +146,11 @@ def test_interrupted_between_and_within_children_it_goes_on(
         assert one.keys() == other.keys()
         assert all(value.equal(other[name]) for name, value in one.items())
         first, second = (json.loads((f / f"macs-{share}.json").read_text()) for f in (out, tmp_path / "whole"))
-        assert first["training"].pop("epochs") == second["training"].pop("epochs") == 3
         for record in (first, second):
-            del record["training"], record["environment"]
+            del record["training"]["seconds"], record["environment"]
         assert first == second
+        images = 400 // 64 * 64
+        assert first["training"] == {"epochs": 3, "macs": 3 * images * (3 * first["macs"] + first["uncut"]["macs"])}
 
 
 def test_what_cannot_be_done_leaves_nothing(weights: Path, family: Path, tmp_path: Path) -> None:
@@ -162,5 +163,11 @@ def test_what_cannot_be_done_leaves_nothing(weights: Path, family: Path, tmp_pat
     assert before == {path: path.stat().st_mtime_ns for path in family.iterdir()}
     (tmp_path / "notes.txt").write_text("mine")
     assert "is not empty and holds no family" in shrink(weights, tmp_path, code=2)
-    text = shrink(weights, tmp_path / "out", "--remedy", "prayer", code=2)
-    assert "unknown remedy 'prayer'" in text
+    for options, words in (
+        (("--remedy", "prayer"), "unknown remedy 'prayer'"),
+        (("--distill",), "--distill has no effect without --epochs"),
+        (("--lr", "0.1"), "--lr has no effect without --epochs"),
+        (("--temperature", "3", "--epochs", "1"), "--temperature has no effect without --distill"),
+    ):
+        assert words in shrink(weights, tmp_path / "out", *options, code=2)
+    assert not (tmp_path / "out").exists()

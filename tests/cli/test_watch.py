@@ -17,7 +17,7 @@ from filterfold.bench.trials.records import read_all
 from filterfold.cli.app import app
 
 COMMAND = ["compare", "--model", "vgg_small", "--data", "digits", "--width", "0.25", "--train-limit", "400"]
-COMMAND += ["--epochs", "30", "--methods", "dense,online", "--keep", "0.5", "--trials", "1", "--threads", "1"]
+COMMAND += ["--epochs", "12", "--methods", "dense,online", "--keep", "0.5", "--trials", "1", "--threads", "1"]
 COMMAND += ["--latency-batches", "none"]
 
 
@@ -32,6 +32,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_plots")
 def test_a_run_from_waiting_to_finished(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = subprocess.Popen(
@@ -48,7 +49,7 @@ def test_a_run_from_waiting_to_finished(tmp_path: Path) -> None:
         text = look(folder)
         assert "0 of 2 trials finished, 1 running" in text
         assert re.search(
-            r"^ *dense\s+0\s+running\s+train \d+/30\s+\d\.\d{3}\s+\d+\.\d\d\s+[\d.]+ k\s+[\d.]+", text, re.M
+            r"^ *dense\s+0\s+running\s+train \d+/12\s+\d\.\d{3}\s+\d+\.\d\d\s+[\d.]+ k\s+[\d.]+", text, re.M
         )
         assert re.search(r"^ *online keep=0.5\s+0\s+waiting", text, re.M)
     finally:
@@ -62,7 +63,7 @@ def test_a_run_from_waiting_to_finished(tmp_path: Path) -> None:
     assert "2 of 2 trials finished" in text
     for record in read_all(folder):
         assert record["result"] is not None
-        assert re.search(rf"^ *{record['label']}\s+0\s+finished\s+train 30.*{record['result']['top1']:.2f}", text, re.M)
+        assert re.search(rf"^ *{record['label']}\s+0\s+finished\s+train 12.*{record['result']['top1']:.2f}", text, re.M)
     assert contents(folder) == before
 
 
@@ -73,8 +74,9 @@ def test_refusals(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs pseudo-terminals")
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_plots")
 def test_live_on_a_terminal_until_all_is_done(tmp_path: Path) -> None:
-    short = [part if part != "30" else "1" for part in COMMAND]
+    short = [part if part != "12" else "1" for part in COMMAND]
     done = CliRunner().invoke(app, [*short, "--out", str(tmp_path / "run")])
     assert done.exit_code == 0, done.output
     ours, theirs = os.openpty()

@@ -87,6 +87,7 @@ def test_refusals() -> None:
         evaluate(Flat(), split(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("depth", "expected"), [(20, 91.73), (56, 93.39)])
 def test_the_shared_weights_reach_what_they_are_known_for(
     shared: Path, request: pytest.FixtureRequest, depth: int, expected: float
@@ -97,6 +98,6 @@ def test_the_shared_weights_reach_what_they_are_known_for(
     missing = model.load_state_dict(load_file(shared / "weights" / f"resnet{depth}-cifar10.safetensors"), strict=False)
     assert not missing.unexpected_keys
     assert all(key.endswith("num_batches_tracked") for key in missing.missing_keys)
-    found = evaluate(model, cifar.test, channels_last=True)
+    found = evaluate(model, cifar.test, batch_size=50, channels_last=True)
     assert found.images == 10000
     assert found.top1 == pytest.approx(expected, abs=0.02)

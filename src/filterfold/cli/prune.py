@@ -156,6 +156,7 @@ def prune(
     from ..bench.trials.context import resolve
     from ..bench.trials.start import input_of
     from ..data import batches
+    from ..online import DistillationCallback
     from ..profiling import measure_latency
     from ..pruning.scored import Scoring
     from ..utils.environment import command, describe
@@ -163,9 +164,7 @@ def prune(
 
     use_threads(threads)
     budget, recipe = cut.keywords(), retraining.seeded(seed)
-    if teaching.distill and not recipe:
-        raise ConfigError("--distill has no effect without --epochs")
-    teaching.refuse_unused(teaching.distill)
+    teaching.check(recipe is not None)
     for path in filter(None, (out, onnx)):
         refuse_existing(path, overwrite)
     device = resolve(device)
@@ -185,7 +184,8 @@ def prune(
             repair_model(model, before, result.plan, loader, batches=len(loader))  # says in the log what it did
             stages["after repair"] = top1(model)
         if recipe:
-            callbacks = [teaching.callback(before, chosen, data)] if teaching.distill else []
+            teacher = teaching.distillation(before, chosen, data)
+            callbacks = [] if teacher is None else [DistillationCallback(teacher)]
             _retrain(model, data, out, recipe, device, result.plan, callbacks)
             stages["after retraining"] = top1(model)
         latency = measure_latency({"before": before, "after": model}, example, batch_sizes=TIMED, repeats=10)

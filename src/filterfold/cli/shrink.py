@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
+from ..training.recipe import Recipe
 from .display import count, live, say, table
 from .options import (
     MODEL_HELP,
@@ -19,12 +20,14 @@ from .options import (
     Device,
     ModelOptions,
     Overwrite,
-    Precision,
     Threads,
     Width,
     listed,
+    settings,
     use_threads,
 )
+from .prune import RETRAINED, Retraining
+from .teacher import DistillationOptions
 from .weights import WeightOptions
 
 if TYPE_CHECKING:
@@ -38,7 +41,7 @@ Examples:
 
   filterfold shrink resnet56 -w resnet56.safetensors -d cifar10 --normalization imagenet --macs 0.8,0.6,0.4
 
-  filterfold shrink vgg16 -w vgg16.safetensors -d cifar10 --macs 0.5,0.25 --epochs 20 --lr 0.01 --onnx
+  filterfold shrink vgg16 -w vgg16.safetensors -d cifar10 --macs 0.5,0.25 --epochs 20 --distill --onnx
 """
 
 
@@ -47,7 +50,6 @@ BATCH = 128
 
 
 _made = partial(Option, rich_help_panel="Children")
-_trained = partial(Option, rich_help_panel="Training")
 
 
 @dataclass(frozen=True)
@@ -92,42 +94,35 @@ class FamilyOptions:
         }
 
 
-@dataclass(frozen=True)
-class ChildTraining:
-    """How children are trained after the cut."""
+def _trainer(
+    recipe: Recipe | None, data: ImageData, device: str
+) -> Callable[[Child, Path, dict[str, Any]], None] | None:
+    """What trains a child, with its teacher if it has one, and notes what came of it; None without a recipe."""
+    if recipe is None:
+        return None
+    from ..bench.trials.costs import STEP, images_of
+    from ..online import DistillationCallback
+    from ..training import train
 
-    epochs: Annotated[
-        int, _trained("--epochs", "-e", help="Passes over the training images; 0: no training.", min=0)
-    ] = 0
-    lr: Annotated[float, _trained(help="Highest learning rate, which falls to zero by half a cosine.")] = 0.005
-    batch_size: Annotated[int, _trained(help="Images a step.")] = 128
-    precision: Precision = "32-true"
+    def trained(child: Child, checkpoint: Path, notes: dict[str, Any]) -> None:
+        callbacks = [] if child.distillation is None else [DistillationCallback(child.distillation)]
+        history = train(
+            child.network, data, recipe, callbacks=callbacks, checkpoint=checkpoint, device=device, phase="retrain"
+        )
+        macs = sum(STEP * row["macs"] + row.get("extra_macs", 0) for row in history.rows)
+        macs *= images_of(len(data.train), recipe.batch_size)
+        notes["training"] = {"epochs": recipe.epochs, "seconds": history.seconds, "macs": macs}
 
-    def settings(self) -> dict[str, Any]:
-        """What children depend on, for the family's record."""
-        return vars(self) if self.epochs else {"epochs": 0}
-
-    def trainer(self, data: ImageData, device: str, seed: int) -> Callable[[Child, Path, dict[str, Any]], None] | None:
-        """What trains a child and notes what came of it; None without epochs."""
-        if not self.epochs:
-            return None
-        from ..training import Recipe, train
-
-        recipe = Recipe(**vars(self), schedule="cosine", seed=seed)
-
-        def trained(child: Child, checkpoint: Path, notes: dict[str, Any]) -> None:
-            history = train(child.network, data, recipe, checkpoint=checkpoint, device=device, phase="retrain")
-            notes["training"] = {"epochs": self.epochs, "seconds": history.seconds}
-
-        return trained
+    return trained
 
 
 def shrink(
     model: Annotated[str, Argument(help=MODEL_HELP)],
     source: DataOptions,
     cut: FamilyOptions,
-    training: ChildTraining,
     trained: WeightOptions,
+    retraining: Annotated[Retraining, RETRAINED],
+    teaching: DistillationOptions,
     width: Width = 1.0,
     batch: Annotated[
         list[int] | None, Option(help="Images a call in timing; several times.", show_default="1, 64")
@@ -150,25 +145,27 @@ def shrink(
     use_threads(threads)
     shares = listed(cut.macs, "--macs", float)
     folder = out or Path("runs") / f"shrink-{Path(model.replace(':', '-')).name}"
-    place = resolve(device)
+    place, chosen, recipe = resolve(device), ModelOptions(model, width), retraining.seeded(cut.seed)
+    teaching.check(recipe is not None)
     with live():
-        begun = trained.network(ModelOptions(model, width), source, place)
+        begun = trained.network(chosen, source, place)
         network, data, source = begun.model, begun.data, begun.images
-        settings = {
-            "model": model,
-            "width": width,
+        about = {
+            **vars(chosen),
             "weights": begun.fingerprint,
             "data": source.data,
             "data_options": source.keywords(),
             **cut.settings(),
-            "training": training.settings(),
+            "training": settings(recipe) if recipe else None,
+            "teacher": teaching.setting() if teaching.distill else None,
         }
-        family = Family(folder, settings, network, data)
+        family = Family(folder, about, network, data)
         if overwrite:
             family.clear()
+        teacher = teaching.distillation(network, chosen, data)
         making = Making(
-            cut.keywords(data, place),
-            training.trainer(data, place, cut.seed),
+            cut.keywords(data, place) | {"distillation": teacher},
+            _trainer(recipe, data, place),
             onnx,
             list(dict.fromkeys(batch or (1, 64))),
         )

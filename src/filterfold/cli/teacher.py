@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..data import ImageData
-    from ..online import DistillationCallback
+    from ..online import Distillation
     from .options import ModelOptions
 
 
@@ -76,6 +76,12 @@ class DistillationOptions:
         self.refuse_unused(taught)
         return found
 
+    def check(self, trained: bool) -> None:
+        """Refuse what has no effect after a cut: a teacher without training, and options without a teacher."""
+        if self.distill and not trained:
+            raise ConfigError("--distill has no effect without --epochs")
+        self.refuse_unused(self.distill)
+
     def refuse_unused(self, taught: bool) -> None:
         """Refuse options that say how a teacher teaches if there is none."""
         for name, value in {**self.how, "teacher": self.teacher}.items():
@@ -83,12 +89,14 @@ class DistillationOptions:
                 option = "distill-weight" if name == "weight" else name
                 raise ConfigError(f"--{option} has no effect without --distill")
 
-    def callback(self, uncut: nn.Module, chosen: ModelOptions, data: ImageData) -> DistillationCallback:
-        """The teacher for a training loop: that of the file, or the uncut network."""
-        from ..online import Distillation, DistillationCallback
+    def distillation(self, uncut: nn.Module, chosen: ModelOptions, data: ImageData) -> Distillation | None:
+        """The teacher, if there is to be one: the network of the file, or the uncut one."""
+        from ..online import Distillation
         from ..surgery.weights import Weights
 
+        if not self.distill:
+            return None
         if self.teacher is not None:
             uncut = chosen.build(data)
             Weights.read(self.teacher).into(uncut, classes=len(data.classes))
-        return DistillationCallback(Distillation(uncut, **self.how))
+        return Distillation(uncut, **self.how)

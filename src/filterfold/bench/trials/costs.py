@@ -54,13 +54,20 @@ def train_macs(trial: Trial, context: RunContext, history: Iterable[Row], dense:
 
 
 def _images(trial: Trial, context: RunContext, epoch: Row) -> int:
-    """Images of one epoch: an incomplete last batch is left out, unless it is the only one."""
     setting, count = trial.setting, len(context.data.train)
     if trial.parsed.kind == "scratch":
         changes = setting.scratch
     else:
         changes = setting.retrain if epoch["phase"] == "retrain" else {}
-    batch = context.recipe(trial.seed, **changes).batch_size
+    return images_of(count, context.recipe(trial.seed, **changes).batch_size)
+
+
+def images_of(count: int, batch: int) -> int:
+    """Images of one epoch: an incomplete last batch is left out, unless it is the only one.
+
+    >>> images_of(100, 32), images_of(10, 32)
+    (96, 10)
+    """
     return count // batch * batch if count >= batch else count
 
 
