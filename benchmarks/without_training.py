@@ -1,15 +1,17 @@
-"""Without training after the cut: dropping and folding, batch norms measured anew, kernels repaired; top-1 of each.
+"""Without training after the cut: dropping and folding; as it is, batch norms measured anew, kernels repaired.
 
-For every share of filters kept in every layer, of a trained network on CIFAR-10's test set: L1 dropping as it is, with
-batch norms measured anew, and with repair; folding and dropping by reconstruction error with the last two. Then these
-two with as many multiply-accumulates, but widths for each layer (`budget`): from how well it clusters, or from the
-errors. Calibration on training images without augmentation, drawn anew for each seed.
+ResNet-20/32/44/56 on CIFAR-10's test set, calibrated on training images without augmentation; EfficientNet-Lite0 on one
+half of a sample of ImageNet photos, calibrated on images of the other. Each at several shares of the uncut network's
+multiply-accumulates: L1 with uniform widths, folding with widths from how well each layer clusters, `reconstruction`
+ranked over all layers. Besides top-1, how often the small network says what the uncut one says (agreement).
 
-    python benchmarks/without_training.py SHARED                # ResNet-56 of SHARED/weights
-    python benchmarks/without_training.py SHARED --model vgg16 --width 0.25 --weights dense.safetensors …
-                                          [--shares 0.9,0.7,0.5,0.3] [--images 10000] [--calibration 1000] [--seeds 0]
+    python benchmarks/without_training.py SHARED --models lite0 --calibration 256 --batch 64
+    python benchmarks/without_training.py SHARED --models resnet20,resnet32,resnet44,resnet56
+    python benchmarks/without_training.py SHARED --models vgg16 --width 0.25 --weights dense.safetensors …
+                         [--shares 0.9,0.7,0.5,0.3 instead of --macs 0.9,0.8,0.7,0.6]: of the filters of every layer
+                         [--methods l1,fold,reconstruction] [--images 10000] [--calibration 1000] [--seeds 0]
 
-Writes results/without_training_MODEL.json, row by row; what stands there for the same options is not measured again.
+Writes results/without_training.json, a record for each row, row by row; what stands there is not measured again.
 """
 
 from __future__ import annotations
@@ -18,77 +20,162 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from conformance.torchvision_shim import declare_missing_operators
 from torch import Tensor, nn
 
 import filterfold as ff
 from filterfold import data, zoo
 from filterfold.online import CutOptions, OnlineFilterClustering
 from filterfold.plan import Plan
-from filterfold.pruning.reconstruction import reestimate, repair
+from filterfold.pruning.budgets import Budget
+from filterfold.pruning.scored import Rules, Scored, scored
 from filterfold.utils.environment import command, describe
 from filterfold.utils.io import write_json
 
-Measure = Callable[[nn.Module], float]
+REMEDIES = ("none", "batch norm", "repair")
+LITE0 = "tf_efficientnet_lite0"
 
 
 def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shared", type=Path)
-    parser.add_argument("--model", default="resnet56")
+    parser.add_argument("--models", default="resnet56", help="of the zoo, or lite0")
     parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--weights", type=Path, nargs="+", help="trained networks; default: those of SHARED/weights")
-    parser.add_argument("--shares", default="0.9,0.7,0.5,0.3")
+    parser.add_argument("--macs", default="0.9,0.8,0.7,0.6")
+    parser.add_argument("--shares", help="of the filters of every layer, instead of --macs")
+    parser.add_argument("--methods", default="l1,fold,reconstruction")
     parser.add_argument("--images", type=int, default=10000, help="test images, the first ones")
-    parser.add_argument("--calibration", type=int, default=1000, help="training images to repair on")
+    parser.add_argument("--calibration", type=int, default=1000, help="images to score and to repair on")
     parser.add_argument("--batch", type=int, default=250)
-    parser.add_argument("--ridge", type=float, help="the same for every layer; by default chosen for each")
     parser.add_argument("--seeds", default="0", help="of k-means and of the calibration images")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("results/without_training.json"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    environment = describe()  # now: the checkout may move on while this runs
-    out = options.out or Path(f"results/without_training_{options.model}.json")
-    given = options.weights or [options.shared / "weights" / f"{options.model}-cifar10.safetensors"]
-    normalization = "dataset" if options.weights else "imagenet"  # that of SHARED/weights
+    records = Records(options.out)
+    for name in options.models.split(","):
+        for weights in options.weights or [None]:
+            for seed in map(int, options.seeds.split(",")):
+                compare(case(name, weights, seed, options), records, options)
+    print("written:", options.out)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A trained network, batches to score and repair on, and batches with labels to test on.
+
+    `key` is what all its records say.
+    """
+
+    key: dict[str, Any]
+    model: nn.Module
+    calibration: list[Tensor]
+    test: Callable[[], Iterator[tuple[Tensor, Tensor]]]
+
+    @property
+    def example(self) -> Tensor:
+        """One image."""
+        return self.calibration[0][:1]
+
+    @torch.inference_mode()
+    def answers(self, network: nn.Module) -> Tensor:
+        """The class that a network gives each test image."""
+        return torch.cat([network.eval()(inputs).argmax(1) for inputs, _ in self.test()])
+
+    @property
+    def labels(self) -> Tensor:
+        """Those of the test images."""
+        return torch.cat([labels for _, labels in self.test()])
+
+
+def case(name: str, weights: Path | None, seed: int, options: argparse.Namespace) -> Case:
+    """A network and its images."""
+    if name == "lite0":
+        return lite0(seed, options)
+    file = weights or options.shared / "weights" / f"{name}-cifar10.safetensors"
+    model = zoo.build(name, width=options.width)
+    ff.load_weights(model, file)
+    normalization = "dataset" if weights else "imagenet"  # that of SHARED/weights
     images = data.load(str(options.shared / "data" / "cifar10"), normalization=normalization)
-    settings = {
-        "model": options.model,
-        "width": options.width,
-        "test_images": min(options.images, len(images.test)),
-        "calibration_images": options.calibration // options.batch * options.batch,
-        "ridge": options.ridge,
-    }
-    done = Rows(out, settings, environment)
-    for weights in given:
-        model = zoo.build(options.model, width=options.width)
-        ff.load_weights(model, weights)
-        for seed in map(int, options.seeds.split(",")):
-            order = data.batches(images.train, options.batch, shuffle=True, seed=seed)
-            calibration = [batch for batch, _ in zip(order, range(options.calibration // options.batch), strict=False)]
-            compare(model, images.test, calibration, {"weights": weights.name, "seed": seed}, options, done)
-    print("written:", out)
+    order = data.batches(images.train, options.batch, shuffle=True, seed=seed)
+    calibration = [inputs for inputs, _ in islice(order, options.calibration // options.batch)]
+    count = min(options.images, len(images.test))
+
+    def test() -> Iterator[tuple[Tensor, Tensor]]:
+        seen = 0
+        for inputs, labels in data.batches(images.test, options.batch):
+            yield inputs[: count - seen], labels[: count - seen]
+            seen += len(inputs)
+            if seen >= count:
+                return
+
+    key = {"model": name, "width": options.width, "weights": file.name, "seed": seed, "test_images": count}
+    return Case({**key, "calibration_images": sum(map(len, calibration))}, model.eval(), calibration, test)
 
 
-class Rows:
-    """The rows of the report: those that are there already, and new ones, written down at once.
+def lite0(seed: int, options: argparse.Namespace) -> Case:
+    """EfficientNet-Lite0 with its ImageNet weights, at 224 pixels, on photos as it was trained on."""
+    declare_missing_operators()
+    model = zoo.build(f"timm:{LITE0}", classes=1000)
+    file = options.shared / "weights" / f"{LITE0}-imagenet.safetensors"
+    ff.load_weights(model, file)
+    inputs, labels = photos(options.shared / "data" / "imagenet-sample", 224)
+    order = torch.randperm(len(inputs) // 2, generator=torch.Generator().manual_seed(seed))[: options.calibration]
+    calibration = [normalised(inputs[part]) for part in order.split(options.batch)]
+    rest = range(len(inputs) // 2, min(len(inputs), len(inputs) // 2 + options.images))
+
+    def test() -> Iterator[tuple[Tensor, Tensor]]:
+        for part in torch.tensor(rest).split(options.batch):
+            yield normalised(inputs[part]), labels[part]
+
+    key = {"model": "lite0", "weights": file.name, "seed": seed, "test_images": len(rest)}
+    return Case({**key, "calibration_images": len(order)}, model.eval(), calibration, test)
+
+
+@cache
+def photos(folder: Path, size: int) -> tuple[Tensor, Tensor]:
+    """The middle of every photo, of bytes, and the labels."""
+    import io
+
+    import numpy as np
+    import pyarrow.parquet
+    from PIL import Image
+
+    rows = [row for file in sorted(folder.glob("*.parquet")) for row in pyarrow.parquet.read_table(file).to_pylist()]
+    found = []
+    for row in rows:
+        image = Image.open(io.BytesIO(next(value for name, value in row.items() if name != "label"))).convert("RGB")
+        left, top = (image.width - size) // 2, (image.height - size) // 2
+        found.append(torch.from_numpy(np.array(image.crop((left, top, left + size, top + size)))))
+    return torch.stack(found).permute(0, 3, 1, 2).contiguous(), torch.tensor([row["label"] for row in rows])
+
+
+def normalised(images: Tensor) -> Tensor:
+    """As the weights were trained."""
+    return (images.float() - 127) / 128
+
+
+class Records:
+    """The records of the report: those that are there already, and new ones, written down at once.
 
     Each names the run that it is of, by its place in `runs`.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], environment: dict[str, Any]) -> None:
+    def __init__(self, path: Path) -> None:
         found = json.loads(path.read_text()) if path.exists() else {}
-        if any(found.get(name, value) != value for name, value in settings.items()):
-            raise SystemExit(f"{path} is of other options; give another --out")
-        self.path, self.settings = path, settings
+        self.path = path
         self.rows: list[dict[str, Any]] = found.get("rows", [])
-        self.runs = [*found.get("runs", []), {"command": command(), "environment": environment}]
+        self.runs = [*found.get("runs", []), {"command": command(), "environment": describe()}]
 
     def add(self, key: dict[str, Any], measured: Callable[[], dict[str, Any]]) -> None:
         """Measure a row, if it is not there."""
@@ -96,137 +183,89 @@ class Rows:
             return
         self.rows.append(key | measured() | {"run": len(self.runs) - 1})
         print(self.rows[-1], flush=True)
-        what = "top-1 after cutting a trained network, no training after the cut"
+        what = "top-1 and agreement with the uncut network after cutting a trained network, no training after the cut"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.path, {"what": what, **self.settings, "rows": self.rows, "runs": self.runs})
+        write_json(self.path, {"what": what, "rows": self.rows, "runs": self.runs})
 
 
-def compare(
-    model: nn.Module,
-    test: Any,
-    calibration: list[Any],
-    key: dict[str, Any],
-    options: argparse.Namespace,
-    done: Rows,
-) -> None:
-    """Top-1 of the dense network, and of every way to cut it at every share."""
-    model = model.eval()
+def compare(case: Case, records: Records, options: argparse.Namespace) -> None:
+    """Every way to cut a network, at every budget, with every remedy."""
+    uncut = cache(lambda: case.answers(case.model))
+    labels = cache(lambda: case.labels)
+    macs = ff.measure(case.model, case.example).macs
+    records.add({**case.key, "method": "dense"}, lambda: {"top1": percent(uncut() == labels())})
+    kind, budgets = ("keep", options.shares) if options.shares else ("macs", options.macs)
+    for method in options.methods.split(","):
+        cuts = Cuts(case, method)
+        for budget in map(float, budgets.split(",")):
+            for remedy in REMEDIES:
 
-    def top1(network: nn.Module) -> float:
-        right = seen = 0
-        with torch.inference_mode():
-            for inputs, labels in data.batches(test, options.batch):
-                inputs, labels = inputs[: options.images - seen], labels[: options.images - seen]
-                right += int((network.eval()(inputs).argmax(1) == labels).sum())
-                seen += len(labels)
-                if seen >= options.images:
-                    break
-        return 100 * right / seen
+                def measured(budget: float = budget, remedy: str = remedy, cuts: Cuts = cuts) -> dict[str, Any]:
+                    network = copy.deepcopy(case.model)
+                    plan, seconds = cuts.plan(kind, budget)
+                    ff.apply(plan, network)
+                    errors, remedy_seconds = remedied(network, case, plan, remedy)
+                    answers = case.answers(network)
+                    return {
+                        "left": ff.measure(network, case.example).macs / macs,
+                        "top1": percent(answers == labels()),
+                        "agreement": percent(answers == uncut()),
+                        "cut_seconds": seconds,
+                        "remedy_seconds": remedy_seconds,
+                        **errors,
+                    }
 
-    done.add({**key, "method": "dense", "keep": 1.0}, lambda: {"top1": top1(model)})
-    example = calibration[0][0][:1]
-    seed = key["seed"]
-    for share in map(float, options.shares.split(",")):
-        for method, remedies in WAYS.items():
-            for remedy in remedies:
-
-                def measured(share: float = share, method: str = method, remedy: str = remedy) -> dict[str, Any]:
-                    network = copy.deepcopy(model)
-                    plan = CUTS[method](network, example, share, seed, calibration)
-                    return one(network, model, plan, remedy, calibration, top1, options)
-
-                done.add({**key, "method": method, "remedy": remedy, "keep": share}, measured)
+                records.add({**case.key, "method": method, "remedy": remedy, kind: budget}, measured)
 
 
-def one(
-    network: nn.Module,
-    model: nn.Module,
-    plan: Plan,
-    remedy: str,
-    calibration: list[Any],
-    top1: Measure,
-    options: argparse.Namespace,
-) -> dict[str, Any]:
-    """Apply the remedy to the cut network, measure."""
+def percent(right: Tensor) -> float:
+    """Share of what is true, in percent."""
+    return 100 * float(right.double().mean())
+
+
+def remedied(network: nn.Module, case: Case, plan: Plan, remedy: str) -> tuple[dict[str, Any], float]:
+    """Apply the remedy to the cut network; what it says of itself, and the time that it took."""
     started = time.perf_counter()
+    errors: dict[str, Any] = {}
     if remedy == "batch norm":
-        reestimate(network, calibration, batches=len(calibration))
-    errors = {}
-    if remedy == "repair":
-        found = repair(network, model, plan, calibration, batches=len(calibration), ridge=options.ridge)
-        errors = {
-            "mean_layer_error": [
-                sum(row.before for row in found.layers) / len(found.layers),
-                sum(row.after for row in found.layers) / len(found.layers),
-            ]
-        }
-    seconds = time.perf_counter() - started
-    example = calibration[0][0][:1]
-    macs = ff.measure(network, example).macs / ff.measure(model, example).macs
-    return {"macs": macs, "top1": top1(network), "remedy_seconds": seconds, **errors}
+        ff.reestimate(network, case.calibration, batches=len(case.calibration))
+    elif remedy == "repair":
+        found = ff.repair(network, case.model, plan, case.calibration, batches=len(case.calibration))
+        sides = [[getattr(row, side) for row in found.layers] for side in ("before", "after")]
+        errors["mean_layer_error"] = [sum(side) / max(1, len(side)) for side in sides]
+    return errors, time.perf_counter() - started
 
 
-def drop(network: nn.Module, example: Tensor, share: float, seed: int, _calibration: list[Any]) -> Plan:
-    """Drop the filters of smallest L1 norm in every group."""
-    return ff.prune(network, example, keep=share, verify=False, scoring=ff.Scoring(seed=seed)).plan
+class Cuts:
+    """The cuts of a network by one method; what they share is computed once, when it is first asked for."""
 
+    def __init__(self, case: Case, method: str) -> None:
+        self.case, self.method = case, method
+        self._plans: dict[tuple[str, float], tuple[Plan, float]] = {}
+        self._scored: Scored | None = None
 
-def fold(network: nn.Module, example: Tensor, share: float, seed: int, _calibration: list[Any]) -> Plan:
-    """Fold clusters of filters in every group."""
-    return folded(network, example, seed, keep=share)
+    def plan(self, kind: str, budget: float) -> tuple[Plan, float]:
+        """The plan for a budget, and the seconds that it took; scores count where they are computed."""
+        if (kind, budget) not in self._plans:
+            started = time.perf_counter()
+            plan = self._fold(kind, budget) if self.method == "fold" else self._drop(kind, budget)
+            self._plans[kind, budget] = plan, time.perf_counter() - started
+        return self._plans[kind, budget]
 
+    def _fold(self, kind: str, budget: float) -> Plan:
+        cutting = CutOptions(seed=self.case.key["seed"], verify=False)
+        network = copy.deepcopy(self.case.model)
+        within: dict[str, Any] = {kind: budget}
+        online = OnlineFilterClustering(network, self.case.example, round_to=1, cutting=cutting, **within)
+        return online.cluster_and_prune().plan
 
-def fold_to_budget(network: nn.Module, example: Tensor, share: float, seed: int, _calibration: list[Any]) -> Plan:
-    """Fold clusters, with widths from how well each group clusters, to the cost of the uniform cut."""
-    return folded(network, example, seed, macs=uniform_cost(network, example, share))
-
-
-def folded(network: nn.Module, example: Tensor, seed: int, **budget: Any) -> Plan:
-    """Fold clusters of filters within a budget."""
-    online = OnlineFilterClustering(network, example, round_to=1, cutting=CutOptions(seed=seed, verify=False), **budget)
-    return online.cluster_and_prune().plan
-
-
-def lose_least(network: nn.Module, example: Tensor, share: float, seed: int, calibration: list[Any]) -> Plan:
-    """Drop the filters that the next layers can best do without, in every group."""
-    options: dict[str, Any] = {"criterion": "reconstruction", "loader": calibration, "verify": False}
-    return ff.prune(network, example, keep=share, scoring=ff.Scoring(seed=seed), **options).plan
-
-
-def lose_least_to_budget(network: nn.Module, example: Tensor, share: float, seed: int, calibration: list[Any]) -> Plan:
-    """Drop those filters of all groups together, to the cost of the uniform cut."""
-    options: dict[str, Any] = {
-        "criterion": "reconstruction",
-        "loader": calibration,
-        "verify": False,
-        "scoring": ff.Scoring(seed=seed),
-        "selection": ff.Selection(scope="global"),
-    }
-    return ff.prune(network, example, macs=uniform_cost(network, example, share), **options).plan
-
-
-def uniform_cost(network: nn.Module, example: Tensor, share: float) -> float:
-    """Share of the multiply-accumulates that is left when every group keeps the same share of its filters."""
-    plain = copy.deepcopy(network)
-    ff.prune(plain, example, keep=share, verify=False)
-    return ff.measure(plain, example).macs / ff.measure(network, example).macs
-
-
-CUTS: dict[str, Callable[..., Plan]] = {
-    "l1": drop,
-    "fold": fold,
-    "reconstruction": lose_least,
-    "fold, budget": fold_to_budget,
-    "reconstruction, budget": lose_least_to_budget,
-}
-WAYS = {
-    "l1": ("none", "batch norm", "repair"),
-    "fold": ("batch norm", "repair"),
-    "reconstruction": ("batch norm", "repair"),
-    "fold, budget": ("repair",),
-    "reconstruction, budget": ("repair",),
-}
-"""Method → what is done after the cut."""
+    def _drop(self, kind: str, budget: float) -> Plan:
+        if self._scored is None:
+            ranked = self.method == "reconstruction" and kind == "macs"
+            selection = ff.Selection(scope="global" if ranked else "layer")
+            rules = Rules(self.method, selection, ff.Scoring(seed=self.case.key["seed"]), verify=False, strict=False)
+            self._scored = scored(self.case.model, self.case.example, rules, self.case.calibration)
+        return self._scored.planned(Budget(**{kind: budget})).plan
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections import deque
 
 import pytest
 import torch
@@ -21,13 +20,17 @@ from filterfold.profiling import (
 )
 
 
+class Log(list):
+    """A plain list would be given back empty."""
+
+
 class Sleeper(nn.Module):
     """Takes a known time per example, and notes how it was called."""
 
     def __init__(self, seconds):
         super().__init__()
         self.seconds = seconds
-        self.calls = deque()  # a list would be given back empty
+        self.calls = Log()
 
     def forward(self, x):
         self.calls.append((tuple(x.shape), x.dtype, self.training, torch.is_inference_mode_enabled()))

@@ -100,7 +100,7 @@ def test_a_forecast_that_is_wrong_is_put_right_by_measuring():
 
     class Deceiving(Machine):
         def __call__(self, run, times):
-            alone = not (hasattr(run, "func") and run.func.__name__ == "call")
+            alone = not (hasattr(run, "func") and run.func.__name__ == "call_as_is")
             self.block = 1 if alone else 64
             return super().__call__(run, times)
 

@@ -191,7 +191,7 @@ def test_caches_are_not_left_behind():
 
 
 def test_a_failing_model_is_named_in_one_line():
-    with pytest.raises(ModelError, match=r"^Conv2d can't be run on one example of the inputs: [^\n]+$"):
+    with pytest.raises(ModelError, match=r"^Conv2d can't be run on the example inputs: [^\n]+$"):
         measure(nn.Conv2d(3, 4, 3), torch.randn(1, 5, 8, 8))
 
 

@@ -172,6 +172,10 @@ class Tracer:
             self.table.freeze(axis, reason)
 
 
+NO_STEP = ("detach", "detach_")
+"""Operations that are no steps: PyTorch adds them where it likes, such as after an `arange` under a second mode."""
+
+
 def find_rule(func: Function, rules: Mapping[str, Rule]) -> tuple[str, Rule | None]:
     """An operation's name without overload (and without `aten::`), and its rule, if there is one."""
     op = func._schema.name.removeprefix("aten::")
@@ -197,13 +201,15 @@ class Recorder(OperationMode):
         tracer = self.tracer
         bound = signature(func).bind(args, kwargs)
         before = [tracer.labels_of(tensor) for tensor in tensors_in(bound.values())]
-        self.save_written(func, bound, lambda tensor: id(tensor) in tracer.known)
+        self.save_written(func, bound)
         out = func(*args, **kwargs)
         call = Call(func._schema.name.removeprefix("aten::"), bound, out, tracer.where)
         layouts = (rule or tracer.rules["unknown"])(tracer, call)
         source = SizedLayout(tuple(call.tensors[0].shape), tracer.layout(call.tensors[0])) if before else None
         weight = bool(before) and all(labels.weight for labels in before)
         outputs = self._store(func, call, layouts, weight)
+        if call.op in NO_STEP:
+            return out
         numbers = numbers_in(bound), scalars_in(call.op, bound, out)
         tracer.steps.append(Step(call.op, tuple(tracer.stack), *numbers, source, outputs))
         return out

@@ -22,25 +22,25 @@ Region = tuple[Vector | None, ...]
 """For each axis of a base the positions that a view of it shows; None where it shows all."""
 
 
-_WHOLE_VIEWS = ("alias", "detach", "view_as")
-
-
 _PIECES = ("chunk", "split", "split_with_sizes", "tensor_split")
 
 
 def view_of(tracer: Tracer, call: Call, place: int) -> tuple[Tensor | None, Region | None, tuple[int, ...]]:
     """Base, region and axes of a view; `place`: which of the results of `call` it is.
 
-    A view that can't be described that way (a transpose, a reshape) has a base but no region.
+    A view that can't be described that way (a transpose, a reshape) has a base but no region. What has memory of its
+    own is no view, though its operation could have made one (`to`).
     """
     if not call.tensors:
         return None, None, ()
     source, view = call.tensors[0], call.outputs[place]
+    if source.untyped_storage().data_ptr() != view.untyped_storage().data_ptr():
+        return None, None, ()
     parent = tracer.labels_of(source)
     base, region, axes = parent.base, parent.region, parent.axes
     if base is None:
         base, region, axes = source, (None,) * source.ndim, tuple(range(source.ndim))
-    if region is None or call.op in _WHOLE_VIEWS or (call.op == "view" and view.shape == source.shape):
+    if region is None or (view.shape == source.shape and view.stride() == source.stride()):
         return base, region, axes
     positions = _positions(call, source, place)
     if positions is None:

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import ConfigError
 from ..utils.environment import processor
-from ..utils.inputs import call, examples
+from ..utils.inputs import call_as_is, examples
 from ..utils.model_state import preserved
 from ..utils.progress import track
 from .latency_results import CONTROL, Latency, LatencyComparison
@@ -115,13 +115,13 @@ def prepare(model: nn.Module, mode: Mode, example: Any) -> Runner:
     **Raises:** `ConfigError` for an unknown mode or one that the device can't have; `ExportError`.
     """
     if mode == "eager":
-        return lambda batch: partial(call, model, batch)
+        return lambda batch: partial(call_as_is, model, batch)
     if mode == "channels_last":
         twin = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return lambda batch: partial(call, twin, tree_map(channels_last, batch))
+        return lambda batch: partial(call_as_is, twin, tree_map(channels_last, batch))
     if mode == "compile":
         compiled = cast(nn.Module, torch.compile(model, dynamic=False))
-        return lambda batch: partial(call, compiled, batch)
+        return lambda batch: partial(call_as_is, compiled, batch)
     if mode == "onnxruntime":
         return _session(model, example)
     raise ConfigError(f"mode={mode!r}: must be one of {', '.join(MODES)}")
@@ -260,7 +260,7 @@ def inference_seconds(
     - `images`: shape `(n, channels, height, width)`, or ready batches. Integer images are scaled to
       [0, 1]. Batches are on the device and converted before the clock starts: only the network
       is timed.
-    - `batch_size`: images per call, where `images` is one tensor.
+    - `batch_size`: images per call_as_is, where `images` is one tensor.
     - `repeats`: passes over the set; one more batch goes before as a warm-up.
     - `timer`: as in `measure_latency`.
 

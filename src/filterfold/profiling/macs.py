@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..errors import ModelError, one_line
-from ..utils.inputs import call, examples
+from ..utils.inputs import batch_of, call, examples
 from ..utils.model_state import preserved, random_state_preserved
 from ..utils.modules import named_tensors
 from .weight_ops import WeightOps, WeightUse
@@ -99,11 +99,12 @@ def measure(model: nn.Module, example_inputs: Any) -> Cost:
 
     - `model`: any module; runs once in eval mode and is left as it was.
     - `example_inputs`: a tensor, a tuple of arguments or a mapping of keywords; the first axis is
-      the batch, of which one example is used.
+      the batch, of which one example is used. Where one alone can't be run (frames of a video in the batch axis), all
+      are, and the cost is that of one in the mean.
 
     **Returns:** the `Cost` of one example.
 
-    **Raises:** `ModelError` if the model can't be run on the example.
+    **Raises:** `ModelError` if the model can't be run on the inputs.
 
     ```python
     >>> cost = measure(nn.Conv2d(3, 8, 3, bias=False), torch.zeros(1, 3, 10, 10))
@@ -112,14 +113,22 @@ def measure(model: nn.Module, example_inputs: Any) -> Cost:
 
     ```
     """
+    batch = batch_of(example_inputs) or 1
+    failure: Exception | None = None
+    for inputs, count in [(examples(example_inputs), 1), (example_inputs, batch)][: min(batch, 2)]:
+        try:
+            return _counted(model, inputs).cost(count)
+        except Exception as error:
+            failure = error
+    assert failure is not None
+    raise ModelError(f"{type(model).__name__} can't be run on the example inputs: {one_line(failure)}") from failure
+
+
+def _counted(model: nn.Module, inputs: Any) -> Counting:
     counting = Counting(model)
     with preserved(model), random_state_preserved(model), torch.inference_mode(), counting:
-        try:
-            call(model, examples(example_inputs))
-        except Exception as error:
-            name = type(model).__name__
-            raise ModelError(f"{name} can't be run on one example of the inputs: {one_line(error)}") from error
-    return counting.cost()
+        call(model, inputs)
+    return counting
 
 
 class Counting(WeightOps):
@@ -139,18 +148,18 @@ class Counting(WeightOps):
         # (tensor, kind) -> shape of the part that is used -> [its elements, how often each is used]
         self._uses: dict[tuple[str, str], dict[tuple[int, ...], list[int]]] = {}
 
-    def cost(self) -> Cost:
-        """The cost so far, with the sizes that the model has now."""
+    def cost(self, batch: int = 1) -> Cost:
+        """The cost so far by example, of which `batch` were run, with the sizes that the model has now."""
         first = {id(tensor): (name, tensor) for name, tensor in reversed(list(named_tensors(self._model)))}
         tensors = dict(reversed(list(first.values())))
         shapes = {name: tuple(t.shape) for name, t in tensors.items() if isinstance(t, nn.Parameter)}
-        layers = self._layers({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        layers = self._layers({name: tuple(tensor.shape) for name, tensor in tensors.items()}, batch)
         return Cost(
             macs=sum(layer.macs for layer in layers),
             parameters=sum(prod(shape) for shape in shapes.values()),
             weights=sum(prod(shapes[name]) for name in {layer.tensor for layer in layers} if name in shapes),
             layers=layers,
-            activation_macs=self._activation_macs,
+            activation_macs=-(-self._activation_macs // batch),
             shapes=shapes,
             uncounted=tuple(sorted(self.uncounted)),
         )
@@ -166,14 +175,15 @@ class Counting(WeightOps):
         entry = parts.setdefault(tuple(use.weight.shape), [elements, 0])
         entry[1] += use.macs // max(1, elements)
 
-    def _layers(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[LayerCost, ...]:
+    def _layers(self, shapes: Mapping[str, tuple[int, ...]], batch: int) -> tuple[LayerCost, ...]:
         """One entry per weight and kind; several where it is used in parts that don't make a whole."""
         layers: list[LayerCost] = []
         for (name, kind), parts in self._uses.items():
             module, whole = name.rpartition(".")[0], prod(shapes[name])
             macs = sum(elements * uses for elements, uses in parts.values())
             if whole and macs % whole == 0:
-                layers.append(LayerCost(module, kind, name, shapes[name], macs, whole, macs // whole))
-                continue
-            layers += [LayerCost(module, kind, name, shape, n * uses, n, uses) for shape, (n, uses) in parts.items()]
+                parts = {shapes[name]: [whole, macs // whole]}
+            for shape, (elements, total) in parts.items():
+                uses = -(-total // batch)  # rounded up
+                layers.append(LayerCost(module, kind, name, shape, elements * uses, elements, uses))
         return tuple(layers)

@@ -145,7 +145,6 @@ class WeightOps(OperationMode):
         self._owners: dict[int, tuple[Tensor, str | None]] = {}
         for name, tensor in named_tensors(model):
             self._owners.setdefault(id(tensor), (tensor, name))
-        self._given = frozenset(self._owners)
 
     def rule_for(self, func: Function) -> Any:
         """How to count a product; whether there is none (False); None where that is to be found out."""
@@ -156,7 +155,7 @@ class WeightOps(OperationMode):
     def run(self, func: Function, rule: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the op, report a product, and follow what is computed from parameters."""
         if signature(func).written:
-            self.save_written(func, signature(func).bind(args, kwargs), lambda tensor: id(tensor) in self._given)
+            self.save_written(func, signature(func).bind(args, kwargs))
         output = func(*args, **kwargs)
         tensors = list(tensors_in((*args, *kwargs.values())))
         owned = [self._owners[id(tensor)] for tensor in tensors if id(tensor) in self._owners]

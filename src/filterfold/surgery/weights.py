@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, one_line
 from ..utils.io import read_safetensors
 from ..utils.modules import classifier, named_tensors, unwrap
-from .checkpoint import is_pickle, read_header, rebuild
+from .checkpoint import draw, is_pickle, read_header, rebuild
 
 _NESTED = (
     "model_ema",
@@ -46,7 +46,7 @@ class Loaded:
     - `place`: keys that lead to it, such as `model_ema`; empty if it lay open.
     - `prefix`: what was taken off its names, such as `module.`.
     - `left_out`: names without that prefix.
-    - `heads`: layer → its outputs in the file and in the model, for classifiers that were left as the model had them.
+    - `heads`: layer → its outputs in the file and in the model, for classifiers that were drawn anew.
     """
 
     place: str = ""
@@ -150,6 +150,8 @@ class Weights:
         with torch.no_grad():
             for name, value in rest.items():
                 targets[name].copy_(value)
+        for head in heads:
+            draw(model.get_submodule(head))
         return Loaded(self.place, prefix, left_out, heads)
 
 
@@ -163,8 +165,9 @@ def load_weights(model: nn.Module, path: str | Path, *, new_head: bool = False) 
     **Arguments:**
 
     - `model`: bare, or in the wrappers that `apply` knows.
-    - `new_head`: leave the classifier as the model has it where the file's is of another number of classes and
-      everything else fits: the layers whose weights differ from the file's in the number of outputs only.
+    - `new_head`: where everything fits but the classifier's number of classes, keep the model's and draw it anew, as
+      PyTorch draws such layers by default. The classifier is the layer, or the layers, whose weights differ from the
+      file's in the number of outputs only.
 
     **Returns:** what was taken, and what was not.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -96,16 +96,16 @@ class OperationMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # the 
         """Run an operation and return its result; `rule` is None where there is none and it can't be decomposed."""
         raise NotImplementedError
 
-    def save_written(self, func: Function, bound: Mapping[str, Any], keeps: Callable[[Tensor], bool]) -> None:
+    def save_written(self, func: Function, bound: Mapping[str, Any]) -> None:
         """Before an operation runs: copy what it will write to, so that it is given back at the end of the block.
 
-        `keeps` says which tensors to give back: not those that were made inside.
+        Inference tensors are left out: they were made inside.
         """
         names = signature(func).written
         if func._schema.name in _WRITES_STATISTICS and bound.get("training", bound.get("use_input_stats")):
             names = (*names, "running_mean", "running_var")  # which the schema doesn't say
         for tensor in (bound.get(name) for name in names):
-            if isinstance(tensor, Tensor) and id(tensor) not in self._saved and keeps(tensor):
+            if isinstance(tensor, Tensor) and id(tensor) not in self._saved and not tensor.is_inference():
                 self._saved[id(tensor)] = (tensor, tensor.clone())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

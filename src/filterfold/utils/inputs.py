@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
-from .model_state import random_state_preserved
+from .model_state import buffers_preserved, random_state_preserved
 from .modules import leaves
 
 
@@ -25,13 +27,46 @@ def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
-    """Call a model on example inputs.
+    """Call a model on a copy of example inputs: they are the caller's, whatever the model does with its own.
 
     >>> call(nn.Identity(), (3,))
     3
     """
+    return call_as_is(model, copied(inputs))
+
+
+def call_as_is(model: nn.Module, inputs: Any) -> Any:
+    """Call a model on the inputs themselves, where a copy would cost time that is measured."""
     positional, keywords = arguments(inputs)
     return model(*positional, **keywords)
+
+
+def copied(inputs: Any) -> Any:
+    """Example inputs that a model may consume or write to: tensors, containers and objects are copies.
+
+    >>> inputs = {"x": [torch.zeros(1)]}
+    >>> copied(inputs)["x"].pop().add_(1), inputs
+    (tensor([1.]), {'x': [tensor([0.])]})
+    """
+    with _disable_current_modes():  # a copy is no operation of the model
+        memo: dict[int, Any] = {id(tensor): tensor.clone() for tensor in leaves(inputs)}
+
+    def turn(value: Any) -> Any:
+        if isinstance(value, nn.Module):
+            return value
+        if type(value) in (list, set):
+            return type(value)(map(turn, value))
+        if type(value) is dict:
+            return {key: turn(item) for key, item in value.items()}
+        if isinstance(value, tuple):
+            items = list(map(turn, value))
+            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        try:
+            return copy.deepcopy(value, memo)
+        except Exception:  # a generator, a lock: what can't be copied is given as it is
+            return value
+
+    return turn(inputs)
 
 
 def examples(inputs: Any, count: int = 1) -> Any:
@@ -40,30 +75,38 @@ def examples(inputs: Any, count: int = 1) -> Any:
     Tensors whose first axis has another length, and what is no tensor, are left as they are.
 
     >>> import torch
-    >>> examples((torch.zeros(4, 3), torch.ones(2), "name"), 5)[0].shape
-    torch.Size([5, 3])
+    >>> examples((torch.zeros(4, 3), {"x": torch.zeros(4), "y": torch.ones(2)}, "name"), 5)[1]["x"].shape
+    torch.Size([5])
     """
-    values, batch = _values(inputs), batch_of(inputs)
+    batch = batch_of(inputs)
 
-    def repeated(value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != batch:
-            return value
-        return value[:1] if count == 1 else value[:1].repeat(count, *[1] * (value.dim() - 1))
+    def turn(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if value.dim() == 0 or value.shape[0] != batch:
+                return value
+            return value[:1] if count == 1 else value[:1].repeat(count, *[1] * (value.dim() - 1))
+        if type(value) in (tuple, list):
+            return type(value)(map(turn, value))
+        return {key: turn(item) for key, item in value.items()} if isinstance(value, Mapping) else value
 
-    values = [repeated(value) for value in values]
-    if isinstance(inputs, Mapping):
-        return dict(zip(inputs, values, strict=True))
-    return tuple(values) if isinstance(inputs, tuple) else values[0]
+    return inputs if batch is None else turn(inputs)
 
 
 def batch_of(inputs: Any) -> int | None:
-    """How many examples the inputs are: the length of the first axis of the first tensor; None without one."""
-    return next((value.shape[0] for value in _values(inputs) if isinstance(value, Tensor) and value.dim() > 0), None)
+    """How many examples the inputs are: the length of the first axis of the first tensor; None without one.
 
+    A list of tensors with three axes holds images of any size, as detectors take them, and no batch.
 
-def _values(inputs: Any) -> list[Any]:
-    positional, keywords = arguments(inputs)
-    return [*positional, *keywords.values()]
+    >>> import torch
+    >>> batch_of({"x": torch.zeros(4, 3)}), batch_of([torch.zeros(3, 8, 8)])
+    (4, None)
+    """
+    if isinstance(inputs, Tensor):
+        return inputs.shape[0] if inputs.dim() > 0 else None
+    items = list(inputs.values()) if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple | list) else ()
+    if isinstance(items, list) and all(isinstance(item, Tensor) and item.dim() == 3 for item in items):
+        return None
+    return next((found for found in map(batch_of, items) if found is not None), None)
 
 
 def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
@@ -72,7 +115,7 @@ def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
     >>> [tuple(value.shape) for value in outputs(nn.Linear(2, 3), torch.zeros(1, 2))]
     [(1, 3)]
     """
-    with random_state_preserved(model, seed=0), torch.inference_mode():
+    with random_state_preserved(model, seed=0), buffers_preserved(model), torch.inference_mode():
         return list(leaves(call(model, inputs)))
 
 

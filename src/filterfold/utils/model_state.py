@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,17 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .modules import leaves, named_tensors
+from .modules import named_tensors
+from .snapshot import Snapshot
 
 TINY = 1e-3
 """Parameters below this hide what they scale: float32 outputs agree to 1e-4 whatever lies behind them."""
-
-
-_CONTAINERS = (dict, list, set, OrderedDict)
-
-
-_HOOKS = frozenset(vars(nn.Module())) - {"_buffers", "_parameters"}
-"""Attributes that PyTorch keeps in every module; running a model does not change what is in them."""
 
 
 @contextmanager
@@ -31,10 +24,11 @@ def preserved(
 ) -> Iterator[Callable[[], Iterator[Tensor]]]:
     """Put models into eval mode, and give each back as it was.
 
-    Given back are every module's mode and attributes, the content of its lists and dictionaries, which tensors it
-    holds, and their gradients. Some networks cache what they compute from their weights (attention biases in LeViT)
-    and clear it in their own `train()`: left behind, a cache would be used after the weights changed. What is
-    written into a tensor inside stays, unless `dtype` or `generic` is given.
+    Given back are every module's mode, attributes, children and hooks, the content of its lists and dictionaries,
+    which tensors it holds, and their gradients (see `Snapshot`). Some networks cache what they compute from their
+    weights (attention biases in LeViT) and clear it in their own `train()`: left behind, a cache would be used after
+    the weights changed. Others install hooks at their first call and note in a flag that they did. What is written
+    into a tensor inside stays, unless `dtype` or `generic` is given.
 
     **Arguments:**
 
@@ -61,29 +55,17 @@ def preserved(
     >>> net.weight.tolist(), net.weight.dtype
     ([1.0, 1.0, 1.0, 1.0], torch.float32)
     """
-    modules = [(module, vars(module).copy()) for model in models for module in model.modules()]
-    containers = [
-        (value, value.copy())
-        for _, attributes in modules
-        for name, value in attributes.items()
-        if type(value) in _CONTAINERS and name not in _HOOKS
-    ]
+    snapshot = Snapshot(models)
     tensors = {id(tensor): (name, tensor) for model in models for name, tensor in named_tensors(model)}
     gradients = [(tensor, tensor.grad) for _, tensor in tensors.values() if tensor.is_leaf]
     data = [(tensor, tensor.data) for _, tensor in tensors.values()] if dtype is not None or generic else []
 
-    def added() -> Iterator[Tensor]:
-        for container, content in containers:
-            if not isinstance(container, set) and not _same_content(container, content):
-                old = {id(tensor) for tensor in leaves(content)}
-                yield from (tensor for tensor in leaves(container) if id(tensor) not in old)
-
     try:
         for model in models:
-            model.eval()
+            to_eval_mode(model)
         if data:
             _replace_data(tensors.values(), dtype, generic)
-        yield added
+        yield snapshot.added
     finally:
         for tensor, old in data:
             tensor.grad = None  # of another type or size, it would forbid the old data
@@ -91,24 +73,36 @@ def preserved(
         for tensor, gradient in gradients:
             if tensor.grad is not gradient:
                 tensor.grad = gradient
-        for container, content in containers:
-            if not _same_content(container, content):
-                container.clear()
-                container.extend(content) if isinstance(container, list) else container.update(content)
-        for module, attributes in modules:
-            current = vars(module)
-            for name in [name for name in current if name not in attributes]:
-                del current[name]
-            current.update(attributes)
+        snapshot.give_back()
 
 
-def _same_content(first: Any, second: Any) -> bool:
-    """Whether two lists, sets or dictionaries hold the very same objects."""
-    if len(first) != len(second):
-        return False
-    if isinstance(first, dict):
-        return list(first) == list(second) and all(first[key] is second[key] for key in first)
-    return first == second if isinstance(first, set) else all(a is b for a, b in zip(first, second, strict=True))
+def to_eval_mode(model: nn.Module) -> None:
+    """Evaluation mode, also of a program made by `torch.export`, which has none and stays what it was exported as."""
+    try:
+        model.eval()
+    except NotImplementedError:
+        for module in model.modules():
+            module.training = False
+
+
+@contextmanager
+def buffers_preserved(model: nn.Module) -> Iterator[None]:
+    """Give the values of a model's buffers back: counters and averages that it keeps while it runs.
+
+    >>> net = nn.BatchNorm1d(2)
+    >>> with buffers_preserved(net):
+    ...     _ = net(torch.randn(3, 2))
+    >>> net.num_batches_tracked.item()
+    0
+    """
+    saved = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers() if not buffer.is_inference()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, version, value in saved:
+                if buffer._version != version:
+                    buffer.copy_(value)
 
 
 def _replace_data(named: Any, dtype: torch.dtype | None, generic: bool) -> None:

@@ -92,7 +92,7 @@ def check(trials: Iterable[Trial], context: RunContext) -> None:
     taught = False
     for trial in trials:
         if trial.parsed.is_online:
-            online_callback(trial)
+            online_callback(trial, ())
         if trial.parsed.is_taught and not taught:
             teachers(trial, context, context.build())
             taught = True

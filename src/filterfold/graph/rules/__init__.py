@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ..dispatch import Call, Rule, Tracer
-from ..labels import FIXED, FREE, Layout
+from ..labels import FIXED, FREE, Axis, Layout
 
 RULES: dict[str, Rule] = {}
 
@@ -110,14 +110,16 @@ def copy(tracer: Tracer, call: Call) -> Layout:
     lead = target.ndim - source.ndim
     axes = list(old)
     for place, axis in enumerate(new, start=max(lead, 0)):
-        before = old[place]
-        if source.shape[place - lead] != target.shape[place]:
-            continue
-        if before and axis and all(tracer.table.is_constant(vector).all() for vector in before):
-            axes[place] = axis
-        else:
-            axes[place] = tracer.table.join_axes([before, axis], call.site)
+        if source.shape[place - lead] == target.shape[place]:
+            axes[place] = overwritten(tracer, old[place], axis, call.site)
     return tuple(axes)
+
+
+def overwritten(tracer: Tracer, old: Axis, new: Axis, where: str) -> Axis:
+    """An axis after values with other labels were written to it."""
+    if old and new and all(tracer.table.is_constant(vector).all() for vector in old):
+        return new
+    return tracer.table.join_axes([old, new], where)
 
 
 @rule("lift_fresh")

@@ -9,7 +9,7 @@ import torch
 
 from ..dispatch import Call, Tracer
 from ..labels import FIXED, Layout
-from . import rule
+from . import broadcast, overwritten, rule
 
 
 @rule("index_select", "gather", "take_along_dim", "sort", "topk", "kthvalue", "index_add", "index_copy", "scatter")
@@ -45,6 +45,29 @@ def index(tracer: Tracer, call: Call) -> Layout:
     for axis in layout:
         tracer.table.freeze(axis, f"picked by position in {call.site}")
     return (FIXED,) * int(call.out.ndim)
+
+
+@rule("index_put", "_index_put_impl")
+def index_put(tracer: Tracer, call: Call) -> Layout:
+    """Advanced indexing that writes: indexed axes can't shrink, those behind them are those of the values."""
+    x, values, indices = call["self"], call["values"], list(call["indices"])
+    used = [place for place, entry in enumerate(indices) if entry is not None]
+    masks = [indices[place] for place in used if indices[place].dtype == torch.bool]
+    if masks and masks[0].ndim == x.ndim and values.numel() == 1:  # x[x < 0] = 0
+        tracer.table.alive += [vector for axis in tracer.layout(x) for vector in axis or ()]
+        return broadcast(tracer, call, [x, masks[0]], x.ndim)
+    layout, new = tracer.layout(x), tracer.layout(values)
+    behind = used[-1] + (masks[-1].ndim if masks and masks[-1] is indices[used[-1]] else 1)
+    tail = min(x.ndim - behind, values.ndim)
+    fixed = (*layout[:behind], *new[: values.ndim - tail])
+    tracer.freeze(fixed, f"written by position in {call.site}")
+    written = [
+        overwritten(tracer, layout[-place], new[-place], call.site)
+        if values.shape[-place] == x.shape[-place]
+        else layout[-place]
+        for place in range(tail, 0, -1)
+    ]
+    return (*layout[: x.ndim - tail], *written)
 
 
 @rule("flip")

@@ -63,6 +63,24 @@ def convolution(tracer: Tracer, call: Call) -> Layout:
     return tuple(layout)
 
 
+@rule("torchvision::roi_align", "torchvision::roi_pool")
+def regions(tracer: Tracer, call: Call) -> Any:
+    """Crops of a map, resampled: channels pass through."""
+    layout = tracer.layout(call["input"])
+    for axis in layout[2:]:
+        tracer.table.freeze(axis, f"{call.site} resamples along them")
+    result = (FIXED, layout[1], FIXED, FIXED)
+    return [result] * len(call.outputs)
+
+
+@rule("torchvision::deform_conv2d")
+def deformable(tracer: Tracer, call: Call) -> Any:
+    """A convolution whose taps are moved by offsets and weighted by a mask: those are as many as there are taps."""
+    for name in ("offset", "mask"):
+        tracer.freeze(tracer.layout(call[name])[1:2], f"an offset or a weight for every tap of {call.site}")
+    return convolution(tracer, call)
+
+
 def _is_transposed(call: Call) -> bool:
     return "transpose" in call.op or bool(call["transposed"])
 
