@@ -24,7 +24,7 @@ KINDS = (
     "conv", "conv", "grouped", "depthwise", "norm", "prelu", "residual", "projected", "padded", "concat", "dense",
     "excite", "spatial gate", "shuffle", "halves", "slices", "flip", "maxout", "pixel shuffle", "transposed",
     "group norm", "layer norm", "layer scale", "pool", "upsample", "shared", "functional", "stack", "written",
-    "weight norm", "spectral norm", "attention",
+    "weight norm", "spectral norm", "attention", "recurrent",
 )  # fmt: skip
 
 
@@ -85,6 +85,9 @@ class Piece(nn.Module):
             self.a = wrap(nn.Conv2d(width, new, 3, padding=1))
             with torch.no_grad():
                 self.a(torch.zeros(1, width, 1, 1))  # else an old hook's weight has a graph, and can't be copied
+        elif kind == "recurrent":
+            new = self.other
+            self.a = (nn.GRU, nn.LSTM, nn.RNN)[choice % 3](width, new)
         elif kind == "attention":
             self.a, self.b, self.c = (nn.Conv2d(width, size, 1) for size in (self.other, self.other, width))
         elif kind == "layer scale":
@@ -168,6 +171,11 @@ class Piece(nn.Module):
 
     def run_layer_scale(self, x: Tensor) -> Tensor:
         return self.a * x
+
+    def run_recurrent(self, x: Tensor) -> Tensor:
+        """Over the pixels, one after another."""
+        states: Tensor = self.a(x.flatten(2).permute(2, 0, 1))[0]
+        return states.permute(1, 2, 0).reshape(x.shape[0], -1, *x.shape[2:])
 
     def run_attention(self, x: Tensor) -> Tensor:
         """A temperature that is fixed, or follows from the width of the queries."""

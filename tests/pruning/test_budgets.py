@@ -307,7 +307,7 @@ def test_an_impossible_budget_names_the_smallest_share(scope):
 
 # --- refusals -------------------------------------------------------------------------------------
 
-WHOLE = "nothing would be cut: min_keep, round_to or the small widths leave every group whole"
+WHOLE = "nothing would be cut: min_keep, max_cut, round_to or the small widths leave every group whole"
 FROZEN = "nothing would be cut: every channel group is frozen or ignored (out: an output)"
 COST = measure(nn.Conv2d(3, 4, 1), torch.zeros(1, 3, 2, 2))
 
@@ -326,6 +326,8 @@ COST = measure(nn.Conv2d(3, 4, 1), torch.zeros(1, 3, 2, 2))
         ({"keep": 0.5, "ignore": "head"}, "ignore='head': must be a list of names; write ['head']"),
         ({"keep": 0.5, "round_to": 0}, "round_to=0: must be a whole number of at least 1"),
         ({"keep": 0.5, "min_keep": 1.5}, "min_keep=1.5: must be a whole number of at least 1"),
+        ({"keep": 0.5, "min_keep": 0.0}, "min_keep=0.0 is no share: it must lie above 0 and be at most 1"),
+        ({"keep": 0.5, "max_cut": 2}, "max_cut=2 is no share: it must lie above 0 and be at most 1"),
         ({"keep": 0.5, "scope": "net"}, 'scope=\'net\': must be "layer" or "global"'),
         ({"keep": 0.5, "normalize": "std"}, "normalize='std': must be one of mean, max, l2, none"),
         ({"keep": 0.5, "ignore": ["blok1"]}, "ignore: 'blok1' matches no layer; did you mean 'block1'?"),
@@ -406,3 +408,22 @@ def test_resnet56_as_li_et_al_prune_it(reference, name):
     }
     after = predict(select(groups, score(groups, model), keep=keep, cost=cost), cost)
     assert (after.macs, after.weights) == (int(row["macs_exact"]), int(row["weights_exact"]))
+
+
+@pytest.mark.parametrize(
+    ("options", "widths"),
+    [
+        ({}, [1, 1, 18]),
+        ({"min_keep": 0.25}, [3, 2, 15]),
+        ({"max_cut": 0.75}, [3, 2, 15]),
+        ({"min_keep": 4}, [4, 4, 12]),
+        ({"min_keep": 4, "max_cut": 0.5}, [5, 4, 11]),
+        ({"min_keep": 0.25, "round_to": 2}, [4, 2, 14]),
+    ],
+)
+def test_no_group_falls_below_its_floor_in_a_ranking_of_all(options, widths):
+    """Layers of 10, 8 and 22 units, half of all kept; only the last one's scores are worth anything."""
+    groups = [group("a", 10), group("b", 8), group("c", 22)]
+    scores = {"a": torch.full((10,), 1e-3), "b": torch.full((8,), 1e-3), "c": torch.ones(22)}
+    plan = select(groups, scores, keep=0.5, scope="global", normalize="none", **options)
+    assert [cut.new_size for cut in plan.cuts] == widths

@@ -90,8 +90,14 @@ def test_sizes_that_fit_no_layer_are_refused():
         refresh_attributes(norm)
     with pytest.raises(SurgeryError, match="6 inputs and 5 outputs don't divide into 2 groups"):
         refresh_attributes(grouped)
-    with pytest.raises(SurgeryError, match="MultiheadAttention can't be cut"):
-        refresh_attributes(nn.MultiheadAttention(4, 2))
+    for layer, sizes in ((nn.MultiheadAttention(4, 2), (12, 3)), (nn.EmbeddingBag(4, 2), (4, 1))):
+        resize(layer, **{"in_proj_weight" if len(layer._modules) else "weight": sizes})
+        with pytest.raises(SurgeryError, match=f"{type(layer).__name__} can't be cut"):
+            refresh_attributes(layer)
+    lstm = nn.LSTM(4, 3)
+    resize(lstm, weight_ih_l0=(9, 4))
+    with pytest.raises(SurgeryError, match="LSTM can't be cut"):
+        refresh_attributes(lstm)
 
 
 class Net(nn.Module):

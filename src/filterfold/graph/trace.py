@@ -20,7 +20,7 @@ from ..utils.modules import leaves
 from .assemble import Assembly, assemble
 from .dispatch import Recorder, SizedLayout, Split, Step, TensorLabels, Tracer, module_stack
 from .labels import FIXED, OUTPUT
-from .rules import RULES, indexing, layers, math, shape
+from .rules import RULES, indexing, layers, math, recurrent, shape
 
 _LOG = logging.getLogger(__name__)
 
@@ -34,10 +34,14 @@ _PREFERENCES: tuple[Callable[[Split], int], ...] = (
 
 
 _WHOLE = (nn.MultiheadAttention, nn.RNNBase, nn.EmbeddingBag)
-"""Layers that surgery can't resize (see `filterfold.surgery.layer_attributes.refresh_attributes`)."""
+"""Layers of whose own sizes surgery changes none (see `filterfold.surgery.layer_attributes.refresh_attributes`)."""
 
 
-_RULE_FILES = (layers, math, indexing, shape)  # importing them fills RULES
+_READING = ("k_proj_weight", "v_proj_weight", "weight_ih_l0", "weight_ih_l0_reverse")
+"""Weights in such layers of which the columns, which read what other layers make, can go."""
+
+
+_RULE_FILES = (layers, math, indexing, recurrent, shape)  # importing them fills RULES
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -178,10 +182,10 @@ def _register(model: nn.Module, tracer: Tracer) -> dict[int, str]:
             names[id(tensor)] = name
     for module in model.modules():
         if isinstance(module, _WHOLE):
-            for tensor in module.parameters(recurse=False):
-                tracer.freeze(
-                    tracer.known[id(tensor)][1].layout, f"belongs to a {type(module).__name__}, which stays whole"
-                )
+            for name, tensor in module.named_parameters(recurse=False):
+                layout = tracer.known[id(tensor)][1].layout
+                fixed = layout[:1] if name in _READING else layout
+                tracer.freeze(fixed, f"belongs to a {type(module).__name__}, which stays whole")
     return names
 
 

@@ -13,6 +13,7 @@ from ..surgery.cut_cache import CutCache
 from ..utils.modules import unwrap
 from .budgets import Budget, LatencyBudget, Selection
 from .budgets.patterns import merged
+from .budgets.solver import Scope
 from .criteria import Criterion
 from .scored import Optimizers, PruneResult, Rules, Scoring, scored
 
@@ -27,7 +28,10 @@ def prune(
     macs: float | None = None,
     parameters: float | None = None,
     latency: float | LatencyBudget | None = None,
+    scope: Scope = "layer",
     round_to: int | None = 1,
+    min_keep: float = 1,
+    max_cut: float = 1.0,
     ignore: Sequence[str] = (),
     optimizer: Optimizers = None,
     averaged: nn.Module | Sequence[nn.Module] = (),
@@ -53,7 +57,8 @@ def prune(
     - `latency`: instead of those, the share of the *measured* time that may remain, on the model's device: a number,
       or a `LatencyBudget` with batch size, mode and threads; see `select_for_latency`. What was predicted and
       measured is in `plan.notes["latency"]`.
-    - `round_to`, `ignore`, and for the rest `selection`: which units may stay, see `Selection`.
+    - `scope`, `round_to`, `min_keep`, `max_cut`, `ignore`, and for the rest `selection`: which units may stay, see
+      `Selection`.
     - `optimizer`, `averaged`: see `apply`.
     - `verify`: whether to rehearse.
     - `strict`: whether groups whose cut turns out wrong are an error that names them. By default they are left whole
@@ -79,7 +84,8 @@ def prune(
     ```
     """
     budget = Budget(keep, macs, parameters, latency)
-    selection = merged(selection or Selection(), round_to=round_to, ignore=ignore)
+    direct = {"scope": scope, "round_to": round_to, "min_keep": min_keep, "max_cut": max_cut, "ignore": ignore}
+    selection = merged(selection or Selection(), **direct)
     rules = Rules(criterion, selection, scoring or Scoring(), verify, strict)
     rules.check(budget)
     inner = unwrap(model)

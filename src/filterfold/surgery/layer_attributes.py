@@ -125,8 +125,36 @@ def _embedding(module: nn.Embedding) -> None:
     module.num_embeddings, module.embedding_dim = module.weight.shape
 
 
-@refresh_attributes.register(nn.MultiheadAttention)
-@refresh_attributes.register(nn.RNNBase)
+@refresh_attributes.register
+def _recurrent(module: nn.RNNBase) -> None:
+    """What it reads can shrink, its states can't."""
+    tensors = dict(module.named_parameters(recurse=False))
+    rows = {"LSTM": 4, "GRU": 3}.get(module.mode, 1) * module.hidden_size
+    if any(tensor.shape[0] != rows for name, tensor in tensors.items() if "_ih_" in name):
+        _refused(module)
+    module.input_size = tensors["weight_ih_l0"].shape[1]
+    if tensors["weight_ih_l0"].is_cuda:
+        module.flatten_parameters()
+
+
+@refresh_attributes.register
+def _recurrent_cell(module: nn.RNNCellBase) -> None:
+    module.hidden_size, module.input_size = module.weight_hh.shape[1], module.weight_ih.shape[1]
+
+
+@refresh_attributes.register
+def _attention(module: nn.MultiheadAttention) -> None:
+    """Only what reads keys and values of sizes of their own can shrink."""
+    tensors, size = dict(module.named_parameters(recurse=False)), module.embed_dim
+    columns = {"kdim": tensors.pop("k_proj_weight", None), "vdim": tensors.pop("v_proj_weight", None)}
+    rows = [tensor.shape[0] for tensor in columns.values() if tensor is not None]
+    if {*rows, *(length for tensor in tensors.values() for length in tensor.shape)} - {1, size, 3 * size}:
+        _refused(module)
+    for name, tensor in columns.items():
+        if tensor is not None:
+            setattr(module, name, tensor.shape[1])
+
+
 @refresh_attributes.register(nn.EmbeddingBag)
 def _refused(module: nn.Module) -> None:
     raise SurgeryError(f"{type(module).__name__} can't be cut: its sizes are coupled in ways that no rule knows")

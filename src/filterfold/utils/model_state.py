@@ -157,9 +157,7 @@ def random_state_preserved(model: nn.Module, seed: int | None = None) -> Iterato
     >>> bool(torch.rand(1) == first), bool(first == second)
     (True, False)
     """
-    devices: list[int] = []
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        devices = sorted({tensor.device.index for _, tensor in named_tensors(model) if tensor.device.type == "cuda"})
+    devices = _devices(model)
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  # the global state is the user's
     try:
         with torch.random.fork_rng(devices=devices):
@@ -171,3 +169,15 @@ def random_state_preserved(model: nn.Module, seed: int | None = None) -> Iterato
     finally:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
+
+
+def random_states(model: nn.Module) -> list[Tensor]:
+    """The states of PyTorch's generators, on the CPU and on the model's GPUs."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in _devices(model))]
+
+
+def _devices(model: nn.Module) -> list[int]:
+    """The GPUs that a model lies on."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return []
+    return sorted({tensor.device.index for _, tensor in named_tensors(model) if tensor.device.type == "cuda"})

@@ -128,8 +128,16 @@ def literal(_tracer: Tracer, call: Call) -> Layout:
     return (FIXED,) * int(call.out.ndim)
 
 
+@rule("bernoulli", "normal", "poisson", "binomial")
+def drawn(tracer: Tracer, call: Call) -> Layout:
+    """Random numbers, each by the parameters at its place, if those are tensors."""
+    ndim = int(call.out.ndim)
+    tracer.table.alive += [vector for tensor in call.tensors for axis in tracer.layout(tensor) for vector in axis or ()]
+    return broadcast(tracer, call, call.tensors, ndim) if call.tensors else (FREE,) * ndim
+
+
 @rule("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "randint_like", "new_zeros")
-@rule("new_ones", "new_full", "new_empty", "bernoulli", "zeros", "ones", "full", "empty", "arange", "rand", "randn")
+@rule("new_ones", "new_full", "new_empty", "zeros", "ones", "full", "empty", "arange", "rand", "randn")
 @rule(
     "linspace", "eye", "scalar_tensor", "randperm", "normal_", "uniform_", "bernoulli_", "exponential_", "tril_indices"
 )

@@ -314,6 +314,8 @@ def shuffle(tracer: Tracer, call: Call) -> Layout:
     if call.op == "pixel_shuffle":
         squared = int(call["upscale_factor"]) ** 2
         channels = int(call.out.shape[-3])
+        if channels == 1:
+            tracer.table.freeze(layout[-3], f"all of them make one channel in {call.site}")
         split_ = reshape(tracer, (layout[-3],), (x.shape[-3],), (channels, squared), 0)
         return (*layout[:-3], split_[0], FIXED, FIXED)
     if call.op == "pixel_unshuffle":

@@ -9,7 +9,8 @@ from typing import Any
 
 from ...errors import SelectionError
 from ...profiling import Mode, Timer
-from .patterns import check_counts, check_one_budget, check_shares
+from .patterns import check_counts, check_floor, check_one_budget, check_shares
+from .ranking import count, least
 from .solver import NORMS, Normalize, Scope
 
 
@@ -79,23 +80,36 @@ class Selection:
     - `round_to`: a group keeps a multiple of this many units, the nearest to what it would keep (the smaller one of
       two equally near), at least one multiple; or else all its units. So a group narrower than `round_to` stays
       whole. None: multiples of 16 in groups of 128 units or more, any number in narrower ones.
-    - `min_keep`: every group keeps at least so many units (all, if it has no more).
+    - `min_keep`: every group keeps at least so many units (all, if it has no more); a number below 1 is a share of
+      the group's units.
+    - `max_cut`: no group loses a larger share of its units than this.
     - `ignore`: names or glob patterns of layers whose channels stay whole.
     - `normalize`: `"mean"`, `"max"` or `"l2"` of the absolute scores of the group, or `"none"`; for `"global"` only.
     """
 
     scope: Scope = "layer"
     round_to: int | None = 1
-    min_keep: int = 1
+    min_keep: float = 1
     ignore: Sequence[str] = ()
     normalize: Normalize = "mean"
+    max_cut: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuse what does not exist or has no effect."""
-        check_counts(round_to=self.round_to, min_keep=self.min_keep)
+        check_counts(round_to=self.round_to)
+        check_floor(self.min_keep)
+        check_shares(max_cut=self.max_cut)
         if self.scope not in ("layer", "global"):
             raise SelectionError(f'scope={self.scope!r}: must be "layer" or "global"')
         if self.normalize not in NORMS:
             raise SelectionError(f"normalize={self.normalize!r}: must be one of {', '.join(NORMS)}")
         if self.normalize != "mean" and self.scope == "layer":
             raise SelectionError('normalize= has no effect with scope="layer": leave it out')
+
+    def least(self, size: int) -> int:
+        """How many units a group of `size` keeps at least, by `min_keep` and `max_cut`.
+
+        >>> Selection(min_keep=4).least(64), Selection(min_keep=4, max_cut=0.75).least(64)
+        (4, 16)
+        """
+        return max(least(size, self.min_keep), size - count(size, self.max_cut))

@@ -78,6 +78,14 @@ def check_counts(**options: Any) -> None:
             raise SelectionError(f"{name}={number!r}: must be a whole number of at least 1")
 
 
+def check_floor(min_keep: Any) -> None:
+    """Refuse what is neither a whole number of at least 1 nor a share below 1."""
+    if isinstance(min_keep, float) and min_keep < 1:
+        check_shares(min_keep=min_keep)
+    else:
+        check_counts(min_keep=min_keep)
+
+
 def _single(options: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
     for name, value in options.items():
         if isinstance(value, Mapping):

@@ -29,6 +29,15 @@ def count(size: int, share: float) -> int:
     return int(round(size * share, 9 if size < 10**6 else 3))  # the noise grows with the size
 
 
+def least(size: int, min_keep: float) -> int:
+    """How many units a group of `size` keeps at least: a whole number is that many, a share is rounded up.
+
+    >>> least(64, 2), least(64, 0.2), least(64, 1.0)
+    (2, 13, 64)
+    """
+    return min_keep if isinstance(min_keep, int) else size - count(size, 1 - min_keep)
+
+
 def multiple(round_to: int | None, size: int) -> int:
     """What the width of a group of `size` units is to be a multiple of; None: 16 where it is wide.
 
@@ -99,8 +108,9 @@ class RankedGroup:
         return Cut(self.group.name, assignment, self.group.producers, self.group.consumers)
 
 
-def rank(group: ChannelGroup, scores: Mapping[str, Tensor], round_to: int, min_keep: int) -> RankedGroup:
+def rank(group: ChannelGroup, scores: Mapping[str, Tensor], round_to: int, min_keep: float) -> RankedGroup:
     """Order a group's units by score, within what its classes and blocks demand."""
+    floor = least(group.size, min_keep)
     if group.name not in scores:
         raise SelectionError(f"group {group.name!r} has no scores; score all groups that are to be cut")
     values = scores[group.name].detach().double().cpu()
@@ -112,7 +122,7 @@ def rank(group: ChannelGroup, scores: Mapping[str, Tensor], round_to: int, min_k
     if round_to == 1 and len(set(group.blocks)) == len(set(group.classes)) == 1:
         wanted = torch.argsort(values, descending=True, stable=True).tolist()
         return RankedGroup(
-            group, listed, tuple(wanted), (*range(min(group.size, max(min_keep, 1)), group.size), group.size)
+            group, listed, tuple(wanted), (*range(min(group.size, max(floor, 1)), group.size), group.size)
         )
     blocks: dict[int, list[int]] = {}
     for unit, block in enumerate(group.blocks):
@@ -122,12 +132,12 @@ def rank(group: ChannelGroup, scores: Mapping[str, Tensor], round_to: int, min_k
     step = lcm(round_to, len(blocks))
     ordered = [_order_block(group, members, listed, step // len(blocks)) for members in blocks.values()]
     order = tuple(unit for row in zip(*(units for units, _ in ordered), strict=True) for unit in row)
-    floor = min(group.size, max(min_keep, len(blocks) * max(least for _, least in ordered)))
+    floor = min(group.size, max(floor, len(blocks) * max(least for _, least in ordered)))
     first = -(-floor // step) * step
     return RankedGroup(group, listed, order, (*range(first, group.size, step), group.size))
 
 
-def unranked(group: ChannelGroup, round_to: int = 1, min_keep: int = 1) -> RankedGroup:
+def unranked(group: ChannelGroup, round_to: int = 1, min_keep: float = 1) -> RankedGroup:
     """A group whose units all count alike: what it may keep, and how that is shared out among its parts.
 
     >>> group = ChannelGroup("conv", 5, (), (), True, None, classes=(0, 0, 0, 1, 1), blocks=(0,) * 5)

@@ -29,9 +29,10 @@ def select(
     cost: Cost | None = None,
     scope: Scope = "layer",
     round_to: int | None = 1,
-    min_keep: int = 1,
+    min_keep: float = 1,
     ignore: Sequence[str] = (),
     normalize: Normalize = "mean",
+    max_cut: float = 1.0,
 ) -> Plan:
     """Choose the units to keep: those with the highest scores, within a budget.
 
@@ -53,7 +54,7 @@ def select(
       remains is never more than was asked.
     - `cost`: `filterfold.profiling.macs.measure` of the model; needed for `macs` and `parameters`, and with
       `keep` it only adds the predicted shares to the notes.
-    - `scope`, `round_to`, `min_keep`, `ignore`, `normalize`: see `Selection`. What was rounded is noted.
+    - `scope`, `round_to`, `min_keep`, `ignore`, `normalize`, `max_cut`: see `Selection`. What was rounded is noted.
 
     Units of different `classes` are ranked apart and keep the group's share each (Webster's method),
     at least one unit; every one of the `blocks` keeps the same number.
@@ -76,9 +77,8 @@ def select(
 
     ```
     """
-    return choose(
-        groups, scores, Budget(keep, macs, parameters), cost, Selection(scope, round_to, min_keep, ignore, normalize)
-    )
+    selection = Selection(scope, round_to, min_keep, ignore, normalize, max_cut)
+    return choose(groups, scores, Budget(keep, macs, parameters), cost, selection)
 
 
 def choose(
@@ -113,6 +113,8 @@ def choose(
     notes: dict[str, Any] = {"scope": selection.scope, "asked": asked, "achieved": achieved_shares(cuts, cost)}
     if (selection.round_to, selection.min_keep) != (1, 1):
         notes |= {"round_to": selection.round_to, "min_keep": selection.min_keep}
+    if selection.max_cut != 1:
+        notes["max_cut"] = selection.max_cut
     return Plan(cuts, notes=notes | left_out(groups, ignored, adjusted))
 
 
@@ -162,7 +164,7 @@ def select_greedily(
 
 def ranked_group(group: ChannelGroup, scores: Mapping[str, Tensor], selection: Selection) -> RankedGroup:
     """A group with the numbers of units that a selection lets it keep."""
-    return rank(group, scores, multiple(selection.round_to, group.size), selection.min_keep)
+    return rank(group, scores, multiple(selection.round_to, group.size), selection.least(group.size))
 
 
 def asked_counts(
@@ -203,5 +205,5 @@ def refuse_nothing(
     if not ranked:
         why = f"every channel group is frozen or ignored ({frozen})" if frozen else "there is no channel group to cut"
     else:
-        why = "min_keep, round_to or the small widths leave every group whole"
+        why = "min_keep, max_cut, round_to or the small widths leave every group whole"
     raise SelectionError(f"nothing would be cut: {why}")
