@@ -48,5 +48,5 @@ clean:
 	touch $@
 
 .venv/installed-dev: pyproject.toml constraints.txt | .venv/bin/python
-	$(PIP) install -c constraints.txt -e '.[dev,zoo,onnx]'
+	$(PIP) install -c constraints.txt -e '.[dev,zoo,onnx,examples]'
 	touch $@ .venv/installed

@@ -154,7 +154,8 @@ def photos(folder: Path, size: int) -> tuple[Tensor, Tensor]:
     rows = [row for file in sorted(folder.glob("*.parquet")) for row in pyarrow.parquet.read_table(file).to_pylist()]
     found = []
     for row in rows:
-        image = Image.open(io.BytesIO(next(value for name, value in row.items() if name != "label"))).convert("RGB")
+        encoded = next(value for name, value in row.items() if name != "label")["bytes"]
+        image = Image.open(io.BytesIO(encoded)).convert("RGB")
         left, top = (image.width - size) // 2, (image.height - size) // 2
         found.append(torch.from_numpy(np.array(image.crop((left, top, left + size, top + size)))))
     return torch.stack(found).permute(0, 3, 1, 2).contiguous(), torch.tensor([row["label"] for row in rows])

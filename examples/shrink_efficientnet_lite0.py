@@ -44,9 +44,7 @@ def patches(photographs: list[np.ndarray], count: int, size: int) -> Tensor:
     return torch.stack(found).float() / 127.5 - 1
 
 
-def main(
-    folder: str | None = None, images: int = 256, size: int = 128, epochs: int = 4
-) -> dict[str, tuple[int, float]]:
+def main(folder: str | None = None, images: int = 256, size: int = 96, epochs: int = 4) -> dict[str, tuple[int, float]]:
     """Shrink, print what happens; returns name → (multiply-accumulates, agreement with the uncut one in percent)."""
     torch.manual_seed(0)
     files = (

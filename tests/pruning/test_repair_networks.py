@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations
 import filterfold as ff
 from filterfold.errors import ModelError
 from filterfold.graph import trace
-from filterfold.plan import Plan
+from filterfold.plan import Cut, Plan, Slice
 from filterfold.pruning.budgets import select
 from filterfold.pruning.reconstruction import Repair, calibration, passes, repair
 from filterfold.surgery.apply import apply
@@ -147,6 +147,89 @@ def test_what_else_reads_a_kernel_is_named() -> None:
     assert torch.equal(model[2].weight, weight)
 
 
+class Tied(nn.Module):
+    """A decoder that turns the encoder's kernel around."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.kernel = nn.Conv2d(3, 8, 1), nn.Parameter(torch.randn(4, 8, 3, 3) / 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv_transpose2d(torch.tanh(F.conv2d(torch.tanh(self.first(x)), self.kernel)), self.kernel)
+
+
+class Rows(nn.Module):
+    """Two layers that read halves of one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.both = nn.Linear(6, 8), nn.Parameter(torch.randn(7, 8) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.first(x))
+        one, two = self.both.split((3, 4))
+        return torch.cat((F.linear(y, one), y @ two.t()), -1)
+
+
+class Chosen(nn.Module):
+    """Keeps the examples whose sum is positive, as detectors keep boxes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.first(x))
+        return self.second(y[y.sum(-1) > 0])
+
+
+def test_kernels_that_several_operations_read() -> None:
+    torch.manual_seed(0)
+    model, x = Tied().double(), torch.randn(10, 3, 5, 5, dtype=torch.float64)
+    original, kernel = copy.deepcopy(model), torch.nn.Parameter(model.kernel[:, :4].detach().clone())
+    plan = Plan((Cut("first", (0, 1, 2, 3, -1, -1, -1, -1), *slices()),))
+    apply(plan, model)
+    found = repair(model, original, plan, [x])
+    assert found.skipped == {"kernel": "several operations read it, each in its own way"}
+    assert torch.equal(model.kernel, kernel)
+    model, x = Rows().double(), torch.randn(40, 6, dtype=torch.float64)
+    original = copy.deepcopy(model)
+    plan = halved(model, x[:1], "first")
+    cut = copy.deepcopy(model)
+    found = repair(model, original, plan, [x], ridge=1e-9)
+    assert [row.name for row in found.layers] == ["both", "both"]
+    with torch.no_grad():
+        best = torch.linalg.lstsq(torch.tanh(cut.first(x)), original(x)).solution
+    torch.testing.assert_close(model.both, nn.Parameter(best.T), rtol=1e-4, atol=1e-5)
+
+
+def slices() -> tuple[tuple[Slice, ...], tuple[Slice, ...]]:
+    units = tuple(range(8))
+    producers = Slice("first.weight", 0, units, "filter"), Slice("first.bias", 0, units, "bias")
+    return producers, (Slice("kernel", 1, units, "kernel"),)
+
+
+def test_a_layer_that_runs_on_other_shapes_is_left_as_it_is() -> None:
+    torch.manual_seed(0)
+    model, x = Chosen().double(), torch.randn(50, 6, dtype=torch.float64)
+    original = copy.deepcopy(model)
+    plan = Plan(
+        (
+            Cut(
+                "first",
+                (0, 1, 2, 3, -1, -1, -1, -1),
+                slices()[0],
+                (Slice("second.weight", 1, tuple(range(8)), "kernel"),),
+            ),
+        )
+    )
+    apply(plan, model)
+    weight = model.second.weight.clone()
+    found = repair(model, original, plan, [x])
+    assert found.skipped == {"second.weight": "it runs on other shapes than in the uncut network"}
+    assert torch.equal(model.second.weight, weight)
+
+
 def test_attention_projections() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -266,3 +349,24 @@ def test_a_failure_on_the_way_leaves_everything_as_it_was() -> None:
         repair(model, original, plan, [x])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert (model.seen, model.training, model.second.weight.requires_grad) == (seen, True, True)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_a_kernel_whose_scale_counts_does_not_grow_beyond_what_fewer_inputs_ask_for(normed: bool) -> None:
+    """What is dropped is a hundred times the difference of two inputs that stay, so the best kernel is a large one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Identity(), nn.Linear(8, 3, bias=False), nn.BatchNorm1d(3)).double()
+    with torch.no_grad():
+        model[0].weight[1] = model[0].weight[0] + 0.01 * model[0].weight[1]
+        model[0].weight[4:] = 100 * (model[0].weight[0] - model[0].weight[1])
+        model[0].bias.zero_()
+    x = torch.randn(400, 4, dtype=torch.float64)
+    model = model.eval() if normed else model[:3]
+    original = copy.deepcopy(model)
+    plan = halved(model, x[:1], "0")
+    (row,) = repair(copy.deepcopy(model), original, plan, [x], ridge=1e-12).layers
+    assert row.after < 1e-4
+    (row,) = repair(model, original, plan, [x]).layers
+    norms = [float(net[2].weight.detach().norm()) for net in (model, original)]
+    assert (norms[0] <= 2**0.5 * norms[1]) != normed
+    assert row.after < row.before

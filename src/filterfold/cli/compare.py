@@ -113,6 +113,14 @@ def compare(
         str | None,
         _comparison(help="Shares of the multiply-accumulates that stay, likewise; online chooses each layer's width."),
     ] = None,
+    crossover: Annotated[
+        str | None,
+        _comparison(
+            help="Instead of --epochs: train for each of these numbers of epochs, such as 0,1,2,4,8, to see where "
+            "fresh weights catch up.",
+            show_default="one training, of --epochs",
+        ),
+    ] = None,
     trials: Annotated[int, _comparison(help="Seeds for each method.")] = 5,
     first_seed: Annotated[int, _comparison(help="The first seed.")] = 0,
     retrain_epochs: Annotated[
@@ -156,6 +164,7 @@ def compare(
         clusters=listed(clusters, "--clusters", int),
         keep=listed(keep, "--keep", float),
         macs=listed(macs, "--macs", float),
+        epochs=listed(crossover, "--crossover", int),
         seeds=range(first_seed, first_seed + trials),
     )
     folder = out or default_folder(setting)

@@ -136,7 +136,7 @@ def shrink(
     """Make several smaller networks of one: scored once, each cut, repaired, with --epochs trained, proved and timed.
 
     Each child is written when it is done. After Ctrl-C or a power cut the same command goes on; with more --macs it
-    adds children. The page shows accuracy and agreement with the uncut network against measured time.
+    adds children. The page shows accuracy and agreement with the uncut network against measured speed.
     """
     from ..bench.family import Family, Making
     from ..bench.report.family import build_family

@@ -74,16 +74,20 @@ class WeightOptions:
 
         **Raises:** `ConfigError` without weights, `CheckpointError` naming what does not fit.
         """
+        from ..bench.trials.start import shown
+
         start = self.start()
         if not start.given:
             raise ConfigError("say which weights: --weights FILE; or --pretrained, for a timm: or torchvision: model")
         weights = start.read(chosen.model, images.channels or 3)
-        images = suited(images, chosen.model, start, weights)
-        data = images.load()
+        fitting = suited(images, chosen.model, start, weights)
+        data = fitting.load()
         model = chosen.build(data)
         if loaded := str(weights.into(model, classes=len(data.classes))):
             say(f"{weights.source}: {loaded}")
-        return TrainedNetwork(model.to(device), data, images, weights.fingerprint)
+        if fitting != images and not weights.header:
+            say(f"{shown(data)}, as {chosen.model} expects")
+        return TrainedNetwork(model.to(device), data, fitting, weights.fingerprint)
 
 
 @dataclass(frozen=True)

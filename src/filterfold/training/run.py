@@ -197,10 +197,8 @@ class Run:
         self._events: list[str] = []
         self._compiled = False
         self.forward: nn.Module = model
-        self.averaged: nn.Module | None = None
+        self.averaged = copy.deepcopy(model).requires_grad_(False) if recipe.ema else None
         self.structure_changed()
-        if recipe.ema:
-            self.averaged = copy.deepcopy(model).requires_grad_(False)
 
     @property
     def device(self) -> torch.device:

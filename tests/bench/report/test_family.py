@@ -76,7 +76,7 @@ def test_the_page_says_what_the_records_say(page: Path) -> None:
     assert {"children", "warnings", "accuracy-against-speed", "comparison"} <= set(reader.ids)
     assert all(reference.startswith("#") for reference in reader.references)
     plots = {path.name for path in (page.parent / "plots").iterdir()}
-    assert plots == {f"accuracy_time_{size}.{kind}" for size in (1, 64) for kind in ("svg", "png")}
+    assert plots == {f"accuracy_speedup_{size}.{kind}" for size in (1, 64) for kind in ("svg", "png")}
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, 1), (390, 1), (1280, 0)], ids=["desk", "phone", "dark"])

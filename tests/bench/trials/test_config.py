@@ -101,6 +101,14 @@ def test_names_are_taken_apart(name: str, method: Method) -> None:
     assert Method.parse(name) == method
 
 
+def test_lengths_of_training_multiply_all_methods() -> None:
+    comparison = Comparison.of(SETTING, ["dense", "online"], macs=[0.5], epochs=[0, 4], seeds=[0])
+    assert [trial.label for trial in comparison.trials] == [
+        "dense epochs=0", "online macs=0.5 epochs=0", "dense epochs=4", "online macs=0.5 epochs=4",
+    ]  # fmt: skip
+    assert Trial.from_dict(json.loads(json.dumps(comparison.trials[3].to_dict()))) == comparison.trials[3]
+
+
 def test_without_budgets_the_methods_have_their_own() -> None:
     comparison = Comparison.of(SETTING, ["dense", "l1", "online", "online-l1"], seeds=[0])
     assert [trial.label for trial in comparison.trials] == ["dense", "l1", "online keep=0.5", "online-l1 keep=0.5"]
@@ -127,6 +135,9 @@ def test_without_budgets_the_methods_have_their_own() -> None:
         ),
         (lambda: Trial("online+repair+repair", 0, SETTING, keep=0.5), "each at most once"),
         (lambda: Trial("online", 0, SETTING, clusters=0), "clusters = 0"),
+        (lambda: Trial("dense", 0, SETTING, epochs=-1), "epochs = -1"),
+        (lambda: Trial("l1", 0, SETTING, epochs=0), "0 epochs are for dense, scratch and online"),
+        (lambda: Trial("scratch-long", 0, SETTING, keep=0.5, epochs=0), "0 epochs are for dense, scratch and online"),
         (lambda: Trial("l1", 0, SETTING, clusters=5), "takes no number of clusters"),
         (lambda: Trial("dense", 0, SETTING, keep=0.5), "'dense' cuts nothing"),
         (lambda: Trial("onlin", 0, SETTING, keep=0.5), "no method 'onlin'; did you mean online"),

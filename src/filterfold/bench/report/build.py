@@ -161,6 +161,7 @@ def _chapter(study: Study, prefix: str, margin: float) -> Chapter:
         Section("Warnings"),
         Section("Comparison", (), [tables.comparison(study)]),
         Section("Speed", speed, some(costs.latency(study))),
+        Section("Length of training", plots("crossover")),
         Section("Training cost", plots("accuracy_training", "accuracy_training_macs"), some(costs.training(study))),
         Section("Tests", (), tests, pairs, "Dunn’s test of all pairs"),
         Section("While training", plots("curve_validation_top1", "curve_train_loss", "curve_macs")),

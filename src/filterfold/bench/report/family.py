@@ -1,4 +1,4 @@
-"""The page of a family of children: accuracy and agreement against measured time, and how to load each child."""
+"""The page of a family of children: accuracy and agreement against measured speed, and how to load each child."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...utils.io import write_text
 from .. import stats
 from ..family import UNCUT
 from .build import PAGE, Section
-from .figure import MATPLOTLIB, METHODS, PAPER, Plot, finish, new_axes, scale_axis
+from .figure import DASHED, MATPLOTLIB, METHODS, MUTED, PAPER, Plot, finish, new_axes, scale_axis
 from .format import number, plural, signed, significant, times
 from .table import Table, cell
 from .template import render
@@ -92,14 +92,15 @@ def comparison(family: Mapping[str, Any]) -> Table:
 
 
 def _scatter(family: Mapping[str, Any], size: int) -> Plot:
-    """Top-1 and agreement against the median time of a call, with 95 % intervals."""
-    axes = new_axes(3.5, f"Time of a call, batch {size}, ms", "% of the test images")
+    """Top-1 and agreement against the measured speed-up, with 95 % intervals."""
+    axes = new_axes(3.5, f"Speed-up over the uncut network at batch {size}", "% of the test images")
+    axes.axvline(1, color=MUTED.light, linewidth=0.8, linestyle=DASHED, zorder=1)
     every: list[float] = []
     for key, words, colour, marker in MEASURES:
         points = []
         for name, record in _networks(family):
             row = _row(family, name, size)
-            x, y, ends = 1e3 * row["median"], record[key], [1e3 * end for end in row["interval"]]
+            x, y, ends = row["speedup"], record[key], row["speedup_interval"]
             low, high = stats.proportion_interval(y / 100, record["images"])
             bars = {"xerr": [[x - ends[0]], [ends[1] - x]], "yerr": [[y - 100 * low], [100 * high - y]]}
             mark: dict[str, Any] = {"fmt": marker, "markersize": 6, "markeredgecolor": PAPER.light, "elinewidth": 0.9}
@@ -112,15 +113,14 @@ def _scatter(family: Mapping[str, Any], size: int) -> Plot:
         xs, ys = zip(*points, strict=True)
         axes.plot(xs, ys, color=colour.light, linewidth=1)
         axes.plot([], [], marker, color=colour.light, markersize=6, markeredgewidth=0, label=words)
-    if not scale_axis(axes, "x", every, lambda x: f"{float(significant(x, 3)):g}", 5):
-        axes.set_xlim(left=0)
+    scale_axis(axes, "x", every, lambda x: f"{x:.3g}×", 4)
     control = _row(family, CONTROL, size)["speedup"]
     caption = (
-        "Each point is a network, named by its share of the multiply-accumulates; left is faster. Bars: 95 % "
-        "intervals, of the median time and of the share of images (Wilson). All were timed in turn in one process; "
-        f"the A/A control, the uncut network once more, gives {times(control)}."
+        "Each point is a network, named by its share of the multiply-accumulates. Right: faster. Bars: 95 % intervals, "
+        "of the median ratio of times and of the share of images (Wilson). All were timed in turn in one process; the "
+        f"A/A control, the uncut network once more, gives {times(control)}."
     )
-    return finish(f"accuracy_time_{size}", f"Accuracy against time, batch {size}", caption, axes)
+    return finish(f"accuracy_speedup_{size}", f"Accuracy against measured speed-up, batch {size}", caption, axes)
 
 
 def _latency(family: Mapping[str, Any]) -> Table:

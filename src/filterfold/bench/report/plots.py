@@ -58,6 +58,7 @@ def all_plots(study: Study, styles: Styles, judgements: Sequence[Judgement]) -> 
         *(partial(accuracy_speedup, study, styles, size) for size in sorted({*sizes[:1], *sizes[-1:]})),
         partial(speedups, study, styles),
         partial(shares, study, styles),
+        partial(crossover, study),
         *(partial(every_trial, study, styles, measure) for measure in (SECONDS, TOP1, TOP5)),
         *(partial(training_curves, study, styles, *quantity) for quantity in quantities),
         partial(widths, study, styles),
@@ -244,6 +245,77 @@ def shares(study: Study, styles: Styles) -> Plot | None:
         axes.axhline(mean, color=styles[control.label].colour.light, linewidth=1, linestyle=DASHED)
         caption += f" Dashed: {control.label}."
     return finish("accuracy_shares", "Accuracy against the share pruned", caption, axes)
+
+
+def crossover(study: Study) -> Plot | None:
+    """Top-1 against the length of training, and where fresh weights catch up with inherited ones.
+
+    None unless methods were trained for several numbers of epochs.
+    """
+    lines = lengths(study)
+    if not any(len(line) > 1 for line in lines.values()):
+        return None
+    axes = new_axes(3.6, "Epochs of training", "Top-1, %")
+    for index, ((method, budget), line) in enumerate(lines.items()):
+        style = method_style(index)
+        look: dict[str, Any] = {"color": style.colour.light, "marker": style.marker}
+        for epochs, values in line.items():
+            axes.plot([epochs] * len(values), values, **look, alpha=0.4, markersize=4, linestyle="none")
+        dashes = DASHED if method.startswith("scratch") else "-"
+        means = {epochs: sum(values) / len(values) for epochs, values in line.items()}
+        label = label_text(" ".join(filter(None, (method, budget))))
+        axes.plot(list(means), list(means.values()), **look, linestyle=dashes, markersize=6, label=label)
+    longest = max(epochs for line in lines.values() for epochs in line)
+    axes.set_xscale("symlog", base=2, linthresh=1)
+    every = sorted({epochs for line in lines.values() for epochs in line})
+    axes.set_xticks(every, [str(epochs) for epochs in every])
+    axes.minorticks_off()
+    said = []
+    for scratch, inherited, at, top1 in catching_up(lines):
+        if at is None:
+            said.append(f"{scratch} stays behind {inherited} up to {longest} epochs.")
+            continue
+        said.append(f"{scratch} catches up with {inherited} at {at} epochs.")
+        axes.plot(at, top1, "o", color=INK.light, markersize=12, markerfacecolor="none", zorder=4)
+    rings = " Rings: where fresh weights catch up." if any(" catches " in text for text in said) else ""
+    caption = " ".join(["Small marks: trials. Lines: means. Dashed: from fresh weights." + rings, *said])
+    return finish("crossover", "Accuracy against the length of training", caption, axes)
+
+
+Lengths = Mapping[tuple[str, str], Mapping[int, Sequence[float]]]
+
+
+def lengths(study: Study) -> Lengths:
+    """(Method, budget) → epochs → top-1 of the trials, for trials whose numbers of epochs were asked for."""
+    found: dict[tuple[str, str], dict[int, list[float]]] = {}
+    for group in study.groups:
+        for trial in group.trials:
+            epochs, top1 = (trial.get("options") or {}).get("epochs"), (trial.get("result") or {}).get("top1")
+            if isinstance(epochs, int) and top1 is not None:
+                budget = " ".join(part for part in group.label.split()[1:] if not part.startswith("epochs="))
+                found.setdefault((group.method, budget), {}).setdefault(epochs, []).append(top1)
+    return {name: dict(sorted(line.items())) for name, line in found.items()}
+
+
+def catching_up(lines: Lengths) -> list[tuple[str, str, int | None, float]]:
+    """For each method from fresh weights and each other of the same budget: where its mean is first no lower.
+
+    **Returns:** (the one, the other, epochs or None, top-1 there).
+
+    >>> lines = {("scratch", ""): {1: [20.0], 2: [41.0, 43.0]}, ("l1", ""): {1: [40.0], 2: [41.5]}}
+    >>> catching_up(lines)
+    [('scratch', 'l1', 2, 42.0)]
+    """
+    found: list[tuple[str, str, int | None, float]] = []
+    for (fresh, budget), line in lines.items():
+        for (method, other), theirs in lines.items():
+            if not fresh.startswith("scratch") or method.startswith("scratch") or other != budget:
+                continue
+            means = {n: (sum(line[n]) / len(line[n]), sum(theirs[n]) / len(theirs[n])) for n in line if n in theirs}
+            at = next((epochs for epochs, (own, those) in means.items() if own >= those), None)
+            names = [" ".join(filter(None, (name, budget))) for name in (fresh, method)]
+            found.append((names[0], names[1], at, means[at][0] if at is not None else math.nan))
+    return found
 
 
 def every_trial(study: Study, styles: Styles, measure: Measure) -> Plot | None:

@@ -215,8 +215,10 @@ def _find_control(groups: Sequence[Group], control: str) -> str | None:
     return None
 
 
-def _rank(group: Group, control: str | None) -> tuple[bool, int, str, float, str]:
-    """The control first, then one-shot methods in the usual order, then others, then online ones."""
+def _rank(group: Group, control: str | None) -> tuple[bool, int, str, float, str, float, str]:
+    """The control first, then one-shot methods in the usual order, then others, then online ones; short ones first."""
     name = group.method.lower()
     place = _ORDER.index(name) if name in _ORDER else len(_ORDER) + name.startswith("online")
-    return (group.label != control, place, name, float(group.clusters or 0), group.label)
+    budget, _, epochs = group.label.partition(" epochs=")
+    length = float(epochs) if epochs.isdecimal() else 0.0
+    return (group.label != control, place, name, float(group.clusters or 0), budget, length, group.label)

@@ -138,6 +138,8 @@ class Trial:
       half).
     - `macs`: share of the multiply-accumulates that stays, or None. `online` then chooses each layer's width; the
       others keep the same share of every layer.
+    - `epochs`: of its training, where the trials of a comparison differ in it; None: those of the setting's recipe.
+      0: cut but not trained.
 
     >>> trial = Trial("online", 0, Setting("vgg_small", "digits"), clusters=10)
     >>> trial.label, trial.id
@@ -150,6 +152,7 @@ class Trial:
     clusters: int | None = None
     keep: float | None = None
     macs: float | None = None
+    epochs: int | None = None
     parsed: Method = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -169,6 +172,10 @@ class Trial:
             raise ConfigError(f"method {self.method!r} cuts nothing, so it takes no share to keep")
         if self.parsed.is_taught and self.teacher is None:
             raise ConfigError(f"method {self.method!r}: no network is cut that could teach; give --teacher FILE")
+        if self.epochs is not None and self.epochs < 0:
+            raise ConfigError(f"epochs = {self.epochs}: at least 0")
+        if self.epochs == 0 and (self.parsed.kind == "one-shot" or self.parsed.long or self.parsed.additions_of_time):
+            raise ConfigError(f"method {self.method!r} trains: 0 epochs are for dense, scratch and online methods")
         if len(given) > 1:
             raise ConfigError(f"method {self.method!r}: give a share of the filters or of the MACs to keep, not both")
 
@@ -198,7 +205,7 @@ class Trial:
     @property
     def label(self) -> str:
         """The name of the group of trials that differ from this one by the seed only."""
-        budgets = (("k", self.clusters), ("keep", self.keep), ("macs", self.macs))
+        budgets = (("k", self.clusters), ("keep", self.keep), ("macs", self.macs), ("epochs", self.epochs))
         return self.method + "".join(f" {name}={value:g}" for name, value in budgets if value is not None)
 
     @property
@@ -217,8 +224,8 @@ class Trial:
     def options(self) -> dict[str, Any]:
         """All that is not method, model, data, and seed."""
         shared = self.setting.to_dict()
-        macs = {} if self.macs is None else {"macs": self.macs}
-        return {"keep": self.keep} | macs | {key: shared[key] for key in shared if key not in ("model", "data")}
+        later = {name: value for name in ("macs", "epochs") if (value := getattr(self, name)) is not None}
+        return {"keep": self.keep} | later | {key: shared[key] for key in shared if key not in ("model", "data")}
 
     def to_dict(self) -> Described:
         """Plain values: the beginning of the trial's record."""
@@ -241,9 +248,9 @@ class Trial:
         True
         """
         options = dict(document["options"])
-        keep, macs = options.pop("keep"), options.pop("macs", None)
+        keep, macs, epochs = options.pop("keep"), options.pop("macs", None), options.pop("epochs", None)
         setting = Setting(model=document["model"], data=document["data"], **options)
-        return cls(document["method"], document["seed"], setting, document["clusters"], keep, macs)
+        return cls(document["method"], document["seed"], setting, document["clusters"], keep, macs, epochs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +276,7 @@ class Comparison:
         clusters: Iterable[int] = (),
         keep: Iterable[float] = (),
         macs: Iterable[float] = (),
+        epochs: Iterable[int] = (),
         seeds: Iterable[int] = range(5),
     ) -> Comparison:
         """The trials of a comparison, seed by seed, so that a comparison that is stopped early is still balanced.
@@ -280,6 +288,7 @@ class Comparison:
         - `keep`, `macs`: shares of the filters, of the multiply-accumulates to keep; every method that cuts runs once
           with each. Without any, the criteria keep their own default; without `clusters` either, the online methods
           keep half.
+        - `epochs`: lengths of training; every method runs once with each. Without any, as long as the setting says.
 
         >>> found = Comparison.of(Setting("m", "d"), ["dense", "l1", "online"], clusters=[5, 10], seeds=[0])
         >>> [trial.label for trial in found.trials]
@@ -287,9 +296,11 @@ class Comparison:
         """
         counts = list(clusters)
         shares: list[dict[str, Any]] = [*({"keep": share} for share in keep), *({"macs": share} for share in macs)]
+        lengths: list[int | None] = [*epochs] or [None]
         trials = [
-            Trial(method, seed, setting, **budget)
+            Trial(method, seed, setting, **budget, epochs=length)
             for seed in seeds
+            for length in lengths
             for method in dict.fromkeys(methods)
             for budget in _budgets(method, counts, shares)
         ]
@@ -346,8 +357,8 @@ def _budgets(method: str, clusters: Sequence[int], shares: list[dict[str, Any]])
 
 
 def _budget(trial: Trial) -> dict[str, Any]:
-    macs = {} if trial.macs is None else {"macs": trial.macs}
-    return {"method": trial.method, "seed": trial.seed, "clusters": trial.clusters, "keep": trial.keep} | macs
+    later = {name: value for name in ("macs", "epochs") if (value := getattr(trial, name)) is not None}
+    return {"method": trial.method, "seed": trial.seed, "clusters": trial.clusters, "keep": trial.keep} | later
 
 
 def description(folder: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from ...training import Callback, Recipe, Row, Tracker, check_trackers, tracking
 from ...training.evaluate import check_fit
 from ...zoo import build
 from .config import Setting, Trial
-from .start import Start
+from .start import Start, shown
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -161,22 +161,21 @@ class RunContext:
         return model
 
     def told(self) -> str | None:
-        """In words what the networks begin with and how images are normalised; None where both are the usual."""
-        loaded = self._begin(self._drawn())
+        """In words what the networks begin with, and the images; None for fresh weights."""
+        with torch.random.fork_rng(devices=[]):
+            loaded = self._begin(self._drawn())
         if self.weights is None or loaded is None:
             return None
-        mean, deviation = ([f"{value:.3g}" for value in values] for values in self.data.train.normalization)
-        about = "; ".join(filter(None, (f"fingerprint {self.setting.begins.fingerprint}", str(loaded))))
-        size = f"{self.data.channels}x{self.data.image_size}x{self.data.image_size}"
-        return (
-            f"begins with {self.weights.source} ({about})\n"
-            f"images: {size}, mean {' '.join(mean)}, deviation {' '.join(deviation)}"
-        )
+        about = "; ".join(filter(None, (f"fingerprint {self.weights.fingerprint}", str(loaded))))
+        return f"begins with {self.weights.source} ({about})\n{shown(self.data)}"
 
-    def recipe(self, seed: int, **changes: Any) -> Recipe:
-        """The setting's training recipe for a seed."""
+    def recipe(self, trial: Trial | None = None, **changes: Any) -> Recipe:
+        """The training recipe of a trial, or of the setting with seed 0."""
+        own: dict[str, Any] = {"seed": 0 if trial is None else trial.seed}
+        if trial is not None and trial.epochs is not None:
+            own["epochs"] = trial.epochs
         try:
-            return Recipe(**{**self.setting.recipe, **changes, "seed": seed})
+            return Recipe(**{**self.setting.recipe, **own, **changes})
         except TypeError as error:
             raise ConfigError(f"the training recipe has an option that this version does not know: {error}") from error
 
@@ -198,15 +197,17 @@ class RunContext:
         - `checkpoint`: its name in the working folder.
         - `changes`: fields of the recipe that differ from the setting's.
 
-        **Returns:** the epochs.
+        **Returns:** the epochs; none for a trial of 0.
 
         **Raises:** `Stopped` when the time is up.
         """
+        if trial.epochs == 0:
+            return []
         with self.tracked(trial) as trackers:
             history = train(
                 model,
                 self.data,
-                self.recipe(trial.seed, **changes),
+                self.recipe(trial, **changes),
                 callbacks=callbacks,
                 observers=[tracker.row for tracker in trackers],
                 checkpoint=self.work(trial.id) / f"{checkpoint}.safetensors",
@@ -231,7 +232,7 @@ class RunContext:
         **Raises:** the `FilterfoldError` that says so.
         """
         for changes in ({}, self.setting.retrain, self.setting.scratch):
-            self.recipe(0, **changes)
+            self.recipe(**changes)
         check_fit(self.build(), self.example, len(self.data.classes))
 
     def model_file(self, trial_id: str) -> Path:

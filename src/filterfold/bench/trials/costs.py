@@ -59,7 +59,7 @@ def _images(trial: Trial, context: RunContext, epoch: Row) -> int:
         changes = setting.scratch
     else:
         changes = setting.retrain if epoch["phase"] == "retrain" else {}
-    return images_of(count, context.recipe(trial.seed, **changes).batch_size)
+    return images_of(count, context.recipe(trial, **changes).batch_size)
 
 
 def images_of(count: int, batch: int) -> int:
@@ -98,7 +98,7 @@ def paid_epochs(trial: Trial, context: RunContext) -> dict[str, Any]:
     if "longer" in trial.parsed.additions:
         return {"epochs": _longer(trial, context)}
     if trial.method == "scratch-long":
-        epochs, size = context.recipe(trial.seed).epochs, _sizes(trial, context)
+        epochs, size = context.recipe(trial).epochs, _sizes(trial, context)
         return {"epochs": max(1, round(_online_cost(trial, context, size, epochs) / size(1.0)))}
     return {}
 
@@ -106,7 +106,7 @@ def paid_epochs(trial: Trial, context: RunContext) -> dict[str, Any]:
 def _longer(trial: Trial, context: RunContext) -> int:
     """The most epochs for which a trial costs no more than the share `LONGER` of the dense network's training."""
     size = _sizes(trial, context)
-    most = LONGER * context.recipe(trial.seed).epochs * size(0.0)
+    most = LONGER * context.recipe(trial).epochs * size(0.0)
     if not trial.parsed.is_online:
         return max(1, int(most / (size(1.0) + _teaching(trial, context, size))))
     epochs = 0
@@ -119,7 +119,7 @@ def _longer(trial: Trial, context: RunContext) -> int:
 
 def _online_cost(trial: Trial, context: RunContext, size: Callable[[float], int], epochs: int) -> float:
     """Multiply-accumulates an image, summed over the epochs of the online schedule."""
-    steps = max(1, len(context.data.train) // context.recipe(trial.seed).batch_size)
+    steps = max(1, len(context.data.train) // context.recipe(trial).batch_size)
     schedule = Schedule.of(trial.online_options["schedule"], epochs, epochs * steps)
     if schedule.patience is not None:
         raise ConfigError(f"method {trial.method!r}: a schedule that waits for a plateau has no cost known beforehand")

@@ -76,6 +76,11 @@ class Method:
         return "distill" in self.additions
 
     @property
+    def additions_of_time(self) -> bool:
+        """Whether the number of epochs follows from what they cost."""
+        return "longer" in self.additions
+
+    @property
     def options(self) -> dict[str, Any]:
         """The options of `OnlineCallback` that the additions set."""
         return {key: value for name in self.additions for key, value in ADDITIONS[name].items()}

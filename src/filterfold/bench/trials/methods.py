@@ -18,7 +18,7 @@ from torch import nn
 
 from ...errors import ConfigError, RecordError
 from ...graph import trace
-from ...online import ClusterRow, Distillation, DistillationCallback, OnlineCallback
+from ...online import ClusterRow, Distillation, DistillationCallback, OnlineCallback, OnlineFilterClustering
 from ...plan import Plan
 from ...pruning.budgets.patterns import by_group
 from ...pruning.prune import prune
@@ -55,7 +55,7 @@ def dense(trial: Trial, context: RunContext) -> Trained:
     if not trial.parsed.long:
         return base(trial, context)
     model = context.build(trial.seed)
-    epochs = context.recipe(trial.seed).epochs + trial.setting.retrain_epochs
+    epochs = context.recipe(trial).epochs + trial.setting.retrain_epochs
     return Trained(model, context.train(trial, model, epochs=epochs))
 
 
@@ -114,6 +114,10 @@ def online(trial: Trial, context: RunContext) -> Trained:
     reads_data = trial.parsed.criterion or trial.parsed.additions
     callback = online_callback(trial, context.loader(trial.seed) if reads_data else None)
     model = context.build(trial.seed)
+    if trial.epochs == 0:
+        untrained = OnlineFilterClustering(model, context.example, **callback.options)
+        untrained.cluster_and_prune()
+        return Trained(model, [], tuple(untrained.plans), untrained.history)
     history = context.train(trial, model, callbacks=(callback, *teachers(trial, context, model)), **recipe)
     assert callback.online is not None
     return Trained(model, history, tuple(callback.online.plans), callback.history)

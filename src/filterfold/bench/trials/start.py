@@ -73,6 +73,17 @@ class Start:
         return found
 
 
+def shown(data: ImageData) -> str:
+    """In words what images a network is given.
+
+    >>> from filterfold.data import load
+    >>> shown(load("digits"))
+    'images: 1x8x8, mean 0.305, deviation 0.376'
+    """
+    mean, deviation = (" ".join(f"{value:.3g}" for value in values) for values in data.train.normalization)
+    return f"images: {data.channels}x{data.image_size}x{data.image_size}, mean {mean}, deviation {deviation}"
+
+
 SHAPE = ("image_size", "channels")
 
 

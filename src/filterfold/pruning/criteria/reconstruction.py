@@ -31,8 +31,8 @@ _AT_ONCE = 64
 class _Inputs:
     """The inputs X of one layer: XᵀX and their sums, in float64, for every group and half of the examples."""
 
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
+    def __init__(self, weight: Tensor, channels: int) -> None:
+        self.weight, self.channels = weight, channels
         self.centred = False
         groups, features, _ = weight.shape
         self._products = weight.new_zeros(2, groups, features, features)
@@ -135,7 +135,7 @@ class _Gather(Products):
         kernel = product.form(product.weight)
         if key[0] not in self._wanted or kernel.shape[1] > _LARGEST:
             return
-        inputs = self._found.setdefault(key, _Inputs(exact(kernel).contiguous()))
+        inputs = self._found.setdefault(key, _Inputs(exact(kernel).contiguous(), product.channels))
         inputs.centred |= product.bias is not None
         rows = ceil(rows_for(kernel.shape[1]) * self._share)
         sample = Sample.draw(product, rows, examples=self._examples, seed=len(self._found))
@@ -174,11 +174,12 @@ def _losses(model: nn.Module, groups: Sequence[ChannelGroup], batches: Iterable[
     for group in groups:
         readers, why = [], []
         for part in _kernels([group]):
-            own = [entry for key, entry in inputs.items() if key[0] == names[part.tensor]]
-            readers += [reader for entry in own for reader in _readers(part.units, entry)]
+            entries = [entry for key, entry in inputs.items() if key[0] == names[part.tensor]]
+            own = [reader for entry in entries for reader in _readers(part.units, entry)]
+            readers += own
             if not own:
                 size = tensors[part.tensor][0].numel()
-                reason = others.get(names[part.tensor], "no product") + " reads it"
+                reason = f"{others.get(names[part.tensor], 'no layer that can be solved')} reads it"
                 why.append(f"{part.tensor}: " + (reason if size <= _LARGEST else f"more than {_LARGEST} inputs"))
         if not readers:
             reason = "; ".join(why) or "no layer reads it"
@@ -192,17 +193,14 @@ def _kernels(groups: Iterable[ChannelGroup]) -> list[Slice]:
 
 
 def _readers(units: Sequence[int], inputs: _Inputs) -> list[_Reader]:
-    """One reader; or one for each group of a convolution whose groups read different units."""
+    """One reader; one for each group of a convolution whose groups read different units; none where they don't fit."""
     grams, weight = inputs.grams(), inputs.weight
     energy = float((weight * (grams[-1] @ weight)).sum()) or 1.0
-    parts, each = len(weight), len(units) // len(weight)
-    alike = [units[place * each : (place + 1) * each] for place in range(parts)]
-    if len(units) * parts == 0 or weight.shape[1] % len(units) == 0:
-        return [_Reader(units, weight, grams, energy)]
-    return [
-        _Reader(own, weight[place : place + 1], [gram[place : place + 1] for gram in grams], energy)
-        for place, own in enumerate(alike)
-    ]
+    size, groups = inputs.channels, len(weight)
+    if groups > 1 and len(units) == groups * size:
+        parts = ((slice(group, group + 1), units[group * size : (group + 1) * size]) for group in range(groups))
+        return [_Reader(own, weight[one], [gram[one] for gram in grams], energy) for one, own in parts]
+    return [_Reader(units, weight, grams, energy)] if weight.shape[1] % len(units) == 0 else []
 
 
 def _eliminated(size: int, readers: Sequence[_Reader]) -> Tensor:

@@ -143,6 +143,10 @@ class Problem:
         """Kernels of shape `(groups, inputs, outputs)` in coordinates."""
         return kernels if self.basis is None else self.basis.mT @ kernels
 
+    def whole(self, shift: Tensor) -> Tensor:
+        """A change of the kernels, given in coordinates, in the shape `(groups, inputs, outputs)`."""
+        return shift if self.basis is None else self.basis @ shift
+
     def error(self, shift: Tensor) -> float:
         """‖R - X Δ‖² for any Δ, in coordinates."""
         return self.left - float(2 * (shift * self.cross).sum() - (shift * (self.gram @ shift)).sum())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -91,15 +92,26 @@ class Products(WeightOps):
         if product is None or name is None:
             self.others.update(dict.fromkeys(names, func.overloadpacket.__name__))
             return None
-        return (name, self._number(name, product.weight)), product
+        return (name, self._number(name, func, product.weight)), product
 
-    def _number(self, name: str, weight: Tensor) -> int:
+    def _number(self, name: str, func: Function, weight: Tensor) -> int:
         """Which of the kernels that are made from a parameter it is, in the order of their first use."""
-        place = (weight.storage_offset(), weight.shape, weight.stride()) if self.is_part(weight) else weight.shape
+        place = (weight.storage_offset(), weight.stride()) if self.is_part(weight) else None
         kernels = self._kernels.setdefault(name, [])
-        if place not in kernels:
-            kernels.append(place)
-        return kernels.index(place)
+        if (entry := (func.overloadpacket, weight.shape, place)) not in kernels:
+            kernels.append(entry)
+        return kernels.index(entry)
+
+    def overlap(self, name: str) -> bool:
+        """Whether several kernels are made from the same values of a parameter."""
+        spans = []
+        for _, shape, place in self._kernels[name]:
+            if place is None:
+                return len(self._kernels[name]) > 1
+            reach = sum((size - 1) * stride for size, stride in zip(shape, place[1], strict=True))
+            spans.append((place[0], place[0] + reach))
+        spans.sort()
+        return any(first[1] >= second[0] for first, second in pairwise(spans))
 
     def is_part(self, tensor: Tensor | None) -> bool:
         """Whether writing to a tensor changes a parameter, and each value of it once."""

@@ -15,7 +15,7 @@ from ...errors import PlanError
 from ...surgery.index_maps import Edit
 from ...utils.dispatch import Function, tensors_in
 from .calibration import ReachedError
-from .least_squares import Equations, Problem, best_ridge, exact
+from .least_squares import RIDGES, Equations, Problem, best_ridge, exact
 from .operations import Key, Products
 from .products import Product, Sample
 
@@ -44,14 +44,19 @@ class Target:
     **Arguments:**
 
     - `sample`: which rows.
-    - `space`: sizes of the output's axes, but the channels'.
+    - `shape`: `shape_of` the product.
     - `wanted`: what the cut makes of the uncut layer's rows, without bias: shape `(rows, outputs)` or
       `(rows, groups, outputs)`.
     """
 
     sample: Sample
-    space: tuple[int, ...]
+    shape: tuple[int, ...]
     wanted: Tensor
+
+
+def shape_of(product: Product) -> tuple[int, ...]:
+    """The shape of what it gives, without channels."""
+    return (product.images, *product.space)
 
 
 @dataclass(slots=True)
@@ -62,11 +67,13 @@ class Layer:
 
     - `reason`: why it can't be solved, or None.
     - `parameters`: what its kernel is computed from and may be changed for it; none where it is a parameter itself.
+    - `size`: norm of what the cut leaves of its outputs' kernels, times the root of the number of inputs.
     - `targets`: one for each call.
     """
 
     reason: str | None = None
     parameters: tuple[str, ...] = ()
+    size: float = 0.0
     targets: list[Target] = field(default_factory=list)
 
 
@@ -86,6 +93,7 @@ class Record(Products):
         self.layers: dict[Key, Layer] = {}
         self.peak, self.images = 0, images
         self._edits, self._readers = edits, readers
+        self.biases: dict[str, set[Key]] = {}
         self._claimed: dict[str, Key] = {}
         self._live = 0
 
@@ -118,12 +126,16 @@ class Record(Products):
         sample = Sample.draw(product, rows, examples=self.images, seed=seed)
         values = product.outputs(output, sample)
         if product.bias is not None:
+            self.biases.setdefault(self.name_of(product.bias) or "", set()).add(key)
             values = values - product.bias.reshape(values.shape[1:])
+        weight = exact(product.weight)
         for axis, cut in self._edits.get(key[0], {}).items():
             place = self._place(key[0], axis, product.weight)
             if place is not None and place in product.out_axes:
                 values = cut.apply(values, product.out_axes[place], "value")
-        layer.targets.append(Target(sample, product.space, values))
+                weight = cut.apply(weight, place, "value")
+        layer.size = float(weight.norm()) * product.form(product.weight).shape[1] ** 0.5
+        layer.targets.append(Target(sample, shape_of(product), values))
 
     def _unsolvable(self, key: Key, layer: Layer, product: Product) -> str | None:
         name, weight = key[0], product.weight
@@ -201,7 +213,7 @@ class Solve(Products):
     ) -> None:
         super().__init__(model)
         self._record, self._readers, self._ridge, self._done = record, readers, ridge, done
-        self._waiting: tuple[Key, Equations] | None = None
+        self.waiting: tuple[Key, Equations] | None = None
         self._normed: dict[int, int] = {}
 
     def before(self, key: Key, product: Product) -> None:
@@ -209,42 +221,54 @@ class Solve(Products):
         layer = self._record.layers.get(key)
         if layer is None or layer.reason is not None or key in self._done:
             return
-        if self._waiting is not None and self._waiting[0] != key:
+        if self.waiting is not None and self.waiting[0] != key:
             return
         calls, call = layer.targets, self.calls[key]
-        if call >= len(calls) or product.space != calls[call].space:
-            raise PlanError(f"{key[0]}: runs otherwise in the pruned network than in the uncut one")
+        if call >= len(calls) or shape_of(product) != calls[call].shape:
+            layer.reason = "it runs on other shapes than in the uncut network"
+            self.waiting = None
+            return
         rows = sum(target.sample.rows for target in calls)
-        equations = self._waiting[1] if self._waiting else Equations(product.form(product.weight).shape[1], rows)
+        equations = self.waiting[1] if self.waiting else Equations(product.form(product.weight).shape[1], rows)
         _add(equations, key[0], product, calls[call])
         if call < len(calls) - 1:
-            self._waiting = key, equations
+            self.waiting = key, equations
             return
         self._solve(key, layer, product, equations)
+        self.waiting = None
         if len(calls) > 1:
             raise ReachedError
 
     def _solve(self, key: Key, layer: Layer, product: Product, equations: Equations) -> None:
-        bias = product.bias if self.is_part(product.bias) else None
+        bias = product.bias if self.is_part(product.bias) and self._owns_bias(product.bias) else None
         centred = bias is not None or key in self._record.normed
         name = key[0].removesuffix(".weight")
         before, _ = equations.errors(equations.problem(centred=False).shift(inf), centred=False, bias=False)
         if key[0] not in self._readers and before < _UNCHANGED:
             self._done[key] = None
             return
-        ridge = best_ridge(equations.problems(centred=centred)) if self._ridge is None else self._ridge
-        problem = equations.problem(centred=centred)
         old = exact(product.form(product.weight)).clone()
+        problem = equations.problem(centred=centred)
+        ridge = self._ridge
+        if ridge is None:
+            ridge = best_ridge(equations.problems(centred=centred))
+            if key not in self._record.normed:
+                ridge = _bounded(problem, ridge, old, layer.size / old.shape[1] ** 0.5)
         if layer.parameters:
             self._fit(layer, product, problem, ridge)
             shift = problem.coordinates(exact(product.form(product.weight)) - old)
         else:
             shift = problem.shift(ridge)
-            product.write(old + (shift if problem.basis is None else problem.basis @ shift))
+            product.write(old + problem.whole(shift))
         if bias is not None:
             bias.copy_(exact(bias) + equations.offset(shift).reshape(bias.shape))
         before, after = equations.errors(shift, centred=centred, bias=bias is not None)
         self._done[key] = RepairedLayer(name, before, after, ridge)
+
+    def _owns_bias(self, bias: Tensor | None) -> bool:
+        """Whether no other layer adds it."""
+        name = None if bias is None else self.name_of(bias)
+        return name is not None and len(self._record.biases.get(name, ())) == 1
 
     def _fit(self, layer: Layer, product: Product, problem: Problem, ridge: float) -> None:
         """Change the parameters that a kernel is computed from, and the kernel that was computed."""
@@ -265,6 +289,20 @@ class Solve(Products):
         new_mean, new_var = _moments(data)
         for old, new in ((mean, new_mean), (var, new_var)):
             old.copy_(new if calls == 1 else old + (new - old) / calls)
+
+
+def _bounded(problem: Problem, ridge: float, kernels: Tensor, size: float) -> float:
+    """The weakest ridge from `ridge` on whose kernels are no larger than `size`, or than they are.
+
+    Where outputs keep their scale, as logits do, a far larger kernel gives them from small differences of its inputs.
+    It may do so on other images as well; but a step of training that changes those inputs throws it off, and a network
+    trains worse with it than without repair. To do the same with F′ instead of F inputs, the norm grows by √(F / F′).
+    """
+    limit = max(size, float(kernels.norm()))
+    for stronger in (one for one in RIDGES[::-1] if one >= ridge):
+        if float((kernels + problem.whole(problem.shift(stronger))).norm()) <= limit:
+            return stronger
+    return inf
 
 
 def _moments(data: Tensor) -> tuple[Tensor, Tensor]:

@@ -118,6 +118,11 @@ class MatrixProduct:
         return self.data.shape[0]
 
     @property
+    def channels(self) -> int:
+        """Number of input channels of a group."""
+        return self.data.shape[3]
+
+    @property
     def space(self) -> tuple[int, ...]:
         """Sizes of the output's other axes, but the channels'."""
         return (self.data.shape[1],)
@@ -160,6 +165,11 @@ class Convolution:
     def images(self) -> int:
         """Length of the first axis of the data."""
         return self.data.shape[0]
+
+    @property
+    def channels(self) -> int:
+        """Number of input channels of a group."""
+        return self.data.shape[1] // self.groups
 
     @property
     def out_axes(self) -> Mapping[int, int]:

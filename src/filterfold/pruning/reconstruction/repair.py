@@ -85,7 +85,9 @@ def repair(
     - `batches`: use at most so many.
     - `ridge`: weight of staying near the present kernels, relative to the inputs' mean square. Above 0. None: for each
       layer the one of `RIDGES` whose kernels, solved on every second example, leave the least error on the others. Too
-      small a ridge gives kernels that fit these images only.
+      small a ridge gives kernels that fit these images only. Without a batch norm behind it, a kernel also grows no
+      more than doing the same with fewer inputs asks for: logits that come from small differences of features are
+      thrown off by the first steps of training.
 
     **Returns:** a `Repair`: each layer's error before and after, and what was left as it is.
 
@@ -136,11 +138,14 @@ def _repaired(pruned: nn.Module, original: nn.Module, plan: Plan, batches: list[
     again = True
     while again:
         again = False
-        with random_state_preserved(pruned, seed=0), Solve(pruned, record, readers, ridge, done):
+        with random_state_preserved(pruned, seed=0), Solve(pruned, record, readers, ridge, done) as solve:
             try:
                 run(pruned, used.inputs)
             except ReachedError:
                 again = True
+        if solve.waiting is not None:
+            record.layers[solve.waiting[0]].reason = "it runs less often than in the uncut network"
+            again = True
     skipped = {key[0]: layer.reason for key, layer in record.layers.items() if layer.reason and key[0] in readers}
     seen = {key[0] for key in done} | {*skipped}
     for name in readers:
@@ -156,6 +161,8 @@ def _recorded(original: nn.Module, edits: Mapping[str, Edit], readers: dict[str,
     for (name, _), layer in record.layers.items():
         if name in record.others:  # solving it would change that as well
             layer.reason = f"{record.others[name]} reads it too"
+        elif layer.reason is None and record.overlap(name):
+            layer.reason = "several operations read it, each in its own way"
     return record
 
 
