@@ -146,6 +146,27 @@ def test_what_others_can_make_good_goes_first_and_repair_makes_it_good() -> None
     torch.testing.assert_close(model(fresh), original(fresh), rtol=1e-6, atol=1e-6)
 
 
+def test_where_training_follows_every_layer_has_the_same_ridge(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(4)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 1, bias=False)).double()
+    x = torch.randn(10, 3, 8, 8, dtype=torch.float64)
+    groups = ff.trace(model, x[:1])
+    found = score(groups, model, "reconstruction-then-train", loader=[x])["0"]
+    rows = model[1](model[0](x)).detach().permute(0, 2, 3, 1).reshape(-1, 6).numpy()
+    kernels, gram = model[2].weight.detach().view(4, 6).numpy().T, rows.T @ rows
+    ridge = 0.1 * np.trace(gram) / 6 * np.eye(6)
+
+    def loss(unit: int) -> float:  # the optimal brain surgeon's, Hassibi & Stork 1993, equation 5
+        return float((kernels[unit] ** 2).sum() / np.linalg.inv(gram + ridge)[unit, unit])
+
+    losses = [loss(unit) for unit in range(6)]
+    first = int(np.argmin(losses))
+    assert int(found.argmin()) == first
+    assert float(found[first]) == pytest.approx(losses[first] / float(((rows @ kernels) ** 2).sum()), rel=1e-9)
+    monkeypatch.setattr(least_squares, "RIDGES", (10.0,) * 2)
+    assert torch.equal(found, score(groups, model, "reconstruction-then-train", loader=[x])["0"])
+
+
 def test_many_units_go_a_few_at_a_time_and_none_is_scored_twice() -> None:
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(10, 200), nn.ReLU(), nn.Linear(200, 5)).double()
