@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import filterfold as ff
 import filterfold.surgery.apply as surgery
 from filterfold.graph import UnrepairableError, rewrite_stale_sizes, trace
 from filterfold.plan import Cut, Plan, keep_units
@@ -184,3 +188,86 @@ def test_caches_are_given_back_and_freeze_what_they_keep() -> None:
     assert model.cache == {}
     model(image())
     assert "must keep the size of a fixed axis" in str(trace(model, image()).by_name["a"].frozen)
+
+
+class Literal(nn.Module):
+    """Sizes as literals in the code, twice the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 12, 3, padding=1)
+        self.last = nn.Linear(12 * 64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(self.a(x).view(2, 8, 8, 8).relu())
+        gate = x.view(2, 12, 64).mean(2).view(2, 12, 1, 1)
+        return self.last((x * gate.sigmoid()).reshape(2, 12 * 64))
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # PyTorch's own
+@pytest.mark.parametrize("kind", ["fx", "export"])
+def test_constants_in_the_code_of_a_graph_follow_the_cut(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = randomise(Literal())
+    model: nn.Module = torch.fx.symbolic_trace(plain)
+    if kind == "export":
+        model = torch.export.export(plain, (image(),)).module()
+    with torch.no_grad():
+        untouched = copy.deepcopy(model)
+    code = model.code
+    result = ff.prune(model, image(), keep=0.5, strict=True)
+    assert result.plan.widths == {"a": (8, 4), "b": (12, 6)}
+    torch.testing.assert_close(call(model, image()), call(masked(untouched, result.plan), image()))
+    assert "(2, 8, 8, 8)" not in model.code.replace("[", "(").replace("]", ")")
+    assert untouched.code == code
+    assert ff.apply(result.plan, untouched).attributes
+    assert untouched.code == model.code
+    assert capsys.readouterr().err == ""
+
+
+def test_a_cut_graph_is_saved_and_rebuilt(tmp_path: Path) -> None:
+    model = torch.fx.symbolic_trace(randomise(Literal()))
+    ff.prune(model, image(), keep=0.5)
+    ff.save(model, tmp_path / "small.safetensors")
+    again = ff.load(tmp_path / "small.safetensors", lambda: torch.fx.symbolic_trace(Literal()).double().eval())
+    torch.testing.assert_close(call(again, image()), call(model, image()))
+
+
+class Configured(nn.Module):
+    """Sizes in an object or a dictionary that all blocks share."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 12, 1), nn.Conv2d(12, 2, 1)
+        self.inner = Inner(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.inner(self.b(self.a(x).relu())))
+
+
+class Inner(nn.Module):
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, x: Tensor) -> Tensor:
+        sizes = self.config["sizes"] if isinstance(self.config, dict) else self.config.sizes
+        return x.reshape(len(x), sizes[-1], -1).relu().reshape(len(x), sizes[-1], 8, 8)
+
+
+@pytest.mark.parametrize("kind", [dict, SimpleNamespace])
+def test_sizes_in_a_configuration_follow_the_cut(kind: Any, tmp_path: Path) -> None:
+    model = randomise(Configured(kind(sizes=[8, 12], name="x", image=224)))
+    untouched = copy.deepcopy(model)
+    result = ff.prune(model, image(), keep=0.5, strict=True)
+    config = model.config if kind is dict else vars(model.config)
+    assert config == {"sizes": [8, 6], "name": "x", "image": 224}
+    assert [(change.attribute, change.new) for change in result.plan.attributes] == [("config.sizes", (8, 6))]
+    torch.testing.assert_close(call(model, image()), call(masked(untouched, result.plan), image()))
+    receipt = ff.apply(result.plan, untouched)
+    assert untouched.inner.config is untouched.config
+    receipt.rollback()
+    assert call(untouched, image())[0].shape == (2, 2, 8, 8)
+    ff.save(model, tmp_path / "small.safetensors")
+    again = ff.load(tmp_path / "small.safetensors", lambda: Configured(kind(sizes=[8, 12], name="x")).double().eval())
+    torch.testing.assert_close(call(again, image()), call(model, image()))

@@ -8,6 +8,7 @@ from .labels import FIXED, FREE
 from .rules.custom import tracing_rule
 from .stale_sizes import UnrepairableError, groups_behind_numbers, rewrite_stale_sizes
 from .trace import Traced, trace, trace_and_measure
+from .unread_sizes import unread_sizes
 
 __all__ = [
     "FIXED",
@@ -22,4 +23,5 @@ __all__ = [
     "trace",
     "trace_and_measure",
     "tracing_rule",
+    "unread_sizes",
 ]

@@ -122,6 +122,7 @@ class Tracer:
     stack: list[str] = field(default_factory=list)
     known: dict[int, tuple[Tensor, TensorLabels]] = field(default_factory=dict)
     met: set[int] = field(default_factory=set)
+    received: dict[str, list[SizedLayout]] = field(default_factory=dict)
     returned: dict[str, list[SizedLayout]] = field(default_factory=dict)
 
     @property
@@ -153,11 +154,11 @@ class Tracer:
         """Whether a tensor was made from parameters and buffers only."""
         return self.labels_of(tensor).weight
 
-    def note(self, module: str, output: Any) -> None:
-        """Remember what a module returns, once for each of its calls; a shape of () where it is no tensor."""
-        tensor = isinstance(output, Tensor)
-        found = SizedLayout(tuple(output.shape), self.layout(output)) if tensor else SizedLayout((), ())
-        self.returned.setdefault(module, []).append(found)
+    def note(self, module: str, value: Any, calls: dict[str, list[SizedLayout]]) -> None:
+        """Remember what a module receives or returns, once for each of its calls; a shape of () for no tensor."""
+        tensor = isinstance(value, Tensor)
+        found = SizedLayout(tuple(value.shape), self.layout(value)) if tensor else SizedLayout((), ())
+        calls.setdefault(module, []).append(found)
 
     def put(self, tensor: Tensor, labels: TensorLabels) -> None:
         """Remember the labels of a result."""
@@ -262,21 +263,23 @@ def scalars_in(op: str, args: Mapping[str, Any], out: Any) -> dict[str, float]:
 
 
 @contextmanager
-def module_stack(model: nn.Module, note: Callable[[str, Any], None] | None = None) -> Iterator[list[str]]:
+def module_stack(model: nn.Module, tracer: Tracer | None = None) -> Iterator[list[str]]:
     """Gives a list of the qualified names of the running modules, outermost first, and keeps it current.
 
-    `note` is told what each module returns, with its name.
+    `tracer` notes what each module receives first, and what it returns.
     """
     names = {id(module): name for name, module in model.named_modules()}
     stack: list[str] = []
 
-    def enter(module: nn.Module, _inputs: Any) -> None:
+    def enter(module: nn.Module, inputs: Any) -> None:
         stack.append(names.get(id(module), stack[-1] if stack else ""))
+        if tracer is not None and id(module) in names:
+            tracer.note(names[id(module)], inputs[0] if inputs else None, tracer.received)
 
     def leave(module: nn.Module, _inputs: Any, outputs: Any) -> None:
         stack.pop()
-        if note is not None and id(module) in names:
-            note(names[id(module)], outputs)
+        if tracer is not None and id(module) in names:
+            tracer.note(names[id(module)], outputs, tracer.returned)
 
     handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
     try:

@@ -12,11 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import TraceError
 from ..plan import AttributeChange, Plan
 from ..utils.modules import like
+from ..utils.size_slots import get_slot, graph_calls, set_slot, size_slots
 from .dispatch import SizedLayout, Step
 from .predicted_sizes import PredictedSizes, replaced
 from .size_check import Attempt, WrongNumber, attempt
@@ -162,16 +163,23 @@ class _Search:
             guesses.wrong, guesses.last = left, None
         self.kept = set(self.changes)
         excluded = self.kept | self.harmful
-        lists = [
-            [c for c in _candidates(self.modules, one.stack, one.given, one.wanted) if _key(c[1]) not in excluded]
-            for one in wrong
-        ]
+        lists = [[c for c in self.candidates(one) if _key(c[1]) not in excluded] for one in wrong]
         for weakest in (_HOLDS, _RELATED):
             made = [self.try_next(one, ranked, weakest) for one, ranked in zip(wrong, lists, strict=True)]
             if any(made):
                 return
         for one in wrong:
             self.guesses[one.key].given_up = True
+
+    def candidates(self, one: WrongNumber) -> list[tuple[int, AttributeChange]]:
+        """`_candidates`; in a graph's own code the node that makes this very call comes first."""
+        found = _candidates(self.modules, one.stack, one.given, one.wanted)
+        where = one.stack[-1] if one.stack else ""
+        calls = list(graph_calls(self.modules[where], one.op))
+        number = sum(step.op == one.op and step.stack == one.stack for step in self.steps[: one.place])
+        if number < len(calls):
+            found.sort(key=lambda entry: _key(entry[1]) != (where, calls[number]))
+        return found
 
     def try_next(self, one: WrongNumber, ranked: Sequence[tuple[int, AttributeChange]], weakest: int) -> bool:
         """Make the next change for a wrong number, unless another one of this round has just made the same."""
@@ -231,13 +239,13 @@ class _Search:
 
     def change(self, change: AttributeChange) -> None:
         module, key = self.modules[change.module], _key(change)
-        self.originals[key] = getattr(module, change.attribute)
-        setattr(module, change.attribute, like(self.originals[key], change.new))
+        self.originals[key] = get_slot(module, change.attribute)
+        set_slot(module, change.attribute, like(self.originals[key], change.new))
         self.changes[key] = change
 
     def take_back(self, key: Key) -> None:
         del self.changes[key]
-        setattr(self.modules[key[0]], key[1], self.originals.pop(key))
+        set_slot(self.modules[key[0]], key[1], self.originals.pop(key))
 
     def run(self) -> Attempt:
         return attempt(self.model, self.inputs, self.steps, self.predicted)
@@ -288,6 +296,7 @@ def _candidates(
     innermost module comes first, and those inside of it, which may have been used without being called, last.
     """
     ranked: list[tuple[int, int, AttributeChange]] = []
+    seen: set[int] = set()  # a configuration that many modules hold
     pairs = dict(replaced(given, wanted))
     running = list(reversed(list(dict.fromkeys(stack))))
     inner = f"{running[0]}." if running and running[0] else ""
@@ -295,8 +304,8 @@ def _candidates(
     for depth, name in enumerate([*running, *helpers]):
         if isinstance(modules[name], _LAYERS):
             continue
-        for attribute, value in vars(modules[name]).items():
-            if attribute.startswith("_") or isinstance(value, bool | Tensor):
+        for attribute, value in size_slots(modules[name], seen).items():
+            if attribute.startswith("_"):
                 continue
             found = _rewritten(value, given, wanted, pairs)
             if found is not None:

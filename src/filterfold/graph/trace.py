@@ -48,11 +48,13 @@ _RULE_FILES = (layers, math, indexing, recurrent, shape)  # importing them fills
 class Sizes:
     """The shapes and labels of every operation's results: what is needed to predict sizes after a cut.
 
-    `returned`: the same of what each module returns, by its name, once for each of its calls in evaluation mode.
+    `received`, `returned`: the same of what each module receives first and of what it returns, by its name, once for
+    each of its calls in evaluation mode.
     """
 
     steps: tuple[Step, ...]
     assembly: Assembly
+    received: Mapping[str, Sequence[SizedLayout]]
     returned: Mapping[str, Sequence[SizedLayout]]
 
 
@@ -145,11 +147,12 @@ def _trace_once(
         for tensor in added():
             tracer.freeze(tracer.layout(tensor), "kept by the model from one call to the next")
         unmet = [name for key, name in names.items() if key not in tracer.met]
-        steps, returned = tuple(tracer.steps), {name: tuple(calls) for name, calls in tracer.returned.items()}
+        steps = tuple(tracer.steps)
+        noted = [{name: tuple(calls) for name, calls in kind.items()} for kind in (tracer.received, tracer.returned)]
         if unmet:
             unmet = _train_pass(model, tracer, names, example_inputs)
     assembly = assemble(tracer.table)
-    return Traced(assembly.groups, Sizes(steps, assembly, returned), unmet), tracer.splits
+    return Traced(assembly.groups, Sizes(steps, assembly, *noted), unmet), tracer.splits
 
 
 def _locked(traced: Traced) -> int:
@@ -194,7 +197,7 @@ def _run(model: nn.Module, tracer: Tracer, inputs: Any) -> None:
     for tensor in leaves(inputs):
         tracer.know(tensor, TensorLabels((FIXED,) * tensor.ndim))
     try:
-        with torch.inference_mode(), module_stack(model, tracer.note) as tracer.stack, Recorder(tracer):
+        with torch.inference_mode(), module_stack(model, tracer) as tracer.stack, Recorder(tracer):
             outputs = call(model, inputs)
     except TraceError:
         raise

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, FilterfoldError, SelectionError
-from ..graph import Traced, groups_behind_numbers, rewrite_stale_sizes, trace_and_measure
+from ..graph import Traced, groups_behind_numbers, rewrite_stale_sizes, trace_and_measure, unread_sizes
 from ..plan import AttributeChange, ChannelGroup, Plan
 from ..profiling.macs import Cost, measure
 from ..surgery.apply import apply_with_sizes
 from ..surgery.cut_cache import CutCache
-from ..surgery.verdict import Verification
+from ..surgery.verdict import Verification, listed
 from ..surgery.verify import rehearse
 from ..utils.modules import unwrap
 from .budgets import Budget, LatencyBudget, Selection, choose, cuttable, select_for_latency, select_greedily
@@ -54,7 +54,8 @@ class PruneResult:
 
     **Arguments:**
 
-    - `plan`: the cut that was made, replayable with `apply` on a copy of the original.
+    - `plan`: the cut that was made, replayable with `apply` on a copy of the original. `plan.notes["unsure"]` lists
+      attributes that hold the old size of something that was cut, or of something else: forward does not read them.
     - `before`, `after`: cost per example.
     - `verified`: what the rehearsal found, or None if it was switched off.
     - `groups`: the channel groups of the model before the cut; those that failed verification are frozen.
@@ -88,6 +89,8 @@ class PruneResult:
             lines.append(f"time at batch {found['batch_size']}: {shares}")
         lines.append(str(self.verified) if self.verified is not None else "not verified")
         lines += [f"left whole: {name}: {reason}" for name, reason in self.frozen.items()]
+        if unsure := self.plan.notes.get("unsure"):
+            lines.append(f"may be out of date, since forward does not read them: {listed(unsure)}")
         return "\n".join(line.rstrip() for line in lines)
 
 
@@ -146,16 +149,15 @@ class Scored:
         if not self.rules.verify:
             return Planned(self.traced, self._plan(self.traced, budget), None)
 
+        def rehearsed(plan: Plan) -> Verification:
+            how: dict[str, Any] = {"groups": self.traced, "rewrite": self._rewrite_sizes, "cache": cache, "count": True}
+            return rehearse(self.model, plan, self.example_inputs, **how)
+
         def judge(plan: Plan) -> Verification:
-            found = rehearse(
-                self.model,
-                plan,
-                self.example_inputs,
-                groups=self.traced,
-                rewrite=self._rewrite_sizes,
-                cache=cache,
-                count=True,
-            )
+            found = rehearsed(plan)
+            if not found and plan.attributes:  # which may mean something else
+                plan = replace(plan, attributes=())
+                found = rehearsed(plan)
             return found if found else self._explained(found, plan)
 
         groups, plan, verified = passing_plan(
@@ -190,7 +192,7 @@ class Scored:
             for group in planned.groups
             if group.frozen and group.frozen.startswith(FAILED)
         }
-        after = planned.verified.cost if planned.verified is not None and not plan.attributes else None
+        after = planned.verified.cost if planned.verified is not None else None
         if after is None:
             try:
                 after = measure(unwrap(model), self.example_inputs)
@@ -208,7 +210,9 @@ class Scored:
             plan = select_greedily(groups, self._score_again, keep=budget.keep, cost=self.cost, selection=selection)
         else:
             plan = choose(groups, self.scores, budget, self.cost, selection)
-        return replace(plan, notes={"criterion": rules.name, **plan.notes})
+        attributes, unsure = unread_sizes(self.model, plan, self.traced)
+        notes = {"criterion": rules.name, **plan.notes, **({"unsure": list(unsure)} if unsure else {})}
+        return replace(plan, attributes=attributes, notes=notes)
 
     def _score_again(self, group: ChannelGroup, plan: Plan) -> Tensor:
         return self.rules.score([group], self.model, without=plan)[group.name]

@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from ..errors import FilterfoldError, PlanError, SurgeryError, one_line
 from ..plan import AttributeChange, Plan
 from ..utils.modules import like, named_tensors, unwrap
+from ..utils.size_slots import get_slot, plain_sizes, set_slot, size_slots
 from .cut_cache import CutCache
 from .index_maps import Edit, Kind, cut_tensor, edits_of
-from .layer_attributes import plain_sizes, refresh_attributes, sizes_of
+from .layer_attributes import refresh_attributes
 from .weight_norms import normed_weights
 
 MOMENTS = frozenset(
@@ -302,11 +303,13 @@ def _set_attributes(plan: Plan, model: nn.Module, edits: Iterable[str], journal:
         if change.module not in modules:
             raise PlanError(f"the model has no module {change.module!r}, whose {change.attribute} the plan changes")
     touched = {change.module for change in plan.attributes} | owners
-    before = {name: (dict(vars(modules[name])), sizes_of(modules[name])) for name in sorted(touched)}
+    before = {name: size_slots(modules[name]) for name in sorted(touched)}
 
     def restore() -> None:
-        for name, (attributes, sizes) in before.items():
-            modules[name].__dict__.update({key: attributes[key] for key in sizes})
+        for name, slots in before.items():
+            for path, value in slots.items():
+                if get_slot(modules[name], path) is not value:
+                    set_slot(modules[name], path, value)
 
     journal.add(restore)
     for name in owners:
@@ -315,30 +318,33 @@ def _set_attributes(plan: Plan, model: nn.Module, edits: Iterable[str], journal:
         except SurgeryError as error:
             raise SurgeryError(f"{name}: {error}") from error
     for change in plan.attributes:
-        _rewrite(modules[change.module], change, before[change.module][1].get(change.attribute))
+        _rewrite(modules[change.module], change, plain_sizes(before[change.module].get(change.attribute)))
+    present = {(name, path): get_slot(modules[name], path) for name, slots in before.items() for path in slots}
     return [
-        AttributeChange(name, key, old, plain_sizes(vars(modules[name])[key]))
-        for name, (attributes, sizes) in before.items()
-        for key, old in sizes.items()
-        if vars(modules[name])[key] is not attributes[key] and plain_sizes(vars(modules[name])[key]) != old
+        AttributeChange(name, path, old, plain_sizes(present[name, path]))
+        for name, slots in before.items()
+        for path, old in slots.items()
+        if present[name, path] is not old and plain_sizes(present[name, path]) != plain_sizes(old)
     ]
 
 
 def _rewrite(module: nn.Module, change: AttributeChange, before: Any) -> None:
     """Set one size; `before` is its value before the layers' own attributes were refreshed."""
-    present = vars(module).get(change.attribute)
+    present = get_slot(module, change.attribute)
+    if "." in change.attribute and plain_sizes(present) == plain_sizes(change.new):
+        return  # in an object that two models share
     if plain_sizes(change.old) not in (before, plain_sizes(present)) or before is None:
         raise PlanError(
             f"{change.module or 'the model'}.{change.attribute} is {before}, the plan expects {change.old}: "
             "was it applied already?"
         )
-    vars(module)[change.attribute] = like(present, plain_sizes(change.new))
+    set_slot(module, change.attribute, like(present, plain_sizes(change.new)))
 
 
 def _put_back(changes: Sequence[AttributeChange], model: nn.Module) -> None:
     for change in reversed(changes):
-        attributes = vars(model.get_submodule(change.module))
-        attributes[change.attribute] = like(attributes[change.attribute], plain_sizes(change.old))
+        module = model.get_submodule(change.module)
+        set_slot(module, change.attribute, like(get_slot(module, change.attribute), plain_sizes(change.old)))
 
 
 def _owners(model: nn.Module, tensors: Iterable[str]) -> set[str]:

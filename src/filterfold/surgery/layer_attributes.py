@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..errors import CheckpointError, SurgeryError
 from ..utils.modules import like, named_tensors, unwrap
+from ..utils.size_slots import GRAPH, plain_sizes, set_slot, size_slots
 
 
 def shape_of(module: nn.Module, name: str) -> tuple[int, ...] | None:
@@ -160,28 +161,6 @@ def _refused(module: nn.Module) -> None:
     raise SurgeryError(f"{type(module).__name__} can't be cut: its sizes are coupled in ways that no rule knows")
 
 
-def plain_sizes(value: Any) -> Any:
-    """An int, or nested tuple or list of ints, as tuples; None for anything else.
-
-    >>> plain_sizes([1, torch.Size([2, 3])]), plain_sizes(True), plain_sizes([1, "a"]), plain_sizes(())
-    ((1, (2, 3)), None, None, None)
-    """
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if type(value) is tuple and value and set(map(type, value)) == {int}:
-        return value
-    if isinstance(value, tuple | list) and value:
-        items = tuple(plain_sizes(item) for item in value)
-        return None if any(item is None for item in items) else items
-    return None
-
-
-def sizes_of(module: nn.Module) -> dict[str, Any]:
-    """Every attribute in `vars(module)` that is an int or a nested tuple or list of ints."""
-    found = ((name, plain_sizes(value)) for name, value in vars(module).items())
-    return {name: value for name, value in found if value is not None}
-
-
 def snapshot(model: nn.Module) -> dict[str, Any]:
     """The sizes of a model, as a JSON-able dictionary that `restore` understands.
 
@@ -192,9 +171,11 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
     {'modules': {'': ['torch.nn.modules.activation.ReLU', {}]}, 'tensors': {}}
     """
     model = unwrap(model)
+    seen: set[int] = set()
     modules = {
-        name: [_class_name(module), {key: _as_lists(value) for key, value in sizes_of(module).items()}]
+        name: [_class_name(module), {key: _as_lists(plain_sizes(value)) for key, value in slots.items()}]
         for name, module in model.named_modules(remove_duplicate=False)
+        if (slots := size_slots(module, seen)) is not None
     }
     tensors = {name: [list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in named_tensors(model)}
     return {"modules": modules, "tensors": tensors}
@@ -227,7 +208,7 @@ def restore(model: nn.Module, structure: Mapping[str, Any]) -> None:
         tensor.grad = None
         tensor.data = torch.zeros(shape, dtype=dtype, device=tensor.device)
     for module, name, value in attributes:
-        vars(module)[name] = value
+        set_slot(module, name, value)
 
 
 def _changed_attributes(model: nn.Module, recorded: Mapping[str, Any]) -> Iterator[tuple[nn.Module, str, Any]]:
@@ -236,15 +217,17 @@ def _changed_attributes(model: nn.Module, recorded: Mapping[str, Any]) -> Iterat
     for where, (class_name, sizes) in recorded.items():
         module = modules[where]
         # A script's classes live in "__main__" when saving and in a named module when loading.
-        if class_name.rpartition(".")[2] != type(module).__name__:
+        if class_name.rpartition(".")[2] != _class_name(module).rpartition(".")[2]:
             raise CheckpointError(f"module {where!r} is a {_class_name(module)}, but the checkpoint has a {class_name}")
-        present = sizes_of(module)
+        present = size_slots(module)
         for name, value in sizes.items():
             new = plain_sizes(value)
+            if "." in name and name not in present and not name.startswith(GRAPH):
+                continue  # of a configuration that is shorter by now; no size that the network needs
             if name not in present or new is None:
                 raise CheckpointError(f"module {where!r} ({_class_name(module)}) has no size {name!r} to set")
-            if present[name] != new:
-                yield module, name, like(vars(module)[name], new)
+            if plain_sizes(present[name]) != new:
+                yield module, name, like(present[name], new)
 
 
 def _changed_tensors(

@@ -176,7 +176,7 @@ class _Comparison:
         self.judged = (*self.exact, *dead)
         shuffled = [by_name[cut.group] for cut in self.inexact if by_name[cut.group].symmetric]
         self.interchangeable = {group.name: tuple(zip(group.classes, group.blocks, strict=True)) for group in shuffled}
-        self.generic = self.counts = False
+        self.generic = self.counts = self.rewritten = False
         self.decisions: Decisions | None = None
         self.cost: Cost | None = None
         self.suspects: tuple[str, ...] = ()
@@ -224,7 +224,7 @@ class _Comparison:
         expected, permutation = self.references(inputs)
         errors = Errors(self.error(expected, actual), permutation)
         suspicious = errors.masking is not None and not errors.masking <= TOLERANCES[torch.bfloat16]
-        if self.rewrite is None or self.plan.attributes or not suspicious:
+        if self.rewrite is None or self.rewritten or not suspicious:
             return errors
         before = self.plan
         actual, failure = self._rewritten_outputs(inputs, "it differs")
@@ -232,7 +232,7 @@ class _Comparison:
             again = Errors(self.error(expected, actual), permutation)
             if again.worst < errors.worst:
                 return again
-        self.plan = before
+        self.plan, self.rewritten = before, False
         return errors
 
     def again(self) -> AbstractContextManager[Any]:
@@ -262,19 +262,23 @@ class _Comparison:
         """(outputs of the cut network, None), with sizes rewritten if it fails without; or (None, why it fails)."""
         receipt = apply(self.plan, self.model, cache=self.cache)
         try:
-            if not self.counts:
-                return outputs(self.model, inputs), None
-            with Counting(self.model) as counting:
-                actual = outputs(self.model, inputs)
-            self.cost = counting.cost()
-            return actual, None
+            return self._counted_outputs(inputs), None
         except Exception as reason:
             failure = one_line(reason)
         finally:
             receipt.rollback()
-        if self.rewrite is None or self.plan.attributes:
+        if self.rewrite is None or self.rewritten:
             return None, failure
         return self._rewritten_outputs(inputs, failure)
+
+    def _counted_outputs(self, inputs: Any) -> list[Tensor]:
+        """Outputs of the network as it is; on the way it is counted what it costs, if that was asked for."""
+        if not self.counts:
+            return outputs(self.model, inputs)
+        with Counting(self.model) as counting:
+            actual = outputs(self.model, inputs)
+        self.cost = counting.cost()
+        return actual
 
     def _rewritten_outputs(self, inputs: Any, failure: str) -> tuple[list[Tensor] | None, str | None]:
         """The same with sizes rewritten in any case; `failure`: the reason if there are none to rewrite."""
@@ -284,14 +288,14 @@ class _Comparison:
             self.suspects = tuple(getattr(reason, "groups", ()))
             return None, str(reason)
         try:
-            if not plan.attributes:
+            if plan.attributes == self.plan.attributes:
                 return None, failure
-            actual = outputs(self.model, inputs)
+            actual = self._counted_outputs(inputs)
         except Exception as reason:
             return None, one_line(reason)
         finally:
             receipt.rollback()
-        self.plan = plan
+        self.plan, self.rewritten = plan, True
         return actual, None
 
     def _uncut_outputs(self, inputs: Any) -> list[Tensor]:
