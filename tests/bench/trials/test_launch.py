@@ -185,7 +185,9 @@ def test_clearing_removes_a_run_and_nothing_else(tmp_path: Path, lab: Lab) -> No
     runner.compare(COMPARISON, folder)
     (folder / "notes.txt").write_text("mine")
     runner.clear(folder)
-    assert sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")) == ["notes.txt"]
+    left = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    assert left == ["comparison.json", "notes.txt"]  # killed now, it is a run folder still
+    (folder / "comparison.json").unlink()
     (folder / "records").mkdir()
     (folder / "records" / "x.json").write_text(json.dumps({}))
     runner.clear(folder)  # holds no comparison: not ours

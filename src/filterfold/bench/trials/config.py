@@ -306,7 +306,9 @@ class Comparison:
         ]
         return cls(setting, tuple({trial.id: trial for trial in trials}.values()))
 
-    def claim(self, folder: Path, command: str | None = None, *, ours: bool = False) -> None:
+    def claim(
+        self, folder: Path, command: str | None = None, *, fresh: bool = False, images: str | None = None
+    ) -> None:
         """Take a run folder for this comparison, or take it up again.
 
         More trials of the same setting (further seeds, methods, numbers of clusters) may join a folder.
@@ -314,28 +316,41 @@ class Comparison:
         **Arguments:**
 
         - `command`: noted as the way to redo this.
-        - `ours`: whether the folder is known to be a run folder, whatever else lies in it.
+        - `fresh`: whether the run that the folder held has been removed.
+        - `images`: fingerprint of the data set; None: that of the folder.
 
         **Raises:** `RecordError` if the folder holds another comparison, or files that are none of ours.
         """
-        entries = self.entries(folder, ours=ours)
+        entries = self._entries if fresh else self.entries(folder)
+        if not fresh and (known := images_of(folder)) is not None:
+            refuse_other_images(folder, known, images or known)
+            images = known
         document = {"format": FORMAT, "setting": self.setting.to_dict(), "trials": entries, "command": command}
+        document |= {"images": images} if images else {}
         write_json(Path(folder) / FILE, document)
 
-    def entries(self, folder: Path, *, ours: bool = False) -> dict[str, Any]:
+    def entries(self, folder: Path) -> dict[str, Any]:
         """The trials of a folder once this comparison has joined it: id → method, seed, budget; see `claim`."""
-        entries = {trial.id: _budget(trial) for trial in self.trials}
         if (Path(folder) / FILE).exists():
             found = description(Path(folder))
-            there, here = _without_unused(found["setting"]), json.loads(json.dumps(self.setting.to_dict()))
-            if difference := _difference(there, here):
-                if difference.startswith("start.fingerprint"):
-                    difference = f"{self.setting.weights or 'the hub'} holds other weights now: {difference}"
+            if difference := self.difference(found):
                 raise RecordError(f"{folder} holds a different comparison ({difference}); give another folder")
-            return {**found["trials"], **entries}
-        if not ours and Path(folder).is_dir() and any(Path(folder).glob("[!.]*")):
+            return {**found["trials"], **self._entries}
+        if Path(folder).is_dir() and any(Path(folder).glob("[!.]*")):
             raise RecordError(f"{folder} is not empty and holds no comparison; give another folder")
-        return entries
+        return self._entries
+
+    @property
+    def _entries(self) -> dict[str, Any]:
+        return {trial.id: _budget(trial) for trial in self.trials}
+
+    def difference(self, found: Mapping[str, Any]) -> str | None:
+        """In what the setting of a run folder's description is another one, in words."""
+        there, here = _without_unused(found["setting"]), json.loads(json.dumps(self.setting.to_dict()))
+        difference = _difference(there, here)
+        if difference and difference.startswith("start.fingerprint"):
+            return f"{self.setting.weights or 'the hub'} holds other weights now: {difference}"
+        return difference
 
 
 _LATER = ("shares", "follow", "retrain", "scratch", "weights", "start", "distill")
@@ -378,6 +393,23 @@ def description(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise RecordError(f"{path}: not a comparison's description ({error}); give another folder") from error
     return document
+
+
+def images_of(folder: Path) -> str | None:
+    """Fingerprint of the data set that the trials of a run folder see; None: no run, or the first versions' did."""
+    return description(folder).get("images") if (folder / FILE).exists() else None
+
+
+def refuse_other_images(where: Path | str, known: str, found: str) -> None:
+    """Refuse images or labels that are not those that runs began with.
+
+    **Raises:** `RecordError`.
+    """
+    if found != known:
+        raise RecordError(
+            f"{where}: the images or labels are not those that this was begun with: fingerprint {found}, {known} then; "
+            "give another folder"
+        )
 
 
 def _difference(there: Any, here: Any, where: str = "") -> str | None:
