@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 
 from filterfold import data
 from filterfold.bench.trials import records, runner
-from filterfold.bench.trials.config import Comparison, Setting
+from filterfold.bench.trials.config import Comparison
 from filterfold.bench.trials.context import RunContext
+from filterfold.bench.trials.setting import Setting
 from filterfold.cli.app import app
 from filterfold.errors import ConfigError, RecordError
 from filterfold.surgery.checkpoint import save

@@ -12,8 +12,9 @@ import pytest
 from filelock import FileLock
 
 from filterfold.bench.trials import records, runner
-from filterfold.bench.trials.config import Comparison, Setting, Trial
+from filterfold.bench.trials.config import Comparison, Trial
 from filterfold.bench.trials.context import RunContext, Stopped, resolve
+from filterfold.bench.trials.setting import Setting
 from filterfold.errors import DataError, ModelError, RecordError
 
 SETTING = Setting("vgg_small", "digits", recipe={"epochs": 1})

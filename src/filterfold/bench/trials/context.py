@@ -22,7 +22,8 @@ from ...surgery.weights import Loaded, Weights
 from ...training import Callback, Recipe, Row, Tracker, check_trackers, tracking, train
 from ...training.evaluate import check_fit
 from ...zoo import build
-from .config import Setting, Trial, refuse_other_images
+from .config import Trial, refuse_other_images
+from .setting import Setting
 from .start import Start, shown
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}

@@ -19,8 +19,9 @@ from ...errors import RecordError
 from ...online import ClusterRow
 from ...training import Row
 from ...utils.io import write_json
-from .config import Described, Setting, Trial, description
+from .config import Described, Trial, description
 from .context import is_locked
+from .setting import Setting
 
 FORMAT = 1
 
