@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
-from ..plan import DROPPED, AttributeChange, Plan
+from ..plan import AttributeChange, Plan
+from ..profiling.predict import removed_positions
 from .dispatch import SizedLayout
 from .predicted_sizes import PredictedSizes
 from .trace import Traced
@@ -93,12 +94,7 @@ def _channels(calls: Sequence[SizedLayout], value: int, predicted: PredictedSize
 
 def _layer_sizes(model: nn.Module, plan: Plan) -> dict[str, dict[str, tuple[int, int]]]:
     """For every convolution, linear layer and norm the sizes in its attributes: before, after."""
-    removed: dict[tuple[str, int], int] = {}
-    for cut in plan.cuts:
-        gone = [new == DROPPED or new in cut.assignment[:unit] for unit, new in enumerate(cut.assignment)]
-        for part in (*cut.producers, *cut.consumers) if any(gone) else ():
-            key = part.tensor, part.axis
-            removed[key] = removed.get(key, 0) + sum(gone[unit] for unit in part.units if unit >= 0)
+    removed = removed_positions(plan)
     found: dict[str, dict[str, tuple[int, int]]] = {}
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""

@@ -34,6 +34,11 @@ def predict(plan: Plan, cost: Cost) -> Cost:
 
     ```
     """
+    return shrunk(cost, removed_positions(plan))
+
+
+def removed_positions(plan: Plan) -> dict[tuple[str, int], int]:
+    """How many positions a plan removes along axes of tensors: (tensor, axis) → number."""
     removed: dict[tuple[str, int], int] = {}
     for cut in plan.cuts:
         assignment = np.asarray(cut.assignment)
@@ -46,7 +51,7 @@ def predict(plan: Plan, cost: Cost) -> Cost:
                 np.maximum.at(kept, assignment[stays], positions[stays])
                 known[id(units)] = int(positions.sum() - kept.sum())
             removed[key] = removed.get(key, 0) + known[id(units)]
-    return shrunk(cost, removed)
+    return removed
 
 
 def axes(producers: Iterable[Slice], consumers: Iterable[Slice]) -> dict[tuple[str, int], tuple[int, ...]]:

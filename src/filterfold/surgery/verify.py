@@ -319,7 +319,8 @@ class _Comparison:
                     dead = [cut for cut in judged if cut.group in self.dead]
                     rest = Plan(tuple(cut for cut in judged if cut not in dead))
                     taken = nullcontext() if self.decisions is None else self.decisions.taken()
-                    with emptied(self.model, dead), masked(self.model, rest), taken:
+                    gone = emptied(self.model, dead) if dead else nullcontext()
+                    with gone, masked(self.model, rest), taken:
                         return outputs(self.model, inputs)
             except Exception as reason:
                 failure = reason

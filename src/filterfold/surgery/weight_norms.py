@@ -66,6 +66,9 @@ def normed_weights(model: nn.Module) -> Iterator[NormedWeight]:
     >>> list(normed_weights(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))))[0].target
     '0.parametrizations.weight.original0'
     """
+    lists = nn.utils.parametrize.ParametrizationList
+    if not any(module._forward_pre_hooks or isinstance(module, lists) for module in model.modules()):
+        return  # nearly always
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         for hook in module._forward_pre_hooks.values():
@@ -75,7 +78,7 @@ def normed_weights(model: nn.Module) -> Iterator[NormedWeight]:
                 names = (f"{prefix}{hook.name}_{end}" for end in ("orig", "v", "u"))
                 weight, right, left = names
                 yield NormedWeight(weight, hook.dim, right, left)
-        if isinstance(module, nn.utils.parametrize.ParametrizationList):
+        if isinstance(module, lists):
             first = module[0]
             if isinstance(first, _WeightNorm):
                 yield NormedWeight(f"{prefix}original1", first.dim, f"{prefix}original0")

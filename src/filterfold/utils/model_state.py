@@ -95,7 +95,13 @@ def buffers_preserved(model: nn.Module) -> Iterator[None]:
     >>> net.num_batches_tracked.item()
     0
     """
-    saved = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers() if not buffer.is_inference()]
+    saved = [
+        (buffer, buffer._version, buffer.clone())
+        for module in model.modules()
+        if module._buffers and (module.training or not isinstance(module, nn.modules.batchnorm._NormBase))
+        for buffer in module._buffers.values()
+        if buffer is not None and not buffer.is_inference()
+    ]
     try:
         yield
     finally:
