@@ -5,9 +5,9 @@
     python benchmarks/fine_tuning.py SHARED --seeds 1 --stop-after 20m
 
 All start from the same weights with a classifier drawn anew, and are trained alike: `dense` is not cut; the others have
-60 or 40 % of the multiply-accumulates from the first step on: chosen by `reconstruction` and repaired, or the filters
-of least L1 norm dropped, or chance; `scratch` is as wide as these, with fresh weights, for the same epochs, and
-`scratch-long` for as many as the dense network costs. Further options are those of `filterfold compare`; it goes on
+60 or 40 % of the multiply-accumulates from the first step on: chosen by `reconstruction-then-train` and repaired, or by
+`reconstruction`, or the filters of least L1 norm dropped, or chance. `scratch` is as wide as the network by chance and
+has fresh weights; the same epochs cost it the same. Further options are those of `filterfold compare`; it goes on
 where it was stopped. Classes of Tiny-ImageNet are classes of ImageNet too, so there the gap to fresh weights is wider
 than on other images; CIFAR-10's are other images.
 
@@ -31,7 +31,14 @@ RECIPE = (
     "--warmup 0.05 --label-smoothing 0.1 --channels-last --validate-every 4"
 )
 CUTS = "--macs 0.6,0.4 --milestones 0 --latency-batches 1,64"
-METHODS = ("online-reconstruction+repair", "dense", "online-l1", "scratch", "scratch-long", "online-random")
+METHODS = (
+    "online-reconstruction-then-train+repair",
+    "dense",
+    "online-l1",
+    "scratch",
+    "online-reconstruction+repair",
+    "online-random",
+)
 
 
 def main() -> None:

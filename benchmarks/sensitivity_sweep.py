@@ -37,6 +37,7 @@ def main() -> None:
     model = zoo.build("resnet56")
     model.load_state_dict(read_safetensors(options.shared / "weights" / "resnet56-cifar10.safetensors")[1])
     images = data.load(str(options.shared / "data" / "cifar10"), normalization="imagenet", validation=5000)
+    part = options.out / "sensitivity.part"
     found = sweep(
         model,
         graph.trace(model, images.example),
@@ -45,7 +46,7 @@ def main() -> None:
         ratios=[float(ratio) for ratio in options.ratios.split(",")],
         layers=["layer*.conv1"],
         images=options.images,
-        path=options.out / "sensitivity.part",
+        path=part,
     )
     conditions = {
         "model": "resnet56",
@@ -56,6 +57,7 @@ def main() -> None:
         "load_average": os.getloadavg(),
     }
     write(replace(found, conditions=conditions), options.out)
+    part.unlink()
     print(f"base {found.base['top1']:.2f} %, {found.seconds:.0f} s on the clock, {found.cpu_seconds:.0f} s of CPU")
     for criterion in found.criteria:
         if 0.5 in found.ratios:

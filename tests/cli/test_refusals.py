@@ -79,8 +79,10 @@ TABLE = {
     "wrong number of classes": ("train --data digits --model {}/seven.py:net --out {}/new", "7 outputs"),
     "unknown model": ("train --data digits --model vgg17 --out {}/new", "no model 'vgg17'; did you mean vgg16?"),
     "too small images": ("train --data digits --model vgg16 --out {}/new", "32 pixels"),
-    "finished run": ("train tiny --out {}/run", "holds a finished run (dense, seed 0); give another --out"),
-    "finished run, other seed": ("train tiny --seed 1 --out {}/run", "holds a finished run"),
+    "another run": (
+        "train tiny --lr 0.5 --out {}/run", "holds another run (recipe.lr is 0.02 there, 0.5 here); give another --out"
+    ),
+    "another run, other seed": ("train tiny --seed 1 --out {}/run", "holds another run (dense, seed 0); give another"),
     "foreign folder": ("compare tiny --methods dense --out {}/thesis", "is not empty and holds no comparison"),
     "different comparison": (
         "compare tiny --methods dense --lr 0.5 --out {}/run", "different comparison (recipe.lr is 0.02 there, 0.5 here)"

@@ -12,9 +12,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from filterfold.bench.trials.config import Setting
 from filterfold.bench.trials.context import RunContext
 from filterfold.bench.trials.records import read_all
+from filterfold.bench.trials.setting import Setting
 from filterfold.cli.app import app
 from filterfold.cli.options import DataOptions
 from filterfold.cli.weights import StartOptions

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from filterfold import data, zoo
-from filterfold.bench.trials.config import Setting, Trial
+from filterfold.bench.trials.config import Trial
 from filterfold.bench.trials.context import RunContext
 from filterfold.bench.trials.method_names import DISTILL
+from filterfold.bench.trials.setting import Setting
 from filterfold.bench.trials.trial import run_trial
 from filterfold.errors import ConfigError
 from filterfold.online import CutOptions, OnlineCallback, OnlineFilterClustering, Schedule

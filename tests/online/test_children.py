@@ -116,6 +116,13 @@ def test_tracing_scores_and_calibration_are_shared_and_missing_ones_can_follow(m
     assert all(value.equal(expected[name]) for name, value in again.network.state_dict().items())
 
 
+def test_the_criterion_suits_what_follows():
+    family = ff.shrink(network(), images(1), macs=[0.5], calibration=[images()])
+    trained = ff.shrink(network(), images(1), macs=[0.5], calibration=[images()], train=lambda _child: None)
+    names = [next(found).plan.notes["criterion"] for found in (family, trained)]
+    assert names == ["reconstruction", "reconstruction-then-train"]
+
+
 def test_a_share_that_cannot_be_met_is_refused_before_anything_is_trained():
     model, trained = network(), []
     before = state(model)

@@ -11,9 +11,10 @@ from torch import nn
 from torch.nn import functional
 
 from filterfold import data, zoo
-from filterfold.bench.trials.config import Setting, Trial
+from filterfold.bench.trials.config import Trial
 from filterfold.bench.trials.context import RunContext
 from filterfold.bench.trials.costs import paid_epochs
+from filterfold.bench.trials.setting import Setting
 from filterfold.bench.trials.trial import run_trial
 from filterfold.errors import ConfigError
 from filterfold.online import OnlineCallback, OnlineFilterClustering, Schedule

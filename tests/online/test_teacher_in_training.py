@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn import functional
 
 from filterfold import data, save, zoo
-from filterfold.bench.trials.config import Setting, Trial
+from filterfold.bench.trials.config import Trial
 from filterfold.bench.trials.context import RunContext
 from filterfold.bench.trials.costs import LONGER, paid_epochs
+from filterfold.bench.trials.setting import Setting
 from filterfold.bench.trials.trial import check, run_trial
 from filterfold.errors import CheckpointError, ConfigError, RecordError
 from filterfold.online import Distillation, DistillationCallback, OnlineCallback

@@ -146,6 +146,27 @@ def test_what_others_can_make_good_goes_first_and_repair_makes_it_good() -> None
     torch.testing.assert_close(model(fresh), original(fresh), rtol=1e-6, atol=1e-6)
 
 
+def test_where_training_follows_every_layer_has_the_same_ridge(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(4)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 1, bias=False)).double()
+    x = torch.randn(10, 3, 8, 8, dtype=torch.float64)
+    groups = ff.trace(model, x[:1])
+    found = score(groups, model, "reconstruction-then-train", loader=[x])["0"]
+    rows = model[1](model[0](x)).detach().permute(0, 2, 3, 1).reshape(-1, 6).numpy()
+    kernels, gram = model[2].weight.detach().view(4, 6).numpy().T, rows.T @ rows
+    ridge = 0.1 * np.trace(gram) / 6 * np.eye(6)
+
+    def loss(unit: int) -> float:  # the optimal brain surgeon's, Hassibi & Stork 1993, equation 5
+        return float((kernels[unit] ** 2).sum() / np.linalg.inv(gram + ridge)[unit, unit])
+
+    losses = [loss(unit) for unit in range(6)]
+    first = int(np.argmin(losses))
+    assert int(found.argmin()) == first
+    assert float(found[first]) == pytest.approx(losses[first] / float(((rows @ kernels) ** 2).sum()), rel=1e-9)
+    monkeypatch.setattr(least_squares, "RIDGES", (10.0,) * 2)
+    assert torch.equal(found, score(groups, model, "reconstruction-then-train", loader=[x])["0"])
+
+
 def test_many_units_go_a_few_at_a_time_and_none_is_scored_twice() -> None:
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(10, 200), nn.ReLU(), nn.Linear(200, 5)).double()
@@ -156,6 +177,50 @@ def test_many_units_go_a_few_at_a_time_and_none_is_scored_twice() -> None:
     wanted = (read @ model[2].weight.detach().numpy().T).astype(float)
     kept, largest = scores.topk(20).indices.tolist(), model[0].weight.abs().sum(1).topk(20).indices.tolist()
     assert lost(read, wanted, kept, centred=True) < 0.7 * lost(read, wanted, largest, centred=True)
+
+
+class Padded(nn.Conv2d):
+    """Pads in its own forward, as timm's `Conv2dSame` does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(F.pad(x, (1, 1, 1, 1)), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Padded(6, 4, 3, 2),
+        lambda: nn.Conv2d(6, 4, 3, groups=2),
+        lambda: nn.ConvTranspose2d(6, 3, 3, 2, 1, 1),
+        lambda: nn.ConvTranspose2d(6, 4, 2, 2, groups=2),
+    ],
+    ids=["subclass", "grouped", "transposed", "grouped, transposed"],
+)
+def test_every_kind_of_layer_against_least_squares_of_its_parameters(make) -> None:
+    """The oracle takes the reader as a linear function of its weights and biases, by autograd."""
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Conv2d(2, 6, 1), nn.ReLU(), make()).double().eval()
+    x = torch.randn(12, 2, 5, 5, dtype=torch.float64)
+    groups = [group for group in ff.trace(model, x[:1]) if group.name == "0"]
+    (group,) = groups
+    (part,) = [part for part in group.consumers if part.role == "kernel"]
+    weight, bias, read = model[2].weight.detach(), model[2].bias.detach(), model[:2](x).detach()
+
+    def call(*given: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model[2], {"weight": given[0], "bias": given[1]}, (read,)).flatten()
+
+    columns, means = torch.autograd.functional.jacobian(call, (weight, bias), vectorize=True)
+    columns = columns.flatten(1)
+    wanted = columns @ weight.flatten()
+    means = torch.linalg.qr(means).Q
+    columns, wanted = columns - means @ (means.T @ columns), wanted - means @ (means.T @ wanted)
+    index = torch.arange(weight.numel()).view_as(weight)
+    owned = [
+        index.index_select(part.axis, torch.tensor([p for p, u in enumerate(part.units) if u == unit])).flatten()
+        for unit in range(group.size)
+    ]
+    scores = score(groups, model, "reconstruction", loader=[x])["0"]
+    check(scores, [(columns.numpy(), wanted.numpy(), lambda unit: owned[unit].tolist(), False)])
 
 
 class Odd(nn.Module):

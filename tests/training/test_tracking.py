@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from filterfold.bench.trials.config import Comparison, Setting
+from filterfold.bench.trials.config import Comparison
 from filterfold.bench.trials.runner import compare
+from filterfold.bench.trials.setting import Setting
 from filterfold.data import ImageData, load
 from filterfold.errors import ConfigError
 from filterfold.training import Recipe, check_trackers, tracking, train

@@ -27,8 +27,8 @@ from .teacher import DistillationOptions
 from .weights import StartOptions
 
 if TYPE_CHECKING:
-    from ..bench.trials.config import Setting
     from ..bench.trials.runner import Outcome
+    from ..bench.trials.setting import Setting
 
 
 UNFINISHED = 3

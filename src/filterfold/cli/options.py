@@ -17,8 +17,9 @@ from .display import live
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..bench.trials.config import Comparison, Setting
+    from ..bench.trials.config import Comparison
     from ..bench.trials.runner import Engine, Outcome
+    from ..bench.trials.setting import Setting
     from ..data import ImageData
 
 
@@ -209,7 +210,7 @@ def setting_of(
     chosen: ModelOptions, images: DataOptions, training: Recipe, clustering: OnlineOptions, **others: Any
 ) -> Setting:
     """The setting of trials with these options; `others` are fields of its own, such as those of `Start`."""
-    from ..bench.trials.config import Setting
+    from ..bench.trials.setting import Setting
 
     return Setting(
         model=chosen.model,

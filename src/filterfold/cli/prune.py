@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Sequence
+import json
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import islice
@@ -13,8 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from typer import Option
 
-from ..errors import ConfigError
+from ..errors import ConfigError, PlanError
+from ..plan import Plan
 from ..training.recipe import Recipe, Schedule
+from ..utils.io import write_json
 from .display import change, count, live, say, table
 from .options import (
     SHOWN,
@@ -33,10 +36,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..data import ImageData
-    from ..plan import Plan
     from ..profiling import LatencyComparison
     from ..pruning.scored import PruneResult
-    from ..training import Callback
 
 
 EXAMPLES = """
@@ -159,14 +160,16 @@ def prune(
     from ..online import DistillationCallback
     from ..profiling import measure_latency
     from ..pruning.scored import Scoring
+    from ..training import train
     from ..utils.environment import command, describe
     from ..utils.export import to_onnx
 
     use_threads(threads)
     budget, recipe = cut.keywords(), retraining.seeded(seed)
     teaching.check(recipe is not None)
+    begun = _Unfinished(out, (chosen, images, cut, trained, retraining, teaching, str(onnx), repair, seed))
     for path in filter(None, (out, onnx)):
-        refuse_existing(path, overwrite)
+        refuse_existing(path, overwrite or begun.before)
     device = resolve(device)
     with live():
         found = trained.network(chosen, images, device)
@@ -174,19 +177,17 @@ def prune(
         top1 = partial(_top1, data=data) if evaluate else lambda _model: None
         before, example = copy.deepcopy(model), data.example.to(device)
         loader = list(islice(batches(data.train, BATCH, shuffle=True, seed=seed, device=device), BATCHES))
-        kept = out.with_name(f".{out.name}.widths")
-        budget_or_widths = _as_before(kept, budget)
-        result = prune_model(model, example, loader=loader, scoring=Scoring(seed=seed), **budget_or_widths)
-        if budget["latency"] and recipe:
-            result = _keep_widths(kept, result)
+        scoring = Scoring(seed=seed)
+        result = begun.keep(prune_model(model, example, loader=loader, scoring=scoring, **begun.budget(budget)))
         stages = {"before": top1(before), "after the cut": top1(model)}
         if repair:
             repair_model(model, before, result.plan, loader, batches=len(loader))  # says in the log what it did
             stages["after repair"] = top1(model)
+        checkpoint = begun.checkpoint(model, result.plan) if recipe else None
         if recipe:
             teacher = teaching.distillation(before, chosen, data)
             callbacks = [] if teacher is None else [DistillationCallback(teacher)]
-            _retrain(model, data, out, recipe, device, result.plan, callbacks)
+            train(model, data, recipe, callbacks=callbacks, checkpoint=checkpoint, device=device, phase="retrain")
             stages["after retraining"] = top1(model)
         latency = measure_latency({"before": before, "after": model}, example, batch_sizes=TIMED, repeats=10)
         about = {
@@ -196,64 +197,73 @@ def prune(
             "input": input_of(data, found.images.keywords()),
             "weights": found.fingerprint,
         }
+        begun.note()
         save(model, out, plan=result.plan, metadata=about)
         if onnx is not None:
             to_onnx(copy.deepcopy(model).cpu(), data.example, onnx)
-        kept.unlink(missing_ok=True)
+        begun.end(checkpoint)
     _show(result, stages, latency)
     say(f"network: {out}" + (f" and {onnx}" if onnx else ""))
+
+
+class _Unfinished:
+    """A note beside the output that a command is at work on it, so that the same command can go on after a kill.
+
+    **Arguments:**
+
+    - `out`: the output.
+    - `asked`: options that it depends on.
+    """
+
+    def __init__(self, out: Path, asked: tuple[Any, ...]) -> None:
+        self._asked = hashlib.sha256(repr(asked).encode()).hexdigest()[:16]
+        self._file = out.with_name(f".{out.name}.unfinished")
+        self.before, self._plan = False, None
+        """Whether this very command was begun before and did not end: what is there is its own. Its plan, if timed."""
+        with suppress(OSError, ValueError, KeyError, TypeError, PlanError):
+            found = json.loads(self._file.read_text(encoding="utf-8"))
+            if found["asked"] == self._asked:
+                self.before, plan = True, found["plan"]
+                self._plan = None if plan is None else Plan.from_json(json.dumps(plan))
+
+    def note(self) -> None:
+        """Begin, or go on."""
+        plan = None if self._plan is None else json.loads(self._plan.to_json())
+        write_json(self._file, {"asked": self._asked, "plan": plan})
+
+    def budget(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """The budget that was asked for; or the widths found before: times measured anew would give other ones."""
+        if self._plan is None:
+            return asked
+        widths = {name: new / old for name, (old, new) in self._plan.widths.items()}
+        return {**asked, "latency": None, "round_to": 1, "keep": widths}
+
+    def keep(self, result: PruneResult) -> PruneResult:
+        """Keep a timed plan in the note; a result with the same widths as before gets the plan of the note."""
+        if "latency" in result.plan.notes:
+            self._plan = result.plan
+            self.note()
+        if self._plan is not None and self._plan.cuts == result.plan.cuts:
+            return replace(result, plan=self._plan)
+        return result
+
+    def checkpoint(self, model: nn.Module, plan: Plan) -> Path:
+        """Where retraining keeps its state; that of another cut network is another file."""
+        weights = b"".join(value.cpu().numpy().tobytes() for value in model.state_dict().values())
+        cut = hashlib.sha256(weights + plan.to_json().encode()).hexdigest()[:10]
+        return self._file.with_suffix(f".{cut}")
+
+    def end(self, checkpoint: Path | None) -> None:
+        """Remove what only a command that goes on needs."""
+        if checkpoint is not None:
+            checkpoint.unlink(missing_ok=True)
+        self._file.unlink()
 
 
 def _top1(model: nn.Module, data: ImageData) -> float:
     from ..training import evaluate
 
     return evaluate(model, data.test, classes=len(data.classes)).top1
-
-
-def _as_before(kept: Path, budget: dict[str, Any]) -> dict[str, Any]:
-    """The budget, or the widths of a run that was stopped in retraining: measured times would give other ones."""
-    plan = _kept_plan(kept)
-    latency = budget["latency"]
-    if latency is None or plan is None or plan.notes["latency"]["asked"] != latency.share:
-        return budget
-    widths = {name: new / old for name, (old, new) in plan.widths.items()}
-    return {**budget, "latency": None, "round_to": 1, "keep": widths}
-
-
-def _keep_widths(kept: Path, result: PruneResult) -> PruneResult:
-    """Keep the plan in a file until retraining is done; a resumed result gets the plan of the file."""
-    from ..utils.io import write_text
-
-    plan = _kept_plan(kept)
-    if "latency" in result.plan.notes or plan is None:
-        write_text(kept, result.plan.to_json())
-        return result
-    return replace(result, plan=plan) if plan.cuts == result.plan.cuts else result
-
-
-def _kept_plan(kept: Path) -> Plan | None:
-    from ..plan import Plan
-
-    return Plan.from_json(kept.read_text(encoding="utf-8")) if kept.exists() else None
-
-
-def _retrain(
-    model: nn.Module,
-    data: ImageData,
-    out: Path,
-    recipe: Recipe,
-    device: str,
-    plan: Plan,
-    callbacks: Sequence[Callback],
-) -> None:
-    """Train the cut network; after an interruption the same command makes the same cut and resumes here."""
-    from ..training import train
-
-    weights = b"".join(value.cpu().numpy().tobytes() for value in model.state_dict().values())
-    cut = hashlib.sha256(weights + plan.to_json().encode()).hexdigest()[:10]  # of another network: another file
-    kept = out.with_name(f".{out.name}.{cut}")
-    train(model, data, recipe, callbacks=callbacks, checkpoint=kept, device=device, phase="retrain")
-    kept.unlink(missing_ok=True)
 
 
 def _show(result: PruneResult, stages: dict[str, float | None], latency: LatencyComparison) -> None:

@@ -111,14 +111,16 @@ def sensitivity(
         begun = trained.network(ModelOptions(model, width), source, place)
         network, data = begun.model, begun.data
         about = {"model": model, "width": width, "weights": trained.name, "data": f"{source.data}, {sweeping.split}"}
-        about |= {"fingerprint": begun.fingerprint}
+        about |= {"fingerprint": begun.fingerprint, "data_fingerprint": data.fingerprint}
+        part = folder / "sensitivity.part"
         found = None if overwrite else _done(folder, about | options)
         if found is None:
             loader = list(islice(batches(data.train, 128, shuffle=True, seed=sweeping.seed, device=place), 10))
             groups, split = trace(network, data.example.to(place)), getattr(data, sweeping.split)
-            measured = sweep(network, groups, split, loader=loader, path=folder / "sensitivity.part", **options)
+            measured = sweep(network, groups, split, loader=loader, path=part, **options)
             found = replace(measured, conditions=about | options | {"environment": describe(place)})
         write(found, folder)
+        part.unlink(missing_ok=True)
         chosen = _suggested(network, data, found, goal) if goal else None
     _show(found, sensitivity_table(found).title)
     say(f"curves, table and JSON: {folder}")
@@ -138,6 +140,8 @@ def _done(folder: Path, asked: dict[str, Any]) -> Sensitivity | None:
         return None
     found = Sensitivity.read(path)
     for key, value in asked.items():
+        if key == "data_fingerprint" and key not in found.conditions:  # of a version that did not look at them
+            continue
         if (known := found.conditions.get(key)) != value:
             raise RecordError(
                 f"{folder} holds another sweep ({key} is {known!r} there); give another --out, or --overwrite"

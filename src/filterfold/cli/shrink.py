@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
+from ..errors import ConfigError
 from ..training.recipe import Recipe
 from .display import count, live, say, table
 from .options import (
@@ -28,7 +29,7 @@ from .options import (
 )
 from .prune import RETRAINED, Retraining
 from .teacher import DistillationOptions
-from .weights import WeightOptions
+from .weights import StartOptions
 
 if TYPE_CHECKING:
     from ..bench.report.family import Loading
@@ -57,7 +58,13 @@ class FamilyOptions:
     """How the children are cut."""
 
     macs: Annotated[str, _made(help="Shares of the MACs that may remain, one for each child.")] = "0.8,0.6,0.4"
-    criterion: Annotated[str, _made(help="reconstruction, l1, taylor, random, …")] = "reconstruction"
+    criterion: Annotated[
+        str | None,
+        _made(
+            help="reconstruction, reconstruction-then-train, l1, taylor, random, …",
+            show_default="reconstruction; with --epochs reconstruction-then-train",
+        ),
+    ] = None
     scope: Annotated[str, _made(help="Rank filters all together or by layer: global, layer.")] = "global"
     round_to: Annotated[int, _made(help="Keep multiples of so many filters.")] = 1
     min_keep: Annotated[int, _made(help="Keep at least so many in each group.")] = 1
@@ -120,7 +127,7 @@ def shrink(
     model: Annotated[str, Argument(help=MODEL_HELP)],
     source: DataOptions,
     cut: FamilyOptions,
-    trained: WeightOptions,
+    trained: StartOptions,
     retraining: Annotated[Retraining, RETRAINED],
     teaching: DistillationOptions,
     width: Width = 1.0,
@@ -147,6 +154,10 @@ def shrink(
     folder = out or Path("runs") / f"shrink-{Path(model.replace(':', '-')).name}"
     place, chosen, recipe = resolve(device), ModelOptions(model, width), retraining.seeded(cut.seed)
     teaching.check(recipe is not None)
+    if trained.new_head and (recipe is None or (teaching.distill and teaching.teacher is None)):
+        raise ConfigError("--new-head: the uncut network does not know these classes; give --epochs, and no --distill")
+    if cut.criterion is None:
+        cut = replace(cut, criterion="reconstruction" if recipe is None else "reconstruction-then-train")
     with live():
         begun = trained.network(chosen, source, place)
         network, data, source = begun.model, begun.data, begun.images

@@ -29,7 +29,7 @@ from .teacher import DistillationOptions
 from .weights import StartOptions, WeightOptions
 
 if TYPE_CHECKING:
-    from ..bench.trials.config import Trial
+    from ..bench.trials.config import Comparison, Trial
     from ..bench.trials.records import Record
     from ..bench.trials.runner import Outcome
 
@@ -83,22 +83,25 @@ def train(
     setting = setting_of(chosen, images, training, clustering, retrain_epochs=retrain_epochs, **others)
     trial = Trial(method, seed, setting, clusters, keep)
     folder = out or default_folder(setting, method)
-    _make_room(folder, overwrite)
-    outcome = running.run(Comparison(setting, (trial,)), folder, cache_dir=images.cache_dir, fresh=overwrite)
+    comparison = Comparison(setting, (trial,))
+    if not overwrite:
+        _refuse_another(comparison, folder)
+    outcome = running.run(comparison, folder, cache_dir=images.cache_dir, fresh=overwrite)
     _show_outcome(trial, outcome, folder)
 
 
-def _make_room(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder with a finished run in it, unless it is to be replaced."""
-    from ..bench.trials.records import FOLDER, finished, read_all
+def _refuse_another(comparison: Comparison, folder: Path) -> None:
+    """Refuse a folder with another run in it, finished or not: its own command is to go on there."""
+    from ..bench.trials.config import FILE, description
 
-    if overwrite or not (folder / FOLDER).is_dir():
+    if not (folder / FILE).exists():
         return
-    for record in finished(read_all(folder)).values():
-        raise RecordError(
-            f"{folder} holds a finished run ({record['label']}, seed {record['seed']}); "
-            "give another --out, or --overwrite to replace it"
-        )
+    found = description(folder)
+    held, [trial] = found["trials"], comparison.trials
+    if trial.id not in held:
+        other = next(iter(held.values()))
+        what = comparison.difference(found) or f"{other['method']}, seed {other['seed']}"
+        raise RecordError(f"{folder} holds another run ({what}); give another --out, or --overwrite to replace it")
 
 
 def _show_outcome(trial: Trial, outcome: Outcome, folder: Path) -> None:
@@ -114,6 +117,8 @@ def _show_outcome(trial: Trial, outcome: Outcome, folder: Path) -> None:
         raise typer.Exit(UNFINISHED)
     network = folder / "model.safetensors"
     source = folder / "models" / f"{trial.id}.safetensors"
+    if not source.exists():
+        raise RecordError(f"{source}: the network of this run is gone; --overwrite trains it again")
     write_atomically(network, lambda temporary: shutil.copyfile(source, temporary))
     _show(outcome.records[0])
     say(f"network: {network}")

@@ -35,18 +35,22 @@ _THREADS_PAY_ABOVE = 16384
 """Encoded bytes above which threads help: with smaller images they mostly wait for the interpreter lock."""
 
 
+def encoded(entry: Mapping[str, Any] | None) -> bytes:
+    """The bytes of an entry {"bytes": ..., "path": ...} of an undecoded image column."""
+    if entry is None:
+        raise DataError("the entry is empty")
+    content = entry.get("bytes")
+    return Path(entry["path"]).read_bytes() if content is None else bytes(content)
+
+
 def open_image(entry: Mapping[str, Any] | None, hint: tuple[str, ...] | None = None) -> Any:
-    """Open an entry {"bytes": ..., "path": ...} of an undecoded image column with Pillow.
+    """Open an entry of an undecoded image column with Pillow.
 
     `hint` names the likely format: trying every format in turn takes as long as decoding 32×32 pixels.
     """
     from PIL import Image, UnidentifiedImageError
 
-    if entry is None:
-        raise DataError("the entry is empty")
-    content = entry.get("bytes")
-    if content is None:
-        content = Path(entry["path"]).read_bytes()
+    content = encoded(entry)
     if hint:
         try:
             return Image.open(io.BytesIO(content), formats=hint)

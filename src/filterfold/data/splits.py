@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -45,6 +47,10 @@ class AnySplit(Protocol):
     @property
     def normalization(self) -> Normalization:
         """Mean and standard deviation of each channel."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of images and labels, in their order: 16 hexadecimal digits."""
 
     def __len__(self) -> int:
         """Number of images."""
@@ -103,6 +109,20 @@ class Split:
         """Height of an image in pixels."""
         return self.images.shape[2]
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of pixels and labels, in their order: 16 hexadecimal digits.
+
+        >>> black = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
+        >>> splits = [Split(images, torch.tensor([0, 1]), ((0.0,), (1.0,))) for images in (black, black + 1)]
+        >>> splits[0].fingerprint == splits[1].fingerprint
+        False
+        """
+        digest = hashlib.sha256(repr(tuple(self.images.shape)).encode())
+        for tensor in (self.labels, self.images):
+            digest.update(tensor.cpu().contiguous().numpy().data)
+        return digest.hexdigest()[:16]
+
     def __len__(self) -> int:
         """Number of images."""
         return len(self.labels)
@@ -158,6 +178,12 @@ class ImageData:
     validation: AnySplit
     test: AnySplit
     augment: str
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of images and labels of all splits: 16 hexadecimal digits."""
+        parts = (self.train, self.validation, self.test)
+        return hashlib.sha256("".join(part.fingerprint for part in parts).encode()).hexdigest()[:16]
 
     @property
     def example(self) -> Tensor:

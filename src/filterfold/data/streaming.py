@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import ConfigError, DataError
 from .augment import seeded
-from .decode import convert, fit, open_image, to_array, unreadable
+from .decode import convert, encoded, fit, open_image, to_array, unreadable
 from .splits import Normalization, Part, whole
 
 POLICIES = ("none", "resized-crop-flip", "torchvision")
@@ -27,6 +29,10 @@ AREA = (0.08, 1.0)
 
 RATIO = (3 / 4, 4 / 3)
 """Share of the area and aspect ratio of random crops (Szegedy et al. 2015, section 6)."""
+
+
+PROBES = 256
+"""Images that a fingerprint is made of: all of them may be hundreds of gigabytes."""
 
 
 EVALUATION_MARGIN = 8 / 7
@@ -58,6 +64,14 @@ class StreamedSplit:
     image_size: int
     normalization: Normalization
     workers: int | None = None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of labels, in their order, and of `PROBES` encoded images, evenly spread: 16 hexadecimal digits."""
+        digest = hashlib.sha256(self.labels.cpu().contiguous().numpy().data)
+        for index in torch.linspace(0, len(self) - 1, min(PROBES, len(self))).long().tolist():
+            digest.update(encoded(self.rows[int(self.places[index])][self.image_column]))
+        return digest.hexdigest()[:16]
 
     def __len__(self) -> int:
         """Number of images."""

@@ -74,7 +74,7 @@ def shrink(
     macs: Sequence[float],
     calibration: Iterable[Any],
     batches: int = 8,
-    criterion: str | Criterion | Callable[..., Tensor] = "reconstruction",
+    criterion: str | Criterion | Callable[..., Tensor] | None = None,
     selection: Selection | None = None,
     scoring: Scoring | None = None,
     remedy: Remedy | None = "kernels",
@@ -100,7 +100,8 @@ def shrink(
     - `calibration`: a loader as for `repair`: unlabelled inputs will do, unless the criterion needs targets. Read once,
       and shared by all.
     - `batches`: read at most so many. They are kept in memory.
-    - `criterion`, `scoring`, `strict`: as in `prune`.
+    - `criterion`: as in `prune`; None: `reconstruction`, or `reconstruction-then-train` with `train`.
+    - `scoring`, `strict`: as in `prune`.
     - `selection`: which units may stay; None: `Selection(scope="global")`, ranked over all layers.
     - `remedy`: what is done after each cut: kernels are solved anew ("kernels", see `repair`), batch norms are measured
       anew ("norms", see `reestimate`), or nothing (None).
@@ -132,6 +133,7 @@ def shrink(
     if batches < 1:
         raise ConfigError(f"batches={batches}: at least 1")
     budgets = [Budget(macs=share) for share in shares]
+    criterion = criterion or ("reconstruction" if train is None else "reconstruction-then-train")
     rules = Rules(criterion, selection or Selection(scope="global"), scoring or Scoring(), True, strict)
     for budget in budgets:
         rules.check(budget)

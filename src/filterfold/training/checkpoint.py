@@ -42,6 +42,7 @@ def identify(
             "image": [data.channels, data.image_size, data.image_size],
             "train": len(data.train),
             "labels": labels,
+            "images": [data.train.fingerprint, data.validation.fingerprint],
             "augment": data.augment,
             "normalization": [list(values) for values in data.train.normalization],
         },
@@ -81,7 +82,10 @@ def read(path: Path | None, identity: Mapping[str, Any]) -> dict[str, Any] | Non
     parts = ("identity", "epoch", "step", "history", "structure", "model", "optimizer", "precision", "callbacks")
     if not isinstance(tree, dict) or tree.get("format") != FORMAT or any(part not in tree for part in parts):
         raise CheckpointError(f"{path}: not a training checkpoint of this version; delete it to start afresh")
-    difference = _difference(tree["identity"], dict(identity))
+    here = dict(identity)
+    if "images" not in tree["identity"]["data"]:  # of a version that did not look at them
+        here["data"] = {name: value for name, value in here["data"].items() if name != "images"}
+    difference = _difference(tree["identity"], here)
     if difference is not None:
         raise ConfigError(
             f"{path} is the checkpoint of another run: {difference}; give another path, or delete it to start afresh"

@@ -6,10 +6,13 @@ in the header. There is no pickle anywhere.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +32,49 @@ _TUPLE = "__tuple__"
 _INT_KEYS = "__int_keys__"
 
 
+_PART = ".part"
+"""How the names of temporary files end."""
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write(temporary)` and move the result to `path`: readers see the old file or the new one."""
+    """Call `write(temporary)` and move the result to `path`: readers see the old file or the new one.
+
+    What writers of the same file left behind when they were killed is removed: temporary files that nobody holds.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*{_PART}"):
+        _remove_unless_held(leftover)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_PART)
     temporary = Path(name)
     try:
+        _hold(handle)
         write(temporary)
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
     finally:
+        os.close(handle)
         temporary.unlink(missing_ok=True)
+
+
+def _hold(handle: int) -> bool:
+    """Lock an open file, until it is closed or its process ends; whether that could be done."""
+    if sys.platform == "win32":
+        return False
+    import fcntl
+
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # somebody holds it, or the file system knows no locks
+        return False
+    return True
+
+
+def _remove_unless_held(temporary: Path) -> None:
+    with suppress(OSError), temporary.open("rb") as file:
+        if _hold(file.fileno()):
+            temporary.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -11,10 +11,11 @@ import torch
 from filterfold.bench import recipes
 from filterfold.bench.recipes.recipe import keep_shares
 from filterfold.bench.trials import trial as running
-from filterfold.bench.trials.config import COMPARED, CONTROLS, Comparison, Setting, Trial
+from filterfold.bench.trials.config import COMPARED, CONTROLS, Comparison, Trial
 from filterfold.bench.trials.context import RunContext
 from filterfold.bench.trials.records import Record
 from filterfold.bench.trials.runner import compare
+from filterfold.bench.trials.setting import Setting
 from filterfold.errors import ConfigError
 from filterfold.surgery.checkpoint import load, save
 

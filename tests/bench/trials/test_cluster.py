@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from filterfold.bench.trials import ray, records, runner
-from filterfold.bench.trials.config import Comparison, Setting, Trial
+from filterfold.bench.trials.config import Comparison, Trial
 from filterfold.bench.trials.context import RunContext
 from filterfold.bench.trials.ray import RayCluster
+from filterfold.bench.trials.setting import Setting
 from filterfold.errors import ConfigError
 
 from .test_parallel import figures, kill_the_driver_and_go_on

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from filterfold.bench.trials.config import Comparison, Setting, Trial
+from filterfold.bench.trials.config import Comparison, Trial
 from filterfold.bench.trials.context import Deadline, Stopped, seconds
 from filterfold.bench.trials.method_names import Method
+from filterfold.bench.trials.setting import Setting
 from filterfold.errors import ConfigError, FilterfoldError, RecordError
 
 SETTING = Setting("vgg_small", "digits", recipe={"epochs": 2, "lr": 0.1})

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from filterfold.bench.trials.config import Setting, Trial
+from filterfold.bench.trials.config import Trial
 from filterfold.bench.trials.context import RunContext
 from filterfold.bench.trials.costs import train_images, train_macs
 from filterfold.bench.trials.runner import compare
+from filterfold.bench.trials.setting import Setting
 from filterfold.training import Row
 
 SETTING = Setting(

@@ -12,8 +12,9 @@ from filterfold import prune
 from filterfold.bench.report.plots import catching_up, crossover, lengths
 from filterfold.bench.report.study import studies
 from filterfold.bench.trials import runner
-from filterfold.bench.trials.config import Comparison, Setting
+from filterfold.bench.trials.config import Comparison
 from filterfold.bench.trials.context import RunContext
+from filterfold.bench.trials.setting import Setting
 from filterfold.surgery.checkpoint import load
 
 SETTING = Setting(

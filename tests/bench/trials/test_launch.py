@@ -12,8 +12,9 @@ import pytest
 from filelock import FileLock
 
 from filterfold.bench.trials import records, runner
-from filterfold.bench.trials.config import Comparison, Setting, Trial
+from filterfold.bench.trials.config import Comparison, Trial
 from filterfold.bench.trials.context import RunContext, Stopped, resolve
+from filterfold.bench.trials.setting import Setting
 from filterfold.errors import DataError, ModelError, RecordError
 
 SETTING = Setting("vgg_small", "digits", recipe={"epochs": 1})
@@ -185,7 +186,9 @@ def test_clearing_removes_a_run_and_nothing_else(tmp_path: Path, lab: Lab) -> No
     runner.compare(COMPARISON, folder)
     (folder / "notes.txt").write_text("mine")
     runner.clear(folder)
-    assert sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")) == ["notes.txt"]
+    left = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    assert left == ["comparison.json", "notes.txt"]  # killed now, it is a run folder still
+    (folder / "comparison.json").unlink()
     (folder / "records").mkdir()
     (folder / "records" / "x.json").write_text(json.dumps({}))
     runner.clear(folder)  # holds no comparison: not ours

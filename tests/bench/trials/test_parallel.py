@@ -18,10 +18,11 @@ import pytest
 from typer.testing import CliRunner
 
 from filterfold.bench.trials import records, runner
-from filterfold.bench.trials.config import Comparison, Setting, Trial
+from filterfold.bench.trials.config import Comparison, Trial
 from filterfold.bench.trials.context import RunContext, lock
 from filterfold.bench.trials.methods import must_wait
 from filterfold.bench.trials.parallel import Parallel
+from filterfold.bench.trials.setting import Setting
 from filterfold.cli.app import app
 from filterfold.errors import ConfigError
 from filterfold.utils.io import write_json

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from filterfold.bench.trials import records
-from filterfold.bench.trials.config import Setting, Trial
+from filterfold.bench.trials.config import Trial
 from filterfold.bench.trials.runner import failure
+from filterfold.bench.trials.setting import Setting
 from filterfold.errors import RecordError
 
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 import filterfold as ff
 from filterfold.bench.trials import context as contexts
-from filterfold.bench.trials.config import COMPARED, CONTROLS, Comparison, Setting, Trial
+from filterfold.bench.trials.config import COMPARED, CONTROLS, Comparison, Trial
 from filterfold.bench.trials.context import RunContext
 from filterfold.bench.trials.records import read_all
 from filterfold.bench.trials.runner import compare
+from filterfold.bench.trials.setting import Setting
 from filterfold.bench.trials.start import Start, input_of, noted_input
 from filterfold.data import load as load_data
 from filterfold.errors import CheckpointError, ConfigError, RecordError

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from filterfold.bench.trials import records, runner, timing
-from filterfold.bench.trials.config import Setting, Trial
+from filterfold.bench.trials.config import Trial
 from filterfold.bench.trials.context import Deadline, RunContext, Stopped
+from filterfold.bench.trials.setting import Setting
 from filterfold.surgery.checkpoint import save
 
 SETTING = Setting("vgg_small", "digits", width=0.125)

@@ -11,9 +11,10 @@ from torch import nn
 from ...errors import ConfigError
 from ...profiling.macs import measure
 from ...surgery.checkpoint import load
-from ..trials.config import Comparison, Setting
+from ..trials.config import Comparison
 from ..trials.context import RunContext
 from ..trials.records import Record
+from ..trials.setting import Setting
 from ..trials.start import Start
 from .recipe import CountedTrial, PruningRecipe
 

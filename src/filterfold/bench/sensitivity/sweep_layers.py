@@ -78,7 +78,8 @@ def sweep(
     - `layers`: names or glob patterns of groups; all that can be cut, if empty.
     - `images`: use at most so many images of the split, drawn by `seed`; None: all.
     - `loader`: batches `(images, labels)` for criteria that read data; run once for each of them.
-    - `path`: file that partial results are written to after every batch, and gone on from. It is removed at the end.
+    - `path`: file that results are written to after every batch, and gone on from; yours to remove once what this
+      returns is kept.
     - `seed`: for the random criterion, and which images are used.
 
     **Returns:** the curves.
@@ -112,10 +113,7 @@ def sweep(
             for batch_is_over in track(counting, "sensitivity", steps):
                 if batch_is_over and path is not None:
                     run.save(path, identity)
-    found = run.result(_stages(run.groups, measure(model, example)))
-    if path is not None:
-        path.unlink(missing_ok=True)
-    return found
+    return run.result(_stages(run.groups, measure(model, example)))
 
 
 class _Sweep:
@@ -283,8 +281,7 @@ def _identity(model: nn.Module, split: AnySplit, plans: dict[Key, Plan], seed: i
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    digest.update(split.labels.cpu().numpy().tobytes())
-    digest.update(repr((split.normalization, len(split), seed)).encode())
+    digest.update(repr((split.fingerprint, split.normalization, seed)).encode())
     for key, plan in plans.items():
         digest.update(repr((key, plan.cuts[0].assignment)).encode())
     return digest.hexdigest()[:16]

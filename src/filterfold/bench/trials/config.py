@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from ...errors import ConfigError, RecordError
 from ...utils.io import write_json
 from .method_names import Method
-from .start import Start
+from .setting import Setting, without_unused
 
 FORMAT = 1
 
@@ -50,72 +50,6 @@ class Described(TypedDict):
     data: str
     seed: int
     options: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """What all trials of a comparison have in common.
-
-    **Arguments:**
-
-    - `model`, `width`: name for `zoo.build`, and its width multiplier.
-    - `data`, `data_options`: source and keyword arguments for `data.load`.
-    - `recipe`: fields of `training.Recipe`, all but the seed, which is the trial's.
-    - `retrain_epochs`, `retrain_lr`: training after a one-shot cut, at a constant learning rate. Li et al. 2017, §4:
-      .001, 40 epochs on CIFAR-10.
-    - `round_to`: kept widths are multiples of this.
-    - `online`: options for `OnlineFilterClustering` other than the number of clusters.
-    - `shares`: layer or pattern → share of the filters that stays, for methods that cut afterwards and are given none.
-    - `follow`: `shortcut`, or None; see `criteria.score`.
-    - `retrain`, `scratch`: fields of `training.Recipe` in which retraining, and training the small network from
-      scratch, differ from a constant `retrain_lr`, and from `recipe`.
-    - `weights`: file with the weights that networks begin with. Without `start`'s `tune` they are those of the dense
-      network, which is then not trained.
-    - `start`: what else is to be known about them: the other fields of `Start`.
-    - `distill`: how methods with `+distill` are taught: `weight` and `temperature` (see `ff.Distillation`), `teacher`,
-      a file with a network's weights, and their `fingerprint`.
-    """
-
-    model: str
-    data: str
-    width: float = 1.0
-    data_options: Mapping[str, Any] = field(default_factory=dict)
-    recipe: Mapping[str, Any] = field(default_factory=dict)
-    retrain_epochs: int = 40
-    retrain_lr: float = 0.001
-    round_to: int = 1
-    online: Mapping[str, Any] = field(default_factory=dict)
-    shares: Mapping[str, float] = field(default_factory=dict)
-    follow: str | None = None
-    retrain: Mapping[str, Any] = field(default_factory=dict)
-    scratch: Mapping[str, Any] = field(default_factory=dict)
-    weights: str | None = None
-    start: Mapping[str, Any] = field(default_factory=dict)
-    distill: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Refuse values that make no sense."""
-        for name, value, good in (
-            ("width", self.width, self.width > 0),
-            ("retrain_epochs", self.retrain_epochs, self.retrain_epochs >= 0),
-            ("retrain_lr", self.retrain_lr, self.retrain_lr > 0),
-            ("round_to", self.round_to, self.round_to >= 1),
-        ):
-            if not good:
-                raise ConfigError(f"{name} = {value:g} makes no sense here")
-        try:
-            self.begins  # noqa: B018  # refuses what makes no sense
-        except TypeError as error:
-            raise ConfigError(f"start has an entry that this version does not know: {error}") from error
-
-    @property
-    def begins(self) -> Start:
-        """What networks begin with."""
-        return Start(self.weights, **self.start)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values; fields that came later only where they are used, so that names of trials stay as they were."""
-        return _without_unused(asdict(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,7 +240,9 @@ class Comparison:
         ]
         return cls(setting, tuple({trial.id: trial for trial in trials}.values()))
 
-    def claim(self, folder: Path, command: str | None = None, *, ours: bool = False) -> None:
+    def claim(
+        self, folder: Path, command: str | None = None, *, fresh: bool = False, images: str | None = None
+    ) -> None:
         """Take a run folder for this comparison, or take it up again.
 
         More trials of the same setting (further seeds, methods, numbers of clusters) may join a folder.
@@ -314,36 +250,41 @@ class Comparison:
         **Arguments:**
 
         - `command`: noted as the way to redo this.
-        - `ours`: whether the folder is known to be a run folder, whatever else lies in it.
+        - `fresh`: whether the run that the folder held has been removed.
+        - `images`: fingerprint of the data set; None: that of the folder.
 
         **Raises:** `RecordError` if the folder holds another comparison, or files that are none of ours.
         """
-        entries = self.entries(folder, ours=ours)
+        entries = self._entries if fresh else self.entries(folder)
+        if not fresh and (known := images_of(folder)) is not None:
+            refuse_other_images(folder, known, images or known)
+            images = known
         document = {"format": FORMAT, "setting": self.setting.to_dict(), "trials": entries, "command": command}
+        document |= {"images": images} if images else {}
         write_json(Path(folder) / FILE, document)
 
-    def entries(self, folder: Path, *, ours: bool = False) -> dict[str, Any]:
+    def entries(self, folder: Path) -> dict[str, Any]:
         """The trials of a folder once this comparison has joined it: id → method, seed, budget; see `claim`."""
-        entries = {trial.id: _budget(trial) for trial in self.trials}
         if (Path(folder) / FILE).exists():
             found = description(Path(folder))
-            there, here = _without_unused(found["setting"]), json.loads(json.dumps(self.setting.to_dict()))
-            if difference := _difference(there, here):
-                if difference.startswith("start.fingerprint"):
-                    difference = f"{self.setting.weights or 'the hub'} holds other weights now: {difference}"
+            if difference := self.difference(found):
                 raise RecordError(f"{folder} holds a different comparison ({difference}); give another folder")
-            return {**found["trials"], **entries}
-        if not ours and Path(folder).is_dir() and any(Path(folder).glob("[!.]*")):
+            return {**found["trials"], **self._entries}
+        if Path(folder).is_dir() and any(Path(folder).glob("[!.]*")):
             raise RecordError(f"{folder} is not empty and holds no comparison; give another folder")
-        return entries
+        return self._entries
 
+    @property
+    def _entries(self) -> dict[str, Any]:
+        return {trial.id: _budget(trial) for trial in self.trials}
 
-_LATER = ("shares", "follow", "retrain", "scratch", "weights", "start", "distill")
-"""Fields of a setting that came after the first records."""
-
-
-def _without_unused(setting: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in setting.items() if value or name not in _LATER}
+    def difference(self, found: Mapping[str, Any]) -> str | None:
+        """In what the setting of a run folder's description is another one, in words."""
+        there, here = without_unused(found["setting"]), json.loads(json.dumps(self.setting.to_dict()))
+        difference = _difference(there, here)
+        if difference and difference.startswith("start.fingerprint"):
+            return f"{self.setting.weights or 'the hub'} holds other weights now: {difference}"
+        return difference
 
 
 def _budgets(method: str, clusters: Sequence[int], shares: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -378,6 +319,23 @@ def description(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise RecordError(f"{path}: not a comparison's description ({error}); give another folder") from error
     return document
+
+
+def images_of(folder: Path) -> str | None:
+    """Fingerprint of the data set that the trials of a run folder see; None: no run, or the first versions' did."""
+    return description(folder).get("images") if (folder / FILE).exists() else None
+
+
+def refuse_other_images(where: Path | str, known: str, found: str) -> None:
+    """Refuse images or labels that are not those that runs began with.
+
+    **Raises:** `RecordError`.
+    """
+    if found != known:
+        raise RecordError(
+            f"{where}: the images or labels are not those that this was begun with: fingerprint {found}, {known} then; "
+            "give another folder"
+        )
 
 
 def _difference(there: Any, here: Any, where: str = "") -> str | None:

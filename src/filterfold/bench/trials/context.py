@@ -22,7 +22,8 @@ from ...surgery.weights import Loaded, Weights
 from ...training import Callback, Recipe, Row, Tracker, check_trackers, tracking, train
 from ...training.evaluate import check_fit
 from ...zoo import build
-from .config import Setting, Trial
+from .config import Trial, refuse_other_images
+from .setting import Setting
 from .start import Start, shown
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
@@ -76,6 +77,7 @@ class RunContext:
     - `deadline`: when to stop.
     - `cache_dir`: where decoded data sets are kept; None for the usual place.
     - `trackers`: names of `training.TRACKERS`.
+    - `images`: fingerprint that the data set must have; None: any.
     """
 
     setting: Setting
@@ -84,6 +86,7 @@ class RunContext:
     deadline: Deadline = field(default_factory=lambda: Deadline(None))
     cache_dir: Path | None = None
     trackers: Sequence[str] = ()
+    images: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse a device that is not there, and trackers that are not installed."""
@@ -96,8 +99,14 @@ class RunContext:
 
     @cached_property
     def data(self) -> datasets.ImageData:
-        """The data set, loaded when it is first asked for."""
-        return datasets.load(self.setting.data, cache_dir=self.cache_dir, **self.setting.data_options)
+        """The data set, loaded when it is first asked for.
+
+        **Raises:** `RecordError` if it is not the one that the trials of the run folder were begun with.
+        """
+        found = datasets.load(self.setting.data, cache_dir=self.cache_dir, **self.setting.data_options)
+        if self.images is not None:
+            refuse_other_images(self.setting.data, self.images, found.fingerprint)
+        return found
 
     @cached_property
     def weights(self) -> Weights | None:

@@ -19,8 +19,9 @@ from ...errors import RecordError
 from ...online import ClusterRow
 from ...training import Row
 from ...utils.io import write_json
-from .config import Described, Setting, Trial, description
+from .config import Described, Trial, description
 from .context import is_locked
+from .setting import Setting
 
 FORMAT = 1
 
@@ -94,12 +95,17 @@ class Timing(TypedDict):
     wasted: NotRequired[list[str]]
 
 
-class Record(Described):
+class _Later(TypedDict, total=False):
+    images: str
+
+
+class Record(Described, _Later):
     """One trial.
 
     - `method`, `label`, `clusters`, `model`, `data`, `seed`, `options`: the trial, enough to redo it
       (`Trial.from_dict`). Trials of one label differ by the seed only.
     - `id`: the trial's name, made from the above. `reason` says why a failed one failed.
+    - `images`: fingerprint of the data set's pixels and labels; the first records did not have it yet.
     """
 
     format: int

@@ -21,7 +21,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Generator, Iterator, MutableSequence, Sequence
+from collections.abc import Generator, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ from ...training.loggers import LOGS
 from ...utils.progress import track
 from . import records
 from .config import FILE as DESCRIPTION
-from .config import Comparison, Trial
+from .config import Comparison, Trial, images_of
 from .context import Deadline, RunContext, Stopped, lock
 from .methods import must_wait
 from .records import Record
@@ -208,16 +208,18 @@ def compare(
     `ModelError` for a setting that no trial could run with.
     """
     folder = Path(folder)
-    context = RunContext(comparison.setting, folder, device, Deadline(stop_after), cache_dir, trackers)
+    known = None if fresh else images_of(folder)
+    context = RunContext(comparison.setting, folder, device, Deadline(stop_after), cache_dir, trackers, known)
     # what would make every trial fail, and a folder of something else, is refused before the folder is touched
     if missing := comparison.trials if fresh else _missing(comparison, folder):
         check(missing, context)
+        context.images = context.data.fingerprint
     if not (fresh and (folder / DESCRIPTION).exists()):
         comparison.entries(folder)
     ran: list[str] = []
     timed = False
     with _alone_in(folder):
-        comparison.claim(folder, command, ours=fresh and clear(folder))
+        comparison.claim(folder, command, fresh=fresh and clear(folder), images=context.images)
         missing = _missing(comparison, folder)
         if missing and (begins := context.told()):
             log.info("%s", begins)
@@ -226,9 +228,11 @@ def compare(
                 for record in track(running, "trials", len(missing)):
                     ran.append(record["id"])
                     _announce(record, len(ran), len(missing))
-            finished = list(records.finished(_recorded(comparison, folder)).values())
-            measure_together(finished, context, timing_rounds, batch_sizes)
+            finished = records.finished(_recorded(comparison, folder))
+            measure_together(list(finished.values()), context, timing_rounds, batch_sizes)
             timed = True
+            for trial in comparison.trials:
+                _tidy(trial, context, finished)
         except Stopped:
             log.info("the time is up; the same command goes on from here")
         everything = _recorded(comparison, folder)
@@ -237,14 +241,25 @@ def compare(
 
 
 def clear(folder: Path) -> bool:
-    """Remove a run from its folder: what this package puts there, and nothing else. Whether there was one."""
+    """Remove a run from its folder: what this package puts there, and nothing else. Whether there was one.
+
+    Its description stays until another is written: the folder is known for a run folder, whatever else lies in it.
+    """
     if not (folder / DESCRIPTION).exists():
         return False
     for name in (records.FOLDER, "models", "bases", "work", "plots", "tables", LOGS):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("model.safetensors", "report.html", DESCRIPTION):
+    for name in ("model.safetensors", "report.html"):
         (folder / name).unlink(missing_ok=True)
     return True
+
+
+def _tidy(trial: Trial, context: RunContext, finished: Mapping[str, Record]) -> None:
+    """Remove what a trial needs no more: it was killed after its record was written, before it did so itself."""
+    if trial.id in finished:
+        shutil.rmtree(context.work(trial.id), ignore_errors=True)
+    if context.base_file(trial.base.id, ".json").exists() and not context.is_locked(f"base-{trial.base.id}"):
+        shutil.rmtree(context.work(trial.base.id), ignore_errors=True)
 
 
 def _recorded(comparison: Comparison, folder: Path) -> list[Record]:
@@ -276,6 +291,8 @@ def _alone_in(folder: Path) -> Iterator[None]:
         held.acquire(blocking=False)
     except Timeout:
         raise RecordError(f"{folder}: another process is working there; wait for it, or give another folder") from None
+    except NotImplementedError:
+        raise RecordError(f"{folder}: its file system knows no locks (flock); give a folder on another one") from None
     try:
         yield
     finally:

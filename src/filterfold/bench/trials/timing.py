@@ -18,6 +18,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -105,6 +106,7 @@ def measure_together(
         log.info("timing: %d of %d networks are not in the run folder and are left out", gone, len(finished))
     key = hashlib.sha256(" ".join(sorted(record["id"] for record in there)).encode()).hexdigest()[:16]
     if all(_is_timed(record, key, batch_sizes) for record in there):
+        _kept(context).unlink(missing_ok=True)  # killed before it was removed
         return []
     timing = _TimingPass(there, context, batch_sizes, key)
     try:
@@ -127,6 +129,11 @@ def _is_timed(record: Record, key: str, batch_sizes: Sequence[int]) -> bool:
     return timing.get("asked", list(batch_sizes)) == list(batch_sizes)
 
 
+def _kept(context: RunContext) -> Path:
+    """Where a timing pass that was interrupted keeps what it has measured."""
+    return context.work("timing.json")
+
+
 class _TimingPass:
     """The networks that are timed together, and what was measured so far.
 
@@ -143,7 +150,7 @@ class _TimingPass:
         ]
         self.seconds: dict[str, list[list[float]]] = {name: [[] for _ in [*finished, None]] for name in self.columns}
         self.wasted: dict[str, list[str]] = {}
-        self.kept = context.work("timing.json")
+        self.kept = _kept(context)
         threads = str(torch.get_num_threads())
         self.conditions = [key, device_name(context.device), processor(), threads, *self.columns]
         try:

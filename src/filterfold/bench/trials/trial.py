@@ -6,7 +6,7 @@ import json
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
 from ...errors import ConfigError, FilterfoldError
 from ...plan import Plan
@@ -62,15 +62,12 @@ def run_trial(trial: Trial, context: RunContext, *, command: str | None = None) 
         best_top1=_best(trained.history, final),
         widths=_widths(trained.plans),
     )
-    return {
-        **_unfinished(trial, context.device, command, started),
-        "status": "finished",
-        "result": result,
-        "dense": Dense(macs=dense.macs, parameters=dense.parameters, weights=dense.weights),
-        "history": trained.history,
-        "clusters_history": trained.clusters,
-        "timing": timing,
-    }
+    record = _unfinished(trial, context.device, command, started)
+    record["status"], record["result"], record["timing"] = "finished", result, timing
+    record["dense"] = Dense(macs=dense.macs, parameters=dense.parameters, weights=dense.weights)
+    record["history"], record["clusters_history"] = trained.history, trained.clusters
+    record["images"] = context.data.fingerprint
+    return record
 
 
 def failure(trial: Trial, error: Exception, device: str, command: str | None, started: str) -> Record:
@@ -111,22 +108,10 @@ def now() -> str:
 
 def _unfinished(trial: Trial, device: str, command: str | None, started: str) -> Record:
     """A record without an outcome yet."""
-    return Record(
-        format=records.FORMAT,
-        id=trial.id,
-        status="failed",
-        reason=None,
-        **trial.to_dict(),
-        result=None,
-        dense=None,
-        history=[],
-        clusters_history=[],
-        timing=None,
-        environment=describe(device),
-        command=command,
-        started=started,
-        finished=now(),
-    )
+    about = dict(format=records.FORMAT, id=trial.id, status="failed", reason=None, **trial.to_dict())
+    outcome: dict[str, Any] = {"result": None, "dense": None, "history": [], "clusters_history": [], "timing": None}
+    where = {"environment": describe(device), "command": command, "started": started, "finished": now()}
+    return cast(Record, {**about, **outcome, **where})
 
 
 def _widths(plans: Sequence[Plan]) -> dict[str, list[int]]:

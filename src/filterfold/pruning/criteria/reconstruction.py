@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from math import ceil
 from typing import Any
 
@@ -22,6 +23,10 @@ from .registry import Batch, Evidence, criterion
 
 _LARGEST = 8192
 """Inputs of a layer, at most: their products take 512 MiB."""
+
+
+_TRAINED = 0.1
+"""The ridge where training follows."""
 
 
 _AT_ONCE = 64
@@ -60,11 +65,14 @@ class _Reader:
 
     With X its centred inputs, W its kernels and H = (XᵀX + λ)⁻¹, leaving out the inputs b and solving the others anew
     costs tr(W_bᵀ H_bb⁻¹ W_b); then W and H are those of the layer without b (Hassibi & Stork 1993, equations 5 and 9,
-    for blocks of weights and for all outputs at once). λ is the ridge of `RIDGES` that serves best where every second
-    unit is left out: the others are solved anew on half of the examples, and judged on the other half.
+    for blocks of weights and for all outputs at once). Unless λ is given, it is the ridge of `RIDGES` that serves best
+    where every second unit is left out: the others are solved anew on half of the examples, and judged on the other
+    half.
     """
 
-    def __init__(self, units: Sequence[int], weight: Tensor, grams: Sequence[Tensor], energy: float) -> None:
+    def __init__(
+        self, units: Sequence[int], weight: Tensor, grams: Sequence[Tensor], energy: float, ridge: float | None
+    ) -> None:
         self.energy = energy
         each = weight.shape[1] // len(units)  # kernel positions of a channel
         owned: dict[int, list[int]] = {}
@@ -74,9 +82,10 @@ class _Reader:
         self.owned = owned
         self.weight = weight
         *halves, gram = grams
-        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(ridged(gram, self._ridge(halves), len(gram[0]))))
+        ridge = self._best_ridge(halves) if ridge is None else ridge
+        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(ridged(gram, ridge, len(gram[0]))))
 
-    def _ridge(self, halves: Sequence[Tensor]) -> float:
+    def _best_ridge(self, halves: Sequence[Tensor]) -> float:
         gone = sorted(place for unit in sorted(self.owned)[1::2] for place in self.owned[unit])
         left, at = (self._index(places) for places in (sorted({*range(self.weight.shape[1])} - {*gone}), gone))
         lost = self.weight[:, at]
@@ -164,7 +173,9 @@ def _gathered(
     return found, others
 
 
-def _losses(model: nn.Module, groups: Sequence[ChannelGroup], batches: Iterable[Batch], _loss: Any) -> Evidence:
+def _losses(
+    model: nn.Module, groups: Sequence[ChannelGroup], batches: Iterable[Batch], _loss: Any, ridge: float | None = None
+) -> Evidence:
     """Group name → what the layers behind it lose with each unit, shape `(size,)`."""
     first: dict[int, str] = {}
     names = {name: first.setdefault(id(tensor), name) for name, tensor in named_tensors(model)}
@@ -175,7 +186,7 @@ def _losses(model: nn.Module, groups: Sequence[ChannelGroup], batches: Iterable[
         readers, why = [], []
         for part in _kernels([group]):
             entries = [entry for key, entry in inputs.items() if key[0] == names[part.tensor]]
-            own = [reader for entry in entries for reader in _readers(part.units, entry)]
+            own = [reader for entry in entries for reader in _readers(part.units, entry, ridge)]
             readers += own
             if not own:
                 size = tensors[part.tensor][0].numel()
@@ -192,15 +203,15 @@ def _kernels(groups: Iterable[ChannelGroup]) -> list[Slice]:
     return [part for group in groups for part in group.consumers if part.role == "kernel"]
 
 
-def _readers(units: Sequence[int], inputs: _Inputs) -> list[_Reader]:
+def _readers(units: Sequence[int], inputs: _Inputs, ridge: float | None) -> list[_Reader]:
     """One reader; one for each group of a convolution whose groups read different units; none where they don't fit."""
     grams, weight = inputs.grams(), inputs.weight
     energy = float((weight * (grams[-1] @ weight)).sum()) or 1.0
     size, groups = inputs.channels, len(weight)
     if groups > 1 and len(units) == groups * size:
         parts = ((slice(group, group + 1), units[group * size : (group + 1) * size]) for group in range(groups))
-        return [_Reader(own, weight[one], [gram[one] for gram in grams], energy) for one, own in parts]
-    return [_Reader(units, weight, grams, energy)] if weight.shape[1] % len(units) == 0 else []
+        return [_Reader(own, weight[one], [gram[one] for gram in grams], energy, ridge) for one, own in parts]
+    return [_Reader(units, weight, grams, energy, ridge)] if weight.shape[1] % len(units) == 0 else []
 
 
 def _eliminated(size: int, readers: Sequence[_Reader]) -> Tensor:
@@ -228,6 +239,17 @@ def reconstruction(group: ChannelGroup, evidence: Evidence) -> Tensor:
     elimination by the error ‖X W - X_S W'‖² / ‖X W‖² of the layers that read the group (summed over them), W' the
     least-squares kernels for what is left. ThiNet (Luo et al., ICCV 2017, equation 6) chooses channels by the error of
     the next layer with its kernels as they are; here the kernels are re-solved at each step, as the optimal brain
-    surgeon does for single weights (Hassibi & Stork 1993). Made for cuts that `repair` follows.
+    surgeon does for single weights (Hassibi & Stork 1993). Made for cuts that `repair` follows, and no training: a
+    layer whose new kernels can't be told from so few images counts as one that can't do without its units.
+    """
+    return evidence[group.name]
+
+
+@criterion("reconstruction-then-train", gather=partial(_losses, ridge=_TRAINED), across_layers=True)
+def reconstruction_then_train(group: ChannelGroup, evidence: Evidence) -> Tensor:
+    """`reconstruction` for cuts that training follows, on far more images than the criterion sees.
+
+    What training will find need not be told from the few images here, so every layer gets the same weak ridge, .1,
+    instead of one that is judged on images left out. Deep layers with small maps then give more.
     """
     return evidence[group.name]
