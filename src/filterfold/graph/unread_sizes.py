@@ -34,6 +34,10 @@ _OUTPUTS = re.compile(
 _OF_LAYERS = ("in_channels", "out_channels", "in_features", "out_features", "groups", "num_features", "num_channels")
 
 
+_LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.GroupNorm)
+"""Layers whose attributes surgery sets."""
+
+
 def unread_sizes(model: nn.Module, plan: Plan, traced: Traced) -> tuple[tuple[AttributeChange, ...], tuple[str, ...]]:
     """Attributes that hold the size of something that a plan cuts.
 
@@ -41,23 +45,29 @@ def unread_sizes(model: nn.Module, plan: Plan, traced: Traced) -> tuple[tuple[At
 
     **Returns:** the changes that are certain, and the names of those attributes of which it is not (`block.dim_out`).
     """
-    predicted = PredictedSizes(traced.sizes.assembly, plan)
-    after = _layer_sizes(model, plan)
+    held = [
+        (name, attribute, value)
+        for name, module in model.named_modules()
+        if not isinstance(module, _LAYERS)
+        for attribute, value in vars(module).items()
+        if type(value) is int and value > 1 and _means_a_size(attribute)
+    ]
+    if not held:
+        return (), ()
+    predicted, after = PredictedSizes(traced.sizes.assembly, plan), _layer_sizes(model, plan)
     changes: list[AttributeChange] = []
     unsure: list[str] = []
-    modules = dict(model.named_modules())
-    for name, module in modules.items():
-        if name in after:
-            continue  # a layer whose attributes surgery sets
-        for attribute, value in vars(module).items():
-            if type(value) is not int or value < 2 or attribute.startswith("_"):
-                continue
-            found = set(_possible(name, attribute, value, traced, predicted, after))
-            if len(found) == 1 and found != {value}:
-                changes.append(AttributeChange(name, attribute, value, found.pop()))
-            elif found - {value}:
-                unsure.append(f"{name}.{attribute}" if name else attribute)
+    for name, attribute, value in held:
+        found = set(_possible(name, attribute, value, traced, predicted, after))
+        if len(found) == 1 and found != {value}:
+            changes.append(AttributeChange(name, attribute, value, found.pop()))
+        elif found - {value}:
+            unsure.append(f"{name}.{attribute}" if name else attribute)
     return tuple(changes), tuple(unsure)
+
+
+def _means_a_size(attribute: str) -> bool:
+    return attribute in _OF_LAYERS or bool(_INPUTS.fullmatch(attribute) or _OUTPUTS.fullmatch(attribute))
 
 
 def _possible(

@@ -211,7 +211,7 @@ def _new_tensors(
             raise SurgeryError(f"{name} has a sparse gradient: call optimizer.zero_grad() before cutting")
         new = cache.cut(name, tensor, edit, kind)
         changes[name] = (tensor, new, None if grad is None else cut_tensor(grad, edit))
-    for norm in normed_weights(model):
+    for norm in normed_weights(model, edits):
         if not edits.keys().isdisjoint(norm.names):
             after = {**tensors, **{name: entry[1] for name, entry in changes.items()}}
             before = dict(tensors)

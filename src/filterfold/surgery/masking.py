@@ -49,7 +49,7 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[None]:
     """
     tensors = dict(named_tensors(unwrap(model)))
     memory = Counter(_address(tensor) for tensor in {id(tensor): tensor for tensor in tensors.values()}.values())
-    norms = {norm.weight: norm for norm in normed_weights(unwrap(model))}
+    norms = {norm.weight: norm for norm in normed_weights(unwrap(model), _touched(plan.cuts))}
     estimates = _Estimates(norms.values(), tensors)
     with _Replacements() as replacements:
         for cut in plan.cuts:
@@ -89,7 +89,7 @@ def emptied(model: nn.Module, cuts: Sequence[Cut]) -> Iterator[None]:
     (True, False)
     """
     tensors = dict(named_tensors(unwrap(model)))
-    norms = list(normed_weights(unwrap(model)))
+    norms = list(normed_weights(unwrap(model), _touched(cuts)))
     directions = {norm.weight for norm in norms if norm.left is None}  # a length of zero would divide
     estimates = _Estimates(norms, tensors)
     with _Replacements() as replacements:
@@ -197,6 +197,10 @@ def _in_place(data: Tensor, users: int) -> bool:
     if data.numel() < _LARGE or data.device.type != "cpu" or not alone:
         return False
     return not data.is_shared()  # type: ignore[no-untyped-call]
+
+
+def _touched(cuts: Iterable[Cut]) -> set[str]:
+    return {part.tensor for cut in cuts for part in (*cut.producers, *cut.consumers)}
 
 
 def _once(parts: Sequence[Slice], tensors: Mapping[str, Tensor]) -> list[Slice]:

@@ -8,7 +8,7 @@ uᵀWv of the largest singular value then is what it was.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -60,15 +60,22 @@ class NormedWeight:
         return torch.where((top == 0) | (bottom == 0), torch.ones_like(top), top / bottom)
 
 
-def normed_weights(model: nn.Module) -> Iterator[NormedWeight]:
+_NAMES = ("_v", "_g", "_u", "_orig", ".original", ".original0", ".original1")
+"""How the names of their tensors end."""
+
+
+def normed_weights(model: nn.Module, touched: Iterable[str]) -> Iterator[NormedWeight]:
     """All weights of a model under weight norm or spectral norm, by hook or by parametrisation.
 
-    >>> list(normed_weights(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))))[0].target
+    `touched`: names of the tensors that change; if none of them can belong to such a weight, nothing is looked for.
+
+    >>> model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
+    >>> list(normed_weights(model, [name for name, _ in model.named_parameters()]))[0].target
     '0.parametrizations.weight.original0'
     """
-    lists = nn.utils.parametrize.ParametrizationList
-    if not any(module._forward_pre_hooks or isinstance(module, lists) for module in model.modules()):
+    if not any(name.endswith(_NAMES) for name in touched):
         return  # nearly always
+    lists = nn.utils.parametrize.ParametrizationList
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         for hook in module._forward_pre_hooks.values():

@@ -49,7 +49,8 @@ class Snapshot:
             attributes = vars(module)
             self._attributes.append((attributes, attributes.copy()))
             for name, value in attributes.items():
-                if type(value) in _ATOMS:
+                kind = type(value)
+                if kind in _ATOMS or (kind is tuple and _ATOMS.issuperset(map(type, value))):
                     continue
                 if name not in _OWN:
                     self._look_into(value, 0)
@@ -127,7 +128,7 @@ def _same_content(first: Any, second: Any) -> bool:
     if isinstance(first, set):
         return bool(first == second)
     if isinstance(first, dict):
-        return list(first) == list(second) and all(map(is_, first.values(), second.values()))
+        return first.keys() == second.keys() and all(map(is_, first.values(), second.values()))
     return all(map(is_, first, second))
 
 
