@@ -390,7 +390,7 @@ FROZEN: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: Net(lambda m, x: m.b(m.a(x)[:, 2:3] + m.a(x)[:, 3].unsqueeze(1)), a=conv(3, 6), b=conv(1, 2)),
         "a",
     ),
-    "no rule for _fft_r2c": (
+    "transformed over in _fft": (
         lambda: Net(lambda m, x: m.b(torch.fft.fft(m.a(x), dim=1).real), a=conv(3, 6), b=conv(6, 2)),
         "a",
     ),

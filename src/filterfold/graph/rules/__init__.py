@@ -63,6 +63,7 @@ def broadcast(tracer: Tracer, call: Call, tensors: list[Tensor], ndim: int) -> L
 
 
 @rule("pointwise", "dropout", "feature_dropout", "alpha_dropout", "native_dropout", "relu6", "prelu_kernel")
+@rule("complex", "polar")
 def pointwise(tracer: Tracer, call: Call) -> Layout | None:
     """Element by element, with broadcasting."""
     if not isinstance(call.out, Tensor):

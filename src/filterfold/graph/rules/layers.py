@@ -234,6 +234,20 @@ def weight_norm(tracer: Tracer, call: Call) -> Any:
     return [layout, lengths] if isinstance(call.out, tuple | list) else layout
 
 
+@rule("fake_quantize_per_channel_affine", "fake_quantize_per_tensor_affine", "fused_moving_avg_obs_fake_quant")
+@rule("_fake_quantize_learnable_per_channel_affine", "_fake_quantize_learnable_per_tensor_affine")
+def fake_quantize(tracer: Tracer, call: Call) -> Layout:
+    """Rounding to a grid: one for all, or one for each position of an axis, whose entries go with it."""
+    x = call["self"]
+    layout = tracer.layout(x)
+    axis = call["axis"] if call["axis"] is not None else call["ch_axis"]
+    if axis is not None and call["per_row_fake_quant"] is not False:
+        for name in ("scale", "zero_point", "running_min", "running_max"):
+            _go_along(tracer, call, layout[axis], call[name], "norm")
+    tracer.table.alive += [vector for labels in layout for vector in labels or ()]
+    return layout
+
+
 def _spatial(count: int) -> Any:
     def apply(tracer: Tracer, call: Call) -> Any:
         """Pooling, resampling or padding over the last axes; the others pass."""

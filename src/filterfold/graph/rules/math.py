@@ -70,6 +70,22 @@ def cumulate(tracer: Tracer, call: Call) -> Any:
     return [layout] * len(call.out) if isinstance(call.out, tuple | list) else layout
 
 
+@rule("_fft_r2c", "_fft_c2r", "_fft_c2c")
+def fourier(tracer: Tracer, call: Call) -> Layout:
+    """A Fourier transform over some axes; the others pass."""
+    layout, dims = tracer.layout(call["self"]), _dims(call, call["self"].ndim)
+    for dim in dims:
+        tracer.table.freeze(layout[dim], f"transformed over in {call.site}")
+    return tuple(FIXED if place in dims else axis for place, axis in enumerate(layout))
+
+
+@rule("view_as_real", "view_as_complex")
+def pairs(tracer: Tracer, call: Call) -> Layout:
+    """Real and imaginary parts as a last axis of two."""
+    layout = tracer.layout(call["self"])
+    return (*layout, FIXED) if call.op == "view_as_real" else layout[:-1]
+
+
 @rule("glu")
 def glu(tracer: Tracer, call: Call) -> Layout:
     """The first half of an axis gated by the second."""
