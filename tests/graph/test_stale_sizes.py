@@ -271,3 +271,26 @@ def test_sizes_in_a_configuration_follow_the_cut(kind: Any, tmp_path: Path) -> N
     ff.save(model, tmp_path / "small.safetensors")
     again = ff.load(tmp_path / "small.safetensors", lambda: Configured(kind(sizes=[8, 12], name="x")).double().eval())
     torch.testing.assert_close(call(again, image()), call(model, image()))
+
+
+class Anchored(nn.Module):
+    """Makes a grid in forward, as detectors do, before it uses a width that it keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 12, 1), nn.Conv2d(12, 2, 1)
+        self.width = 12
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = torch.arange(x.shape[-1], dtype=x.dtype).detach() + torch.linspace(0, 1, x.shape[-1], dtype=x.dtype)
+        x = self.b(self.a(x + grid).relu())
+        return self.c(x.view(len(x), self.width, -1).relu().view(len(x), self.width, 8, 8))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_what_pytorch_adds_under_one_mode_only_is_no_step(batch: int) -> None:
+    """One example is traced while its cost is counted: `arange` is followed by a `detach` then."""
+    model = randomise(Anchored())
+    result = ff.prune(model, image()[:batch], keep=0.5, strict=True)
+    assert result.plan.widths == {"a": (8, 4), "b": (12, 6)}
+    assert model.width == 6

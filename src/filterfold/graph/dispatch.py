@@ -173,8 +173,9 @@ class Tracer:
             self.table.freeze(axis, reason)
 
 
-NO_STEP = ("detach", "detach_")
-"""Operations that are no steps: PyTorch adds them where it likes, such as after an `arange` under a second mode."""
+NO_STEP = ("detach", "detach_", "contiguous")
+"""Operations that are no steps: PyTorch adds a `detach` where it likes, such as after an `arange` under a second mode,
+and leaves `contiguous` out where there is nothing to do, as for the only head that is left."""
 
 
 def find_rule(func: Function, rules: Mapping[str, Rule]) -> tuple[str, Rule | None]:

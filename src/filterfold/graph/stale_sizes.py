@@ -17,7 +17,7 @@ from torch import nn
 from ..errors import TraceError
 from ..plan import AttributeChange, Plan
 from ..utils.modules import like
-from ..utils.size_slots import get_slot, graph_calls, set_slot, size_slots
+from ..utils.size_slots import GRAPH, get_slot, graph_calls, set_slot, size_slots
 from .dispatch import SizedLayout, Step
 from .predicted_sizes import PredictedSizes, replaced
 from .size_check import Attempt, WrongNumber, attempt
@@ -296,22 +296,32 @@ def _candidates(
     innermost module comes first, and those inside of it, which may have been used without being called, last.
     """
     ranked: list[tuple[int, int, AttributeChange]] = []
-    seen: set[int] = set()  # a configuration that many modules hold
     pairs = dict(replaced(given, wanted))
     running = list(reversed(list(dict.fromkeys(stack))))
     inner = f"{running[0]}." if running and running[0] else ""
     helpers = [name for name in modules if name.startswith(inner) and name not in running] if running else []
+    seen: set[int] = set()
     for depth, name in enumerate([*running, *helpers]):
         if isinstance(modules[name], _LAYERS):
             continue
         for attribute, value in size_slots(modules[name], seen).items():
-            if attribute.startswith("_"):
+            found = None if attribute.startswith("_") else _rewritten(value, given, wanted, pairs)
+            if found is None:
                 continue
-            found = _rewritten(value, given, wanted, pairs)
-            if found is not None:
-                new, rank = found
+            new, rank = found
+            if "." not in attribute or attribute.startswith(GRAPH):
                 ranked.append((rank, depth, AttributeChange(name, attribute, value, new)))
+            elif rank <= _HOLDS:  # a configuration holds many numbers, for all modules: of those only the very same
+                owner = _owner(modules, modules[name], attribute)
+                ranked.append((rank, depth + len(modules), AttributeChange(owner, attribute, value, new)))
     return [(rank, change) for rank, _, change in sorted(ranked, key=lambda entry: entry[:2])]
+
+
+def _owner(modules: Mapping[str, nn.Module], module: nn.Module, slot: str) -> str:
+    """The first module that holds the object that a slot lies in: one name for what many modules share."""
+    name = slot.partition(".")[0]
+    held = vars(module)[name]
+    return next(other for other, holder in modules.items() if vars(holder).get(name) is held)
 
 
 def _rewritten(value: Any, given: Any, wanted: Any, pairs: Mapping[int, int]) -> tuple[Any, int] | None:
