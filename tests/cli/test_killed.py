@@ -231,7 +231,7 @@ def test_an_error_at_any_write_is_one_line(
     writes: list[str] = []
 
     def write(path: str) -> None:
-        if path.endswith(".part"):  # all files are written under such names
+        if Path(path).name.startswith(".") and path.endswith(".part"):  # all files are written under such names
             writes.append(path)
             if len(writes) == last:
                 raise error
