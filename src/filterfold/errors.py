@@ -47,6 +47,10 @@ class ConfigError(FilterfoldError):
     """An option or configuration value that makes no sense."""
 
 
+class OutputError(FilterfoldError, OSError):
+    """A file or folder that can't be written."""
+
+
 class RecordError(FilterfoldError):
     """A results folder or record that is damaged or already taken."""
 

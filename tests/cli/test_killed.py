@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from errno import ENOSPC
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ COMMANDS = {
         *("--suggest", "loss=50", "--out", "RUN"),
     ],
 }
-STEPS = {"demo": 5, "recipe run": 2, "train online": 2}
+STEPS = {"demo": 8, "recipe run": 5, "compare": 3, "train online": 3}
 """Of the states that these leave when they are killed, every how many-th is gone on from. They share their storage with
 the others, and take longer."""
 
@@ -68,21 +69,23 @@ scratch = { error = 6.88 }
 
 Files = dict[str, bytes]
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.chmod"}
-_listening: list[Callable[[], None]] = []
+Tell = Callable[[str], None]
+_listening: list[Tell] = []
 
 
 def _heard(event: str, arguments: tuple[Any, ...]) -> None:
     """Tell of what changes files, just before it does. An audit hook stays for good, so there is only this one."""
     writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
     if _listening and (event in CHANGES or writes):
-        _listening[-1]()
+        _listening[-1](str(arguments[0]))
 
 
 sys.addaudithook(_heard)
 
 
 @contextmanager
-def before_every_operation(tell: Callable[[], None]) -> Iterator[None]:
+def before_every_operation(tell: Tell) -> Iterator[None]:
+    """`tell` is given the path."""
     _listening.append(tell)
     try:
         yield
@@ -114,7 +117,7 @@ def contents(folder: Path) -> Files:
 
 
 def _read(path: Path) -> bytes:
-    _listening.append(lambda: None)
+    _listening.append(lambda _: None)
     try:
         return path.read_bytes()
     finally:
@@ -174,7 +177,7 @@ def run(command: list[str], code: int = 0) -> None:
 def test_another_seed_does_not_block_a_killed_run(tmp_path: Path) -> None:
     command, folder = prepared("train online", tmp_path), tmp_path / "run"
     states: list[Files] = []
-    with before_every_operation(lambda: states.append(contents(folder) if folder.exists() else {})):
+    with before_every_operation(lambda _: states.append(contents(folder) if folder.exists() else {})):
         run(command)
     whole = essence(folder)
     begun = [files for files in states if "comparison.json" in files]
@@ -194,7 +197,7 @@ def test_killed_at_any_file_operation(case: tuple[list[str], int], tmp_path: Pat
     command, step = case
     folder, states = tmp_path / "run", dict[int, Files]()
 
-    def keep() -> None:
+    def keep(_: str) -> None:
         here = contents(folder) if folder.exists() else {}
         told = {name: content for name, content in here.items() if "tables/" not in name and "report" not in name}
         states.setdefault(hash(tuple(told.items())), here)
@@ -210,3 +213,41 @@ def test_killed_at_any_file_operation(case: tuple[list[str], int], tmp_path: Pat
         if result.exit_code or essence(folder) != whole:
             wrong[number] = (sorted(files), result.output, sorted(essence(folder)))
     assert not wrong, f"{len(wrong)} of {count}: {next(iter(wrong.items()))}"
+
+
+FULL = OSError(ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [(FULL, 2, "can't be written (No space left"), (KeyboardInterrupt(), 130, "interrupted; ")],
+    ids=["full disk", "Ctrl-C"],
+)
+@pytest.mark.parametrize("name", ["train online", "prune", "sensitivity"])
+def test_an_error_at_any_write_is_one_line(
+    name: str, error: BaseException, code: int, said: str, tmp_path: Path
+) -> None:
+    command, folder = prepared(name, tmp_path), tmp_path / "run"
+    writes: list[str] = []
+
+    def write(path: str) -> None:
+        if Path(path).name.startswith(".") and path.endswith(".part"):  # all files are written under such names
+            writes.append(path)
+            if len(writes) == last:
+                raise error
+
+    last = 0
+    with before_every_operation(write):
+        run(command)
+    whole, count = essence(folder), len(writes)
+    assert count > 5
+    for last in range(1, count + 1, 5):
+        shutil.rmtree(folder)
+        writes.clear()
+        with before_every_operation(write):
+            result = CliRunner().invoke(app, command)
+        assert result.exit_code == code, (last, result.output, result.exception)
+        assert said in " ".join(result.stderr.split())
+        assert "Traceback" not in result.output
+        run(command)
+        assert essence(folder) == whole, last

@@ -157,6 +157,30 @@ def test_bad_input(place: Path, case: str) -> None:
     assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
 
 
+WRITES = {
+    "train": "train tiny --out OUT", "compare": "compare tiny --out OUT", "demo": "demo --out OUT",
+    "recipe": "recipe run resnet56-b --data digits --out OUT", "report": "report --table TABLE --out OUT",
+    "prune": "prune -m vgg_small -d digits -w {}/whole.safetensors --keep 0.5 --out OUT",
+    "sensitivity": "sensitivity vgg_small -d digits -w {}/whole.safetensors --out OUT",
+    "shrink": "shrink vgg_small -d digits -w {}/whole.safetensors --macs 0.5 --out OUT",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_where_nothing_can_be_written(place: Path, tmp_path: Path, reference: Path, name: str) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "file").write_text("in the way")
+    before = sorted(tmp_path.iterdir())
+    for out in ("file/run", "loop/run", "loop", "x" * 300):
+        line = WRITES[name].replace("OUT", str(tmp_path / out)).replace("{}", str(place))
+        command = line.replace("TABLE", str(reference / "figures_4_5.csv")).replace("tiny", " ".join(TINY)).split()
+        result = runner.invoke(app, command)
+        assert result.exit_code == 2, (out, result.output, result.exception)
+        assert result.stderr.startswith(f"filterfold: {tmp_path / out}")
+        assert result.stderr.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError

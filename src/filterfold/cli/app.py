@@ -20,7 +20,7 @@ INTERRUPTED = 130
 
 
 def refusing(interrupted: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Turn a refusal of the library into one line and exit code 2; Ctrl-C into one line and exit code 130.
+    """Turn a refusal of the library or of the file system into one line and exit code 2; Ctrl-C into one and 130.
 
     Anything else is a bug and keeps its traceback.
 
@@ -36,6 +36,11 @@ def refusing(interrupted: str) -> Callable[[Callable[..., None]], Callable[..., 
                 command(*arguments, **options)
             except FilterfoldError as error:
                 typer.echo(f"filterfold: {' '.join(str(error).split())}", err=True)
+                raise typer.Exit(REFUSED) from None
+            except OSError as error:
+                if error.filename is None:
+                    raise
+                typer.echo(f"filterfold: {error.filename}: {error.strerror}", err=True)
                 raise typer.Exit(REFUSED) from None
             except KeyboardInterrupt:
                 typer.echo(f"filterfold: interrupted; {interrupted}", err=True)

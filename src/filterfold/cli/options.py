@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -12,6 +13,7 @@ from typer import Option
 
 from ..errors import ConfigError, RecordError
 from ..training.recipe import Recipe
+from ..utils.io import check_output
 from .display import live
 
 if TYPE_CHECKING:
@@ -360,6 +362,7 @@ def listed(text: str | None, option: str, kind: Callable[[str], T]) -> list[T]:
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
-    """Refuse to write over a file unasked."""
-    if path.exists() and not overwrite:
+    """Refuse to write over a file unasked, or where nothing can be written."""
+    check_output(path, folder=False)
+    if os.path.lexists(path) and not overwrite:
         raise RecordError(f"{path} exists; give another --out, or --overwrite to replace it")

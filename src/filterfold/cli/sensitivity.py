@@ -102,11 +102,13 @@ def sensitivity(
     from ..data import batches
     from ..graph import trace
     from ..utils.environment import describe
+    from ..utils.io import check_output
 
     use_threads(threads)
     options, goal = sweeping.keywords(), _goal(suggest) if suggest else None
     folder = out or Path("runs") / f"sensitivity-{Path(model.replace(':', '-')).name}"
     place = resolve(device)
+    check_output(folder, folder=True)
     with live():
         begun = trained.network(ModelOptions(model, width), source, place)
         network, data = begun.model, begun.data

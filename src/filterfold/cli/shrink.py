@@ -148,6 +148,7 @@ def shrink(
     from ..bench.family import Family, Making
     from ..bench.report.family import build_family
     from ..bench.trials.context import resolve
+    from ..utils.io import check_output
 
     use_threads(threads)
     shares = listed(cut.macs, "--macs", float)
@@ -158,12 +159,14 @@ def shrink(
         raise ConfigError("--new-head: the uncut network does not know these classes; give --epochs, and no --distill")
     if cut.criterion is None:
         cut = replace(cut, criterion="reconstruction" if recipe is None else "reconstruction-then-train")
+    check_output(folder, folder=True)
     with live():
         begun = trained.network(chosen, source, place)
         network, data, source = begun.model, begun.data, begun.images
         about = {
             **vars(chosen),
             "weights": begun.fingerprint,
+            "images": data.fingerprint,
             "data": source.data,
             "data_options": source.keywords(),
             **cut.settings(),

@@ -11,8 +11,9 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from errno import EISDIR
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, OutputError, one_line
 
 _TENSOR = "__tensor__"
 
@@ -40,10 +41,42 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write(temporary)` and move the result to `path`: readers see the old file or the new one.
 
     What writers of the same file left behind when they were killed is removed: temporary files that nobody holds.
+
+    **Raises:** `OutputError` naming the path, if it can't be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*{_PART}"):
-        _remove_unless_held(leftover)
+    with _told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*{_PART}"):
+            _remove_unless_held(leftover)
+        _write_and_move(path, write)
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise OutputError(f"{path}: can't be written ({reason})") from error
+
+
+def check_output(path: Path, *, folder: bool) -> None:
+    """Find out before any work whether a file or folder can be written; nothing is changed.
+
+    **Raises:** `OutputError` naming the path.
+    """
+    with _told(path):
+        if folder and path.is_symlink():
+            path.stat()
+        if not folder and path.is_dir():
+            raise IsADirectoryError(EISDIR, "it is a folder")
+        place = path if folder else path.parent
+        while not os.path.lexists(place):
+            place = place.parent
+        Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=place)).rmdir()
+
+
+def _write_and_move(path: Path, write: Callable[[Path], object]) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_PART)
     temporary = Path(name)
     try:

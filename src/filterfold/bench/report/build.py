@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import ConfigError
-from ...utils.io import write_text
+from ...utils.io import check_output, write_text
 from ...utils.progress import track
 from . import costs, tables
 from .figure import Plot, Style, group_styles
@@ -88,11 +88,13 @@ def build(
 
     **Returns:** the page's path.
 
-    **Raises:** `RecordError` if there are no records, `ConfigError` for a margin that is not above 0.
+    **Raises:** `RecordError` if there are no records, `ConfigError` for a margin that is not above 0, `OutputError` if
+    the folder can't be written.
     """
     if not margin > 0:
         raise ConfigError(f"margin is {margin}; it must be above 0, in points of top-1 (default 0.5)")
     folder, found = Path(folder), studies(records, control)
+    check_output(folder, folder=True)
     numbered = track(list(enumerate(found)), "Drawing the report", len(found))
     chapters = [_chapter(study, f"s{i}-", margin) for i, study in numbered]
     for i, chapter in enumerate(chapters, 1):

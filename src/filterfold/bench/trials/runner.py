@@ -29,8 +29,9 @@ from typing import Protocol
 
 from filelock import FileLock, Timeout
 
-from ...errors import RecordError
+from ...errors import OutputError, RecordError
 from ...training.loggers import LOGS
+from ...utils.io import check_output
 from ...utils.progress import track
 from . import records
 from .config import FILE as DESCRIPTION
@@ -92,7 +93,7 @@ class Runner:
     def __call__(self, trial: Trial) -> Record:
         """Run one trial; wait for its lock if another process holds it.
 
-        **Raises:** `Stopped` when the time is up.
+        **Raises:** `Stopped` when the time is up; `OutputError` if the run folder can't be written.
         """
         with self.context.locked(trial.id):
             return self._run(trial)
@@ -115,7 +116,7 @@ class Runner:
         started = now()
         try:
             record = run_trial(trial, self.context, command=self.command)
-        except Stopped:
+        except (Stopped, OutputError):
             raise
         except Exception as error:
             log.debug("%s failed", trial.id, exc_info=error)
@@ -205,9 +206,10 @@ def compare(
     - `batch_sizes`: images a call at which the timing pass times every network as well.
 
     **Raises:** `RecordError` if the folder holds something else or another process works there; `DataError`,
-    `ModelError` for a setting that no trial could run with.
+    `ModelError` for a setting that no trial could run with; `OutputError` if the folder can't be written.
     """
     folder = Path(folder)
+    check_output(folder, folder=True)
     known = None if fresh else images_of(folder)
     context = RunContext(comparison.setting, folder, device, Deadline(stop_after), cache_dir, trackers, known)
     # what would make every trial fail, and a folder of something else, is refused before the folder is touched
