@@ -372,6 +372,7 @@ def test_settings_that_an_older_version_did_not_know_do_not_part_it_from_its_run
 
 def test_a_pull_without_a_strength_has_its_own() -> None:
     assert OnlineOptions().keywords() == {"schedule": "gradual", "strength": 1e-3}  # as in every record so far
+    assert OnlineOptions("early").keywords(trained=True) == {"schedule": "early", "strength": 1e-3}
     assert OnlineOptions(pull="centripetal").keywords() == {"schedule": "gradual", "pull": "centripetal"}
     assert OnlineOptions(pull="centripetal", strength=0.1).keywords()["strength"] == 0.1
     assert OnlineOptions(pull="none").keywords() == {"schedule": "gradual", "strength": 0.0}

@@ -175,13 +175,14 @@ class OnlineOptions:
     """How to cluster while training."""
 
     milestones: Annotated[
-        str,
+        str | None,
         _online(
-            help="When to cut: gradual (at 20, 35 and 50 % of training), early (5, 10, 15 %), document (50, 60, 70 %), "
+            help="When to cut: 0 (after the first step), gradual (at 20, 35 and 50 % of training), early (5, 10, 15 %), document (50, 60, 70 %), "
             "plateau (as document at the latest, sooner where the loss levels off), each at the end of an epoch; or "
-            "between batches: small-cuts (20, up to half of training) or fractions of training, such as 0.1,0.2,0.3."
+            "between batches: small-cuts (20, up to half of training) or fractions of training, such as 0.1,0.2,0.3.",
+            show_default="gradual; from trained weights 0",
         ),
-    ] = "gradual"
+    ] = None
     pull: Annotated[
         str,
         _online(
@@ -194,9 +195,12 @@ class OnlineOptions:
         _online(help="Of the pull.", show_default="0.001 for cosine, 0.05 for centripetal", min=0.0),
     ] = None
 
-    def keywords(self) -> dict[str, Any]:
-        """Arguments of `online.OnlineCallback`; later ones only where used, so that begun runs can go on."""
-        options: dict[str, Any] = {"schedule": self.milestones}
+    def keywords(self, *, trained: bool = False) -> dict[str, Any]:
+        """Arguments of `online.OnlineCallback`; later ones only where used, so that begun runs can go on.
+
+        - `trained`: training begins with weights. What they know of the filters need not be learned before a cut.
+        """
+        options: dict[str, Any] = {"schedule": self.milestones or ("0" if trained else "gradual")}
         if self.pull not in ("cosine", "centripetal", "none"):
             raise ConfigError(f"--pull {self.pull}: must be cosine, centripetal or none")
         if self.pull == "none":
@@ -220,7 +224,7 @@ def setting_of(
         width=chosen.width,
         data_options=images.keywords(),
         recipe=settings(training),
-        online=clustering.keywords(),
+        online=clustering.keywords(trained=bool(others.get("start"))),
         **others,
     )
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from ..errors import ConfigError
 from ..training.recipe import Recipe
 from .display import count, live, say, table
 from .options import (
@@ -29,7 +28,7 @@ from .options import (
 )
 from .prune import RETRAINED, Retraining
 from .teacher import DistillationOptions
-from .weights import StartOptions
+from .weights import WeightOptions
 
 if TYPE_CHECKING:
     from ..bench.report.family import Loading
@@ -127,7 +126,7 @@ def shrink(
     model: Annotated[str, Argument(help=MODEL_HELP)],
     source: DataOptions,
     cut: FamilyOptions,
-    trained: StartOptions,
+    trained: WeightOptions,
     retraining: Annotated[Retraining, RETRAINED],
     teaching: DistillationOptions,
     width: Width = 1.0,
@@ -155,8 +154,6 @@ def shrink(
     folder = out or Path("runs") / f"shrink-{Path(model.replace(':', '-')).name}"
     place, chosen, recipe = resolve(device), ModelOptions(model, width), retraining.seeded(cut.seed)
     teaching.check(recipe is not None)
-    if trained.new_head and (recipe is None or (teaching.distill and teaching.teacher is None)):
-        raise ConfigError("--new-head: the uncut network does not know these classes; give --epochs, and no --distill")
     if cut.criterion is None:
         cut = replace(cut, criterion="reconstruction" if recipe is None else "reconstruction-then-train")
     check_output(folder, folder=True)

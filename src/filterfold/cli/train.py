@@ -47,6 +47,9 @@ Examples:
 
   filterfold train --model timm:resnet18 --pretrained --new-head --data path/to/images --epochs 5 --lr 0.01
 
+  filterfold train --model timm:resnet18 --pretrained --new-head --data path/to/images --epochs 5 --lr 0.01 \
+    --method online-reconstruction-then-train+repair --macs 0.5
+
   filterfold train --model timm:resnet18 --weights resnet18.safetensors --new-head --data cifar10 --image-size 64
 
   filterfold train --model my_models.py:small_net --data path/to/images --image-size 64
@@ -66,6 +69,7 @@ def train(
     ] = "dense",
     clusters: Annotated[int | None, Option(help="online: filters left in every layer.")] = None,
     keep: Annotated[float | None, Option(help="Share of the filters that stays.")] = None,
+    macs: Annotated[float | None, Option(help="Share of the multiply-accumulates that stays.")] = None,
     retrain_epochs: Annotated[int, Option(help="l1 and other criteria: epochs after the cut.")] = 40,
     seed: Annotated[int, Option(help="Of initial weights, batches and augmentation.")] = 0,
     out: Annotated[Path | None, Option(help="Run folder.", show_default="runs/METHOD-MODEL-DATA")] = None,
@@ -81,7 +85,7 @@ def train(
     [method] = teaching.methods([method])
     others = {"weights": start.weights, "start": start.entries, "distill": teaching.setting()}
     setting = setting_of(chosen, images, training, clustering, retrain_epochs=retrain_epochs, **others)
-    trial = Trial(method, seed, setting, clusters, keep)
+    trial = Trial(method, seed, setting, clusters, keep, macs)
     folder = out or default_folder(setting, method)
     comparison = Comparison(setting, (trial,))
     if not overwrite:

@@ -83,7 +83,7 @@ class WeightOptions:
         fitting = suited(images, chosen.model, start, weights)
         data = fitting.load()
         model = chosen.build(data)
-        if loaded := str(weights.into(model, new_head=start.new_head, classes=len(data.classes))):
+        if loaded := str(weights.into(model, classes=len(data.classes))):
             say(f"{weights.source}: {loaded}")
         if fitting != images and not weights.header:
             say(f"{shown(data)}, as {chosen.model} expects")
@@ -105,16 +105,12 @@ class StartOptions(WeightOptions):
         ),
     ] = False
 
-    def start(self) -> Start:
-        """What training begins with."""
-        return replace(super().start(), new_head=self.new_head)
-
     def settle(self, model: str, images: Images) -> tuple[Start, Images]:
         """What all networks begin with, known by its content; and the images that suit it.
 
         **Raises:** `CheckpointError`, `ModelError` if the weights can't be had.
         """
-        start = self.start()
+        start = replace(self.start(), new_head=self.new_head)
         if not start.given:
             return start, suited(images, model, start)
         weights = start.read(model, images.channels or 3)

@@ -23,8 +23,9 @@ STEP = 3
 where forward computes one (Kaplan et al. 2020, section 2.1)."""
 
 
-LONGER = 0.7
-"""Share of the dense training's multiply-accumulates that a trial with `+longer` may cost."""
+LONGER, LONGER_TUNED = 0.7, 1.0
+"""Share of the dense training's multiply-accumulates that a trial with `+longer` may cost: from fresh weights, and from
+trained ones."""
 
 
 Shares = float | Mapping[str, float]
@@ -105,15 +106,15 @@ def paid_epochs(trial: Trial, context: RunContext) -> dict[str, Any]:
 
 def _longer(trial: Trial, context: RunContext) -> int:
     """The most epochs for which a trial costs no more than the share `LONGER` of the dense network's training."""
-    size = _sizes(trial, context)
-    most = LONGER * context.recipe(trial).epochs * size(0.0)
+    size, share = _sizes(trial, context), LONGER_TUNED if trial.setting.begins.given else LONGER
+    most = share * context.recipe(trial).epochs * size(0.0)
     if not trial.parsed.is_online:
         return max(1, int(most / (size(1.0) + _teaching(trial, context, size))))
     epochs = 0
     while _online_cost(trial, context, size, epochs + 1) <= most:
         epochs += 1
     if not epochs:
-        raise ConfigError(f"method {trial.method!r}: {LONGER:g} of the dense training does not pay for an epoch")
+        raise ConfigError(f"method {trial.method!r}: {share:g} of the dense training does not pay for an epoch")
     return epochs
 
 
