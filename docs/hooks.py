@@ -34,6 +34,9 @@ ROOMS = {
     "profiling": "Cost and time",
     "utils": "Export",
     "errors": "Errors",
+    "training": "Training",
+    "zoo": "Networks",
+    "data": "Images",
 }
 """What the rooms' pages of the API are called, in the order of the navigation; others follow under their own names."""
 
@@ -82,20 +85,48 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def public() -> dict[str, list[str]]:
-    """Room → the names of `filterfold.__all__` that are defined in it, read without importing anything."""
-    tree = ast.parse((ROOT / "src" / "filterfold" / "__init__.py").read_text())
+    """Room → where the names of `filterfold.__all__` are defined in it, read without importing anything."""
+    names = next(ast.literal_eval(node.value) for node in parsed("").body if assigned(node) == "__all__")
     rooms: dict[str, list[str]] = {room: [] for room in ROOMS}
-    home, names = {}, []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            home |= {alias.asname or alias.name: (node.module or "").split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
-            names = ast.literal_eval(node.value)
     for name in sorted(names, key=str.swapcase):  # functions before classes
-        rooms.setdefault(home[name], []).append(name)
+        module = home("", name)
+        rooms.setdefault(module.split(".")[0], []).append(f"{module}.{name}")
     for room, others in BESIDES.items():
-        rooms.setdefault(room, []).extend(others)
+        rooms.setdefault(room, []).extend(home(*name.rsplit(".", 1)) + "." + name.rsplit(".", 1)[1] for name in others)
     return {room: found for room, found in rooms.items() if found}
+
+
+def place(module: str) -> Path:
+    """The file or folder of `filterfold.MODULE`."""
+    path = ROOT.joinpath("src", "filterfold", *module.split("."))
+    return path if path.is_dir() else path.with_suffix(".py")
+
+
+def parsed(module: str) -> ast.Module:
+    """Its code."""
+    path = place(module)
+    return ast.parse((path / "__init__.py" if path.is_dir() else path).read_text())
+
+
+def assigned(node: ast.stmt) -> str:
+    """The name that a statement assigns to, if it is one that assigns."""
+    target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+    return getattr(target, "id", "")
+
+
+def home(module: str, name: str) -> str:
+    """The module that defines a name, found by following imports: a function may have the name of its file."""
+    parts = module.split(".") if module else []
+    package = parts if place(module).is_dir() else parts[:-1]
+    for node in ast.walk(parsed(module)):
+        if (
+            isinstance(node, ast.ImportFrom)
+            and node.level
+            and name in [alias.asname or alias.name for alias in node.names]
+        ):
+            above = package[: len(package) + 1 - node.level]
+            return home(".".join([*above, *filter(None, [node.module])]), name)
+    return module
 
 
 def add_notebook(files: Files, config: MkDocsConfig, path: Path) -> None:
@@ -103,7 +134,7 @@ def add_notebook(files: Files, config: MkDocsConfig, path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
     local = Config(KernelManager={"transport": "ipc"})
-    NotebookClient(notebook, config=local, resources={"metadata": {"path": str(ROOT)}}).execute(env=environment)
+    NotebookClient(notebook, config=local, coalesce_streams=True).execute(env=environment)
     notebook.cells = [cell for cell in notebook.cells if "remove" not in cell.metadata.get("tags", [])]
     text, resources = MarkdownExporter().from_notebook_node(notebook)
     link = f"[{path.name}]({path.name}){{ download }}"

@@ -29,7 +29,7 @@ TEXTS = {
 }
 """What each operation does, in the order in which they run."""
 
-ROW, BOX, LEFT, RIGHT = 46, 22, 150, 400
+ROW, BOX, LEFT, RIGHT = 44, 22, 60, 250
 
 
 class Block(nn.Module):
@@ -97,7 +97,7 @@ def svg() -> str:
     arrow("stem", "add")
     height = 16 + len(steps) * ROW
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 740 {height}" font-family="sans-serif" font-size="13">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 590 {height}" font-family="sans-serif" font-size="13">'
         "<style>path{fill:none;stroke:#757575;stroke-width:1.5} text{fill:#212121}</style>"
         '<defs><marker id="tip" viewBox="0 0 8 8" refX="6" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
         '<path d="M0 0 L8 4 L0 8 z" style="fill:#757575;stroke:none"/></marker></defs>' + "".join(parts) + "</svg>\n"
