@@ -177,9 +177,10 @@ class OnlineOptions:
     milestones: Annotated[
         str | None,
         _online(
-            help="When to cut: 0 (after the first step), gradual (at 20, 35 and 50 % of training), early (5, 10, 15 %), document (50, 60, 70 %), "
-            "plateau (as document at the latest, sooner where the loss levels off), each at the end of an epoch; or "
-            "between batches: small-cuts (20, up to half of training) or fractions of training, such as 0.1,0.2,0.3.",
+            help="When to cut: 0 (after the first step); gradual (at 20, 35 and 50 % of training), early (5, 10, "
+            "15 %), document (50, 60, 70 %), plateau (as document at the latest, sooner where the loss levels off), "
+            "each at the end of an epoch; or between batches: small-cuts (20, up to half of training) or fractions of "
+            "training, such as 0.1,0.2,0.3.",
             show_default="gradual; from trained weights 0",
         ),
     ] = None
