@@ -19,7 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import filterfold as ff
+from filterfold.bench.trials.start import noted_input
 from filterfold.errors import CheckpointError, FilterfoldError, ModelError, OutputError
+from filterfold.surgery.weights import Weights
 from filterfold.zoo import Expected, build
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -63,6 +65,7 @@ def test_the_folder_is_one_checkpoint_its_config_and_its_card(tmp_path: Path) ->
     assert (config["factory"], config["arguments"]) == ("vgg_small", {"classes": 5})
     assert ff.Plan.from_json(json.dumps(config["plans"][0])).widths["features.0"] == (32, 16)
     assert config["input"] == {"mean": [0.5] * 3, "std": [0.25] * 3, "image_size": 32}
+    assert noted_input(Weights.read(tmp_path / "small" / "model.safetensors")) == config["input"]
 
     repocard = pytest.importorskip("huggingface_hub").ModelCard.load(tmp_path / "small" / "README.md")
     assert (repocard.data.license, repocard.data.base_model) == ("apache-2.0", "user/big")
@@ -163,6 +166,8 @@ def test_a_damaged_folder_is_one_line(tmp_path: Path) -> None:
     refused("not of a network that save_pretrained")
     (tmp_path / "config.json").write_text(re.sub(r'"plans": .*\n', '"plans": []\n', config))
     refused("are of two networks")
+    (tmp_path / "config.json").write_text(re.sub(r'"plans": .*\n', '"plans": [3]\n', config))
+    refused("damaged plans")
     (tmp_path / "config.json").write_text(config)
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:999])
     refused("model.safetensors")

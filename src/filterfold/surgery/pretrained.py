@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import CheckpointError, ModelError, OutputError, one_line
+from ..errors import CheckpointError, ModelError, OutputError, PlanError, one_line
 from ..plan import Plan
 from ..profiling.macs import measure
 from ..utils.inputs import difference, informative_inputs, outputs
@@ -145,7 +145,7 @@ def from_pretrained(
                 f"{source}: its code is in no library: give the factory that builds the uncut network"
             )
         factory = _named(config["factory"], config.get("arguments"))
-    if [json.loads(plan.to_json()) for plan in inspect(folder / WEIGHTS).plans] != config.get("plans"):
+    if inspect(folder / WEIGHTS).plans != _plans(folder, config):
         raise CheckpointError(f"{source}: {CONFIG} and {WEIGHTS} are of two networks: their plans differ")
     return load(folder / WEIGHTS, factory, device=device).eval()
 
@@ -239,6 +239,13 @@ def _config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("library_name") != "filterfold":
         raise CheckpointError(f"{folder / CONFIG}: not of a network that save_pretrained() wrote")
     return config
+
+
+def _plans(folder: Path, config: Mapping[str, Any]) -> tuple[Plan, ...]:
+    try:
+        return tuple(Plan.from_json(json.dumps(entry)) for entry in config["plans"])
+    except (KeyError, TypeError, PlanError) as error:
+        raise CheckpointError(f"{folder / CONFIG}: damaged plans: {one_line(error)}") from error
 
 
 def _client(wanted: str) -> Any:
