@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from .utils.export import to_onnx, to_program
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 __all__ = [
