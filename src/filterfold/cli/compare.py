@@ -80,7 +80,8 @@ METHODS_HELP = (
     "online…+distill, l1+distill, scratch+distill (with a teacher, see --distill); "
     "online…+early (cuts at 5, 10 and 15 % of training); "
     "online+centripetal, online+unpulled (filters brought together by the stronger rule, or not at all); "
-    "online…+longer, scratch+longer (more epochs, for at most .7 of the dense training's MACs; from trained weights: at most as many)."
+    "online…+longer, scratch+longer (more epochs, for at most .7 of the dense training's MACs; from trained weights: "
+    "at most as many)."
 )
 
 
