@@ -153,6 +153,9 @@ def _everything(
     """Make ConvNets small and fast: cut filters while training or afterwards, and prove what it cost.
 
     Start with `filterfold demo`: a whole comparison on handwritten digits in about two minutes.
+
+    Exit codes: 0 done; 1 done, but some trial failed; 2 refused, with the reason in one line; 3 stopped in time by
+    --stop-after, the same command goes on; 130 interrupted by Ctrl-C.
     """
 
 

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 
 MODEL_HELP = (
-    "vgg16, vgg_small, resnet20|32|44|56|110, timm:NAME, torchvision:NAME, package.module:factory, or file.py:factory."
+    "vgg16, vgg_small, resnet20|32|44|56|110, timm:NAME, torchvision:NAME; or your own code, which is executed: "
+    "file.py:factory or package.module:factory, given those of classes, channels, width and image_size that it names."
 )
 
 
@@ -177,9 +178,9 @@ class OnlineOptions:
     milestones: Annotated[
         str | None,
         _online(
-            help="When to cut. At the end of an epoch: 0 (after the first step), early, gradual or document (at 5, 10, 15; "
-            "20, 35, 50; or 50, 60, 70 % of training), plateau (as document, sooner where the loss levels off). Between "
-            "batches: small-cuts (20, up to half of training), or fractions of training, such as 0.1,0.2,0.3.",
+            help="When to cut. At the end of an epoch: 0 (after the first step), early, gradual or document (at 5, 10, "
+            "15; 20, 35, 50; or 50, 60, 70 % of training), plateau (as document, sooner where the loss levels off). "
+            "Between batches: small-cuts (20, up to half of training), or fractions of training, such as 0.1,0.2,0.3.",
             show_default="gradual; from trained weights 0",
         ),
     ] = None
