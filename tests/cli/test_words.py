@@ -37,15 +37,6 @@ def test_torchvision_of_another_pytorch_is_not_said_to_be_missing(monkeypatch: p
         assert "filterfold[zoo]" not in str(error.value)
 
 
-def test_a_library_that_is_missing_is_said_to_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str, *_: Any) -> Any:
-        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-    monkeypatch.setattr("filterfold.zoo.hub.importlib.import_module", missing)
-    with pytest.raises(ModelError, match=r"timm is not installed; pip install 'filterfold\[zoo\]'"):
-        zoo.build("timm:resnet18")
-
-
 @pytest.mark.parametrize(
     ("name", "message"),
     [
