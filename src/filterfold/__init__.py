@@ -35,14 +35,17 @@ from .surgery.weights import Loaded, load_weights
 
 if TYPE_CHECKING:
     from .online import Child, Distillation, OnlineFilterClustering, Schedule, shrink
+    from .surgery.model_card import Card
+    from .surgery.pretrained import from_pretrained, push_to_hub, save_pretrained
     from .utils.export import to_onnx, to_program
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 __all__ = [
     "CRITERIA",
+    "Card",
     "ChannelGroup",
     "Child",
     "Cost",
@@ -64,15 +67,18 @@ __all__ = [
     "apply",
     "criterion",
     "from_clusters",
+    "from_pretrained",
     "load",
     "load_weights",
     "masked",
     "measure",
     "measure_latency",
     "prune",
+    "push_to_hub",
     "reestimate",
     "repair",
     "save",
+    "save_pretrained",
     "score",
     "select",
     "shrink",
@@ -85,10 +91,14 @@ __all__ = [
 
 
 _LAZY = {
+    "Card": "surgery.model_card",
     "Child": "online",
     "Distillation": "online",
     "OnlineFilterClustering": "online",
     "Schedule": "online",
+    "from_pretrained": "surgery.pretrained",
+    "push_to_hub": "surgery.pretrained",
+    "save_pretrained": "surgery.pretrained",
     "shrink": "online",
     "to_onnx": "utils.export",
     "to_program": "utils.export",

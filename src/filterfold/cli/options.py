@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 
 MODEL_HELP = (
-    "vgg16, vgg_small, resnet20|32|44|56|110, timm:NAME, torchvision:NAME, package.module:factory, or file.py:factory."
+    "vgg16, vgg_small, resnet20|32|44|56|110, timm:NAME, torchvision:NAME; or your own code, which is executed: "
+    "file.py:factory or package.module:factory, given those of classes, channels, width and image_size that it names."
 )
 
 
