@@ -156,3 +156,9 @@ def test_a_program_by_itself_needs_no_agreement() -> None:
     assert tensor.tolist() == [1, 1, 1]
     with pytest.raises(ZeroDivisionError):
         distributed.decided(lambda: 1 / 0)
+
+
+@pytest.mark.slow
+def test_lightning_recovers_after_a_cut(torchrun: Launch, tmp_path: Path) -> None:
+    pytest.importorskip("lightning")
+    torchrun(HERE / "lightning_ddp.py", tmp_path / "last.ckpt")  # it asserts by itself
