@@ -31,8 +31,8 @@ _LOG = logging.getLogger("filterfold.online")
 class LightningCallback(Callback):
     """Lets a network shrink while a `Trainer` trains it, in one process or in several with `strategy="ddp"`.
 
-    In several, rank 0 decides and all cut alike. Clusters, cuts and the network's sizes go into Lightning's checkpoints,
-    and come back from them.
+    In several, rank 0 decides and all cut alike. Clusters, cuts and the network's sizes go into Lightning's
+    checkpoints, and come back from them.
 
     **Arguments:**
 
