@@ -35,7 +35,10 @@ from .surgery.weights import Loaded, load_weights
 
 if TYPE_CHECKING:
     from .online import Child, Distillation, OnlineFilterClustering, Schedule, shrink
-    from .utils.export import to_onnx, to_program
+    from .utils.export import ExportOptions, to_onnx, to_program
+    from .utils.export_formats import to_executorch, to_openvino, to_torchscript
+    from .utils.int8 import to_int8
+    from .utils.onnx_network import OnnxNetwork
 
 
 __version__ = "0.1.0"
@@ -48,10 +51,12 @@ __all__ = [
     "Cost",
     "Cut",
     "Distillation",
+    "ExportOptions",
     "FilterfoldError",
     "LatencyBudget",
     "Loaded",
     "OnlineFilterClustering",
+    "OnnxNetwork",
     "Plan",
     "PruneResult",
     "Receipt",
@@ -76,8 +81,12 @@ __all__ = [
     "score",
     "select",
     "shrink",
+    "to_executorch",
+    "to_int8",
     "to_onnx",
+    "to_openvino",
     "to_program",
+    "to_torchscript",
     "trace",
     "tracing_rule",
     "verify",
@@ -87,11 +96,17 @@ __all__ = [
 _LAZY = {
     "Child": "online",
     "Distillation": "online",
+    "ExportOptions": "utils.export",
     "OnlineFilterClustering": "online",
+    "OnnxNetwork": "utils.onnx_network",
     "Schedule": "online",
     "shrink": "online",
+    "to_executorch": "utils.export_formats",
+    "to_int8": "utils.int8",
     "to_onnx": "utils.export",
+    "to_openvino": "utils.export_formats",
     "to_program": "utils.export",
+    "to_torchscript": "utils.export_formats",
 }
 """Names that are imported when first used, and the modules they come from."""
 
