@@ -22,7 +22,7 @@ FLOORS: list[set[str]] = [
     {"cli"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-LAB = {"zoo", "data", "training", "bench", "cli"}
+LAB = {"data", "training", "bench", "cli"}
 """Rooms that need `filterfold[lab]`; the library wing, all others, needs torch, numpy, scipy and safetensors only."""
 
 HEAVY = (

@@ -35,17 +35,20 @@ from .surgery.weights import Loaded, load_weights
 
 if TYPE_CHECKING:
     from .online import Child, Distillation, OnlineFilterClustering, Schedule, shrink
+    from .surgery.model_card import Card
+    from .surgery.pretrained import from_pretrained, push_to_hub, save_pretrained
     from .utils.export import ExportOptions, to_onnx, to_program
     from .utils.export_formats import to_executorch, to_openvino, to_torchscript
     from .utils.int8 import to_int8
     from .utils.onnx_network import OnnxNetwork
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 __all__ = [
     "CRITERIA",
+    "Card",
     "ChannelGroup",
     "Child",
     "Cost",
@@ -69,15 +72,18 @@ __all__ = [
     "apply",
     "criterion",
     "from_clusters",
+    "from_pretrained",
     "load",
     "load_weights",
     "masked",
     "measure",
     "measure_latency",
     "prune",
+    "push_to_hub",
     "reestimate",
     "repair",
     "save",
+    "save_pretrained",
     "score",
     "select",
     "shrink",
@@ -94,12 +100,16 @@ __all__ = [
 
 
 _LAZY = {
+    "Card": "surgery.model_card",
     "Child": "online",
     "Distillation": "online",
     "ExportOptions": "utils.export",
     "OnlineFilterClustering": "online",
     "OnnxNetwork": "utils.onnx_network",
     "Schedule": "online",
+    "from_pretrained": "surgery.pretrained",
+    "push_to_hub": "surgery.pretrained",
+    "save_pretrained": "surgery.pretrained",
     "shrink": "online",
     "to_executorch": "utils.export_formats",
     "to_int8": "utils.int8",

@@ -141,6 +141,14 @@ def test_8_bits_agree_with_the_network_from_before(place: Path, tmp_path: Path) 
     assert "agreement %" in run(*command, "--overwrite")
 
 
+def test_a_folder_of_the_hub_says_whose_code_it_has(tmp_path: Path, digits: ImageData) -> None:
+    model = build("vgg_small", **SIZES).eval()
+    ff.save_pretrained(model, tmp_path / "small", "vgg_small", digits.example, arguments={"classes": 10, **SIZES})
+    run(str(tmp_path / "small" / "model.safetensors"), "--out", str(tmp_path / "small.pt2"))
+    images = torch.randn(3, 1, 8, 8)
+    torch.testing.assert_close(torch.export.load(tmp_path / "small.pt2").module()(images), model(images))
+
+
 REFUSED = {
     "a damaged file": ("{}/cut.safetensors", "cut.safetensors: not a whole safetensors file"),
     "a foreign file": ("{}/foreign.pt", "foreign.pt: not a network that Filterfold saved"),

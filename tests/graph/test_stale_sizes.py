@@ -294,3 +294,22 @@ def test_what_pytorch_adds_under_one_mode_only_is_no_step(batch: int) -> None:
     result = ff.prune(model, image()[:batch], keep=0.5, strict=True)
     assert result.plan.widths == {"a": (8, 4), "b": (12, 6)}
     assert model.width == 6
+
+
+class Asserting(nn.Module):
+    """Checks its input before the first operation of its own: no operation here is called with a wrong number."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels, self.conv = channels, nn.Conv2d(channels, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[1] == self.channels
+        return self.conv(x)
+
+
+def test_size_in_the_module_that_asserts_it() -> None:
+    model = randomise(nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU()), Asserting(8), nn.Conv2d(6, 2, 1)))
+    result = ff.prune(model, torch.randn(1, 3, 4, 4, dtype=torch.float64), keep=0.5)
+    assert not result.frozen
+    assert model[1].channels == 4

@@ -35,7 +35,12 @@ def example(name: str) -> ModuleType:
 
 @pytest.mark.parametrize(
     ("name", "needs"),
-    [("fabric", "lightning_fabric"), ("lightning_callback", "lightning"), ("hugging_face_trainer", "transformers")],
+    [
+        ("own_loop", "sklearn"),
+        ("fabric", "lightning_fabric"),
+        ("lightning_callback", "lightning"),
+        ("hugging_face_trainer", "transformers"),
+    ],
 )
 @pytest.mark.slow
 def test_the_example_runs(name: str, needs: str, capsys) -> None:

@@ -16,7 +16,7 @@ from ..utils.onnx_network import OnnxNetwork
 
 
 @dataclass(frozen=True, slots=True)
-class Figures:
+class Exported:
     """What one exported network comes to.
 
     - `bytes`: size of its file.
@@ -37,7 +37,7 @@ class ExportedComparison:
     - `latency`: None if it was not asked for.
     """
 
-    networks: tuple[Figures, ...]
+    networks: tuple[Exported, ...]
     images: int
     latency: LatencyComparison | None
 
@@ -45,7 +45,7 @@ class ExportedComparison:
         """Everything as JSON-able values."""
         return {
             "images": self.images,
-            "networks": [{name: getattr(row, name) for name in Figures.__slots__} for row in self.networks],
+            "networks": [{name: getattr(row, name) for name in Exported.__slots__} for row in self.networks],
             "latency": None if self.latency is None else self.latency.to_dict(),
         }
 
@@ -95,7 +95,7 @@ def compare_exported(
     told = {name: predicted(adapt(network) if adapt else network, split) for name, network in networks.items()}
     reference = next(iter(told.values()))
     figures = tuple(
-        Figures(name, file.stat().st_size, _percent(told[name], split.labels.cpu()), _percent(told[name], reference))
+        Exported(name, file.stat().st_size, _percent(told[name], split.labels.cpu()), _percent(told[name], reference))
         for name, file in files.items()
     )
     latency = measure_latency(networks, example, batch_sizes=batch_sizes, repeats=repeats) if batch_sizes else None

@@ -11,11 +11,11 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from typer import Argument, Option
 
 from ..errors import CheckpointError, ConfigError
 from .display import live, say, table
+from .figures import Figures
 from .inspect import image_shape
 from .options import MODEL_HELP, DataOptions, Overwrite, Threads, refuse_existing, use_threads
 from .weights import suited, with_weights
@@ -108,13 +108,12 @@ def export(
     ] = None,
     dynamic_size: Annotated[bool, Option("--dynamic-size", help="Any height and width, too, not only batch.")] = False,
     pixels: Annotated[bool, Option("--pixels", help="Take bytes from 0 to 255, and normalise in the file.")] = False,
-    as_json: Annotated[bool, Option("--json", help="Print the figures as JSON instead.")] = False,
     overwrite: Overwrite = False,
     threads: Threads = None,
-) -> None:
+) -> Figures:
     """Write a saved network as ONNX, a torch.export program, TorchScript, OpenVINO or ExecuTorch, checked.
 
-    The file's suffix says which. It is read back and run before it is there, and must give what PyTorch gives. With
+    The file's suffix says which. The file is read back and run before it is there, and must give what PyTorch gives. With
     --data an ONNX file is also measured: size, accuracy, agreement with the first network, time, each in turn.
     """
     from ..surgery.weights import Weights
@@ -136,12 +135,13 @@ def export(
         else:
             FORMATS[path.suffix](whole, example, path, options=options)
         found = _measured(saved, path, small, pixels) if saved.data and path.suffix == ".onnx" else None
-    if as_json:
-        typer.echo(json.dumps(_document(path, options, found), indent=2))
-        return
-    if found is not None:
-        _show(found)
-    say(f"written and checked: {path}")
+
+    def show() -> None:
+        if found is not None:
+            _show(found)
+        say(f"written and checked: {path}")
+
+    return Figures(_document(path, options, found), show)
 
 
 def _check_asked(path: Path, images: ExportImages, small: Int8Options, known: tuple[str, ...]) -> None:
@@ -235,7 +235,10 @@ class _Saved:
         from ..data import batches
         from ..utils.export import ExportOptions
 
-        takes: dict[str, Any] = {"shape": ["batch", *self.shape], "pixels": "bytes, 0 to 255" if pixels else "normalised"}
+        takes: dict[str, Any] = {
+            "shape": ["batch", *self.shape],
+            "pixels": "bytes, 0 to 255" if pixels else "normalised",
+        }
         if self.normalization is not None:
             takes |= dict(zip(("mean", "std"), self.normalization, strict=True))
         classes = list(self.data.classes) if self.data else self.noted.get("classes")
@@ -250,12 +253,12 @@ class _Saved:
 
 def _named(source: str, noted: Mapping[str, Any]) -> str:
     """The network's name as the file notes it: only one whose code is Filterfold's or a hub's is taken unasked."""
-    from ..zoo import is_of_a_hub, names
+    from ..zoo import is_listed
 
     name = noted.get("factory")
     if name is None:
         raise ConfigError(f"{source}: the file does not note whose code it is; give --model, such as --model vgg16")
-    if name in names() or (is_of_a_hub(name) and name.count(":") == 1):
+    if is_listed(name):
         return str(name)
     raise ConfigError(f"{source}: its code is {name}, which is not run unasked; give --model {name} if you trust it")
 
@@ -265,7 +268,7 @@ def _shape(source: str, asked: str | None, noted: Mapping[str, Any], data: Image
         return data.channels, data.image_size, data.image_size
     if asked is not None:
         return image_shape(asked)
-    if "image_size" not in noted:
+    if not {"channels", "image_size"} <= set(noted):
         raise ConfigError(f"{source}: the file does not note its input's shape; give --input, such as --input 3x32x32")
     return noted["channels"], noted["image_size"], noted["image_size"]
 
@@ -318,8 +321,8 @@ def _show(found: ExportedComparison) -> None:
 
 
 def _document(path: Path, options: ExportOptions, found: ExportedComparison | None) -> dict[str, Any]:
-    from ..utils.environment import command, describe
+    from ..utils.environment import describe
 
     said = {key: value for key, value in options.metadata.items() if key != "plans"}
     figures = None if found is None else found.to_dict()
-    return {"command": command(), "environment": describe(), "file": str(path), "metadata": said, "figures": figures}
+    return {"environment": describe(), "file": str(path), "metadata": said, "figures": figures}

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from typer import Argument, Option
 
 from ..errors import ConfigError, ModelError
 from .display import live, say, table
+from .figures import Figures
 from .inspect import image_shape
 from .options import MODEL_HELP, Device, Threads, use_threads
 from .weights import with_weights
@@ -66,10 +65,9 @@ def latency(
     repeats: Annotated[int, Option(help="Rounds in which each network is timed.", min=1)] = 20,
     images: Annotated[int, Option(help="Also give the seconds for so many images at batch 128; 0: don't.")] = 10_000,
     widths: Annotated[bool, Option(help="Look for layers whose odd widths save nothing.")] = True,
-    as_json: Annotated[bool, Option("--json", help="Print everything as JSON instead.")] = False,
     device: Device = "auto",
     threads: Threads = None,
-) -> None:
+) -> Figures:
     """Time networks in turn: median, p90, interval, throughput, speed-up beside the ratio of MACs, and an A/A control.
 
     The first network is the reference, and is timed a second time as the control, which must give 1.00x.
@@ -94,14 +92,15 @@ def latency(
         middle = sorted(sizes)[len(sizes) // 2]
         looked_at = {name: network for name, network in built.items() if widths and Path(name).suffix != ONNX}
         wasted = {name: wasted_widths(network, example, batch_size=middle) for name, network in looked_at.items()}
-    if as_json:
-        typer.echo(json.dumps(_document(found, images, wasted), indent=2))
-        return
-    for comparison in found:
-        _show(comparison, images)
-    for name, remarks in wasted.items():
-        for remark in remarks:
-            say(f"{name}: a width that wastes what it saved, batch {middle}: {remark}")
+
+    def show() -> None:
+        for comparison in found:
+            _show(comparison, images)
+        for name, remarks in wasted.items():
+            for remark in remarks:
+                say(f"{name}: a width that wastes what it saved, batch {middle}: {remark}")
+
+    return Figures(_document(found, images, wasted), show)
 
 
 def _built(
@@ -147,10 +146,9 @@ def _pass_seconds(found: LatencyComparison, images: int) -> dict[str, str]:
 
 
 def _document(found: Sequence[LatencyComparison], images: int, wasted: dict[str, tuple[str, ...]]) -> dict[str, Any]:
-    from ..utils.environment import command, describe
+    from ..utils.environment import describe
 
     return {
-        "command": command(),
         "environment": describe(),
         "comparisons": [
             {**comparison.to_dict(), "images": images, "image_seconds": _pass_seconds(comparison, images)}

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 
 MODEL_HELP = (
-    "vgg16, vgg_small, resnet20|32|44|56|110, timm:NAME, torchvision:NAME, package.module:factory, or file.py:factory."
+    "vgg16, vgg_small, resnet20|32|44|56|110, timm:NAME, torchvision:NAME; or your own code, which is executed: "
+    "file.py:factory or package.module:factory, given those of classes, channels, width and image_size that it names."
 )
 
 
@@ -177,9 +178,10 @@ class OnlineOptions:
     milestones: Annotated[
         str | None,
         _online(
-            help="When to cut: 0 (after the first step), gradual (at 20, 35 and 50 % of training), early (5, 10, 15 %), document (50, 60, 70 %), "
-            "plateau (as document at the latest, sooner where the loss levels off), each at the end of an epoch; or "
-            "between batches: small-cuts (20, up to half of training) or fractions of training, such as 0.1,0.2,0.3.",
+            help="When to cut: 0 (after the first step); gradual (at 20, 35 and 50 % of training), early (5, 10, "
+            "15 %), document (50, 60, 70 %), plateau (as document at the latest, sooner where the loss levels off), "
+            "each at the end of an epoch; or between batches: small-cuts (20, up to half of training) or fractions of "
+            "training, such as 0.1,0.2,0.3.",
             show_default="gradual; from trained weights 0",
         ),
     ] = None

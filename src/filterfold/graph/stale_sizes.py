@@ -220,8 +220,9 @@ class _Search:
         pairs = []
         for tensor in (*self._recent(stopped), *_tensors_of(step)):
             pairs += replaced(tensor.shape, self.predicted.shape(tensor))
+        stack = dict.fromkeys((*stopped.stack, *step.stack))  # those of the last operation, and those of the next
         for old, new in dict.fromkeys(pairs):
-            for _, change in _candidates(self.modules, stopped.stack, old, new):
+            for _, change in _candidates(self.modules, tuple(stack), old, new):
                 if _key(change) in self.changes:
                     continue
                 self.change(change)

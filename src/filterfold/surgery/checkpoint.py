@@ -76,6 +76,26 @@ def save(
 
     ```
     """
+    write(contents(model, plan=plan, metadata=metadata, path=path), path)
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a checkpoint holds: tensors by name, and the rest as JSON."""
+
+    tensors: dict[str, Tensor]
+    header: dict[str, str]
+
+
+def write(found: Contents, path: str | Path) -> None:
+    """Write what `contents` found, atomically."""
+    write_atomically(Path(path), lambda temporary: save_file(found.tensors, temporary, metadata=found.header))
+
+
+def contents(
+    model: nn.Module, *, plan: Plan | Sequence[Plan] | None, metadata: Mapping[str, Any] | None, path: str | Path
+) -> Contents:
+    """What `save` writes to `path`, which is named in errors."""
     model = unwrap(model)
     _refuse_extra_state(model)
     plans = [plan] if isinstance(plan, Plan) else list(plan or ())
@@ -91,7 +111,7 @@ def save(
         }
     except TypeError as error:
         raise CheckpointError(f"{path}: plan notes and metadata must be JSON-able: {error}") from error
-    write_atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata=header))
+    return Contents(tensors, header)
 
 
 def load(

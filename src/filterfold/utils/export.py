@@ -272,7 +272,8 @@ def need(what: str, extra: str, *packages: str) -> None:
     """Nothing, if packages are there. Raises `ExportError` that says how to get them."""
     for name in packages:
         try:
-            importlib.import_module(name)
+            with quiet():
+                importlib.import_module(name)
         except ImportError as error:
             raise ExportError(f"{what} needs the package {name}: pip install 'filterfold[{extra}]'") from error
 

@@ -116,12 +116,12 @@ def noted_network(weights: Weights) -> dict[str, Any]:
         metadata = json.loads(weights.header.get("metadata", "{}"))
         if "factory" not in metadata:
             return {}
-        noted, classes = metadata["arguments"], metadata["classes"]
-        found = {name: int(noted[name]) for name in ("classes", "channels", "image_size")}
-        sizes = {**found, "width": float(noted["width"])}
-        if not isinstance(metadata["factory"], str) or not all(isinstance(name, str) for name in classes):
+        factory, noted, classes = metadata["factory"], metadata["arguments"], metadata.get("classes", [])
+        kinds = {"classes": int, "channels": int, "width": float, "image_size": int}
+        if not isinstance(factory, str) or not all(isinstance(name, str) for name in classes):
             raise TypeError("names are texts")
-        return {"factory": metadata["factory"], "arguments": sizes, "classes": list(classes)}
+        sizes = {name: kind(noted[name]) for name, kind in kinds.items() if name in noted}
+        return {"factory": factory, "arguments": sizes, "classes": list(classes)}
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{weights.source}: damaged header: what it notes of its network ({error})") from error
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, cast
 
-from ...errors import ConfigError, FilterfoldError
+from ...errors import ConfigError, FilterfoldError, one_line
 from ...plan import Plan
 from ...profiling.macs import Cost, measure
 from ...surgery.checkpoint import save
@@ -74,12 +74,10 @@ def run_trial(trial: Trial, context: RunContext, *, command: str | None = None) 
 def failure(trial: Trial, error: Exception, device: str, command: str | None, started: str) -> Record:
     """The record of a trial that failed. An error that is none of Filterfold's is a bug: its traceback is kept."""
     record = _unfinished(trial, device, command, started)
-    reason = (str(error).strip().splitlines() or [""])[0]
     if isinstance(error, FilterfoldError):
-        return {**record, "reason": reason}
+        return {**record, "reason": (str(error).strip().splitlines() or [""])[0]}
     trace = "".join(traceback.format_exception(error))
-    environment = record["environment"] | {"traceback": trace}
-    return {**record, "reason": f"{type(error).__name__}: {reason}", "environment": environment}
+    return {**record, "reason": one_line(error), "environment": record["environment"] | {"traceback": trace}}
 
 
 def check(trials: Iterable[Trial], context: RunContext) -> None:
