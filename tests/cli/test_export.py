@@ -139,6 +139,15 @@ def test_8_bits_agree_with_the_network_from_before(place: Path, tmp_path: Path) 
     assert convolutions
     assert all(kinds[read[node.input[1]]] == onnx.TensorProto.INT8 for node in convolutions)
     assert "agreement %" in run(*command, "--overwrite")
+    timed = ["latency", str(out), "--input", "1x8x8", "--batch", "1", "--images", "0", "--repeats", "7"]
+    refused = CliRunner().invoke(app, timed)
+    assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)
+    assert "is a tensor(uint8), given was a tensor(float)" in refused.stderr
+    run(*command[:6], "--batch", "0", "--overwrite")  # without --pixels
+    found = CliRunner().invoke(app, [*timed, "--json"])
+    assert found.exit_code == 0, found.output
+    rows = json.loads(found.stdout)["comparisons"][0]["rows"]
+    assert [row["model"] for row in rows] == ["small.onnx", "A/A control"]
 
 
 def test_a_folder_of_the_hub_says_whose_code_it_has(tmp_path: Path, digits: ImageData) -> None:

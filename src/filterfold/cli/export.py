@@ -113,7 +113,7 @@ def export(
 ) -> Figures:
     """Write a saved network as ONNX, a torch.export program, TorchScript, OpenVINO or ExecuTorch, checked.
 
-    The file's suffix says which. The file is read back and run before it is there, and must give what PyTorch gives. With
+    The suffix says which. The file is read back and run before it is there, and must give what PyTorch gives. With
     --data an ONNX file is also measured: size, accuracy, agreement with the first network, time, each in turn.
     """
     from ..surgery.weights import Weights

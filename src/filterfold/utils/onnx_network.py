@@ -13,6 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import ExportError, one_line
 
+_NAMES = {"float32": "float", "float64": "double"}
+"""NumPy's names of types that ONNX calls otherwise."""
+
 
 class OnnxNetwork(nn.Module):
     """A network in an ONNX file, run by ONNX Runtime on the CPU with as many threads as PyTorch has set.
@@ -23,8 +26,8 @@ class OnnxNetwork(nn.Module):
 
     - `path`: the file.
 
-    **Raises:** `ExportError` if ONNX Runtime is missing or can't run the file; in a call if the number of tensors in
-    the arguments is not that of the graph's inputs.
+    **Raises:** `ExportError` if ONNX Runtime is missing or can't run the file; in a call if the tensors in the
+    arguments are not as many as the graph's inputs, or of other types.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -43,7 +46,8 @@ class OnnxNetwork(nn.Module):
             )
         except Exception as error:  # what ONNX Runtime raises has no common public kind
             raise ExportError(f"{path}: ONNX Runtime can't run it: {one_line(error)}") from error
-        self.inputs = tuple(entry.name for entry in self._session.get_inputs())
+        self._types = {entry.name: entry.type for entry in self._session.get_inputs()}
+        self.inputs = tuple(self._types)
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -62,4 +66,8 @@ class OnnxNetwork(nn.Module):
             names = ", ".join(self.inputs)
             raise ExportError(f"the ONNX graph reads {len(self.inputs)} of {len(tensors)} inputs: {names}")
         feed = {name: tensor.cpu().numpy() for name, tensor in zip(self.inputs, tensors, strict=True)}
+        for name, value in feed.items():
+            given = f"tensor({_NAMES.get(value.dtype.name, value.dtype.name)})"
+            if given != self._types[name]:
+                raise ExportError(f"the ONNX graph's input {name} is a {self._types[name]}, given was a {given}")
         return partial(self._session.run, None, feed)
