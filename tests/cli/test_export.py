@@ -54,6 +54,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, digits: ImageData) -> Path:
     ff.save(model, folder / "odd.safetensors", metadata={**notes, "arguments": {"classes": "many"}})
     (folder / "cut.safetensors").write_bytes((folder / "small.safetensors").read_bytes()[:5000])
     torch.save(model.state_dict(), folder / "foreign.pt")
+    (folder / "foreign.bin").write_text("in the way")
     return folder
 
 
@@ -176,6 +177,7 @@ REFUSED = {
         "{}/silent.safetensors -m vgg_small --width 0.25 --input 1x8x8 --pixels", "give --mean and --std"
     ),
     "a file in the way": ("{}/small.safetensors --out {}/dense.safetensors.onnx", "exists; give another --out"),
+    "a file in the way of its weights": ("{}/small.safetensors --out {}/foreign.xml", "foreign.bin exists"),
     "no folder": ("{}/small.safetensors --out {}/evil.py/small.onnx", "can't be written"),
 }  # fmt: skip
 

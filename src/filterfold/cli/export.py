@@ -122,7 +122,8 @@ def export(
     use_threads(threads)
     path = out or network.with_suffix(".int8.onnx" if small.int8 else ".onnx")
     _check_asked(path, images, small, tuple(FORMATS))
-    refuse_existing(path, overwrite)
+    for made in (path, *([path.with_suffix(".bin")] if path.suffix == ".xml" else [])):
+        refuse_existing(made, overwrite)
     with live():
         saved = _Saved.read(Weights.read(network), code, images)
         example = saved.example(pixels)
