@@ -31,6 +31,8 @@ HEAVY = (
     "ray",
     "onnx",
     "onnxruntime",
+    "openvino",
+    "executorch",
     "matplotlib",
     "sklearn",
     "datasets",

@@ -37,7 +37,10 @@ if TYPE_CHECKING:
     from .online import Child, Distillation, OnlineFilterClustering, Schedule, shrink
     from .surgery.model_card import Card
     from .surgery.pretrained import from_pretrained, push_to_hub, save_pretrained
-    from .utils.export import to_onnx, to_program
+    from .utils.export import ExportOptions, to_onnx, to_program
+    from .utils.export_formats import to_executorch, to_openvino, to_torchscript
+    from .utils.int8 import to_int8
+    from .utils.onnx_network import OnnxNetwork
 
 
 __version__ = "0.2.0"
@@ -51,10 +54,12 @@ __all__ = [
     "Cost",
     "Cut",
     "Distillation",
+    "ExportOptions",
     "FilterfoldError",
     "LatencyBudget",
     "Loaded",
     "OnlineFilterClustering",
+    "OnnxNetwork",
     "Plan",
     "PruneResult",
     "Receipt",
@@ -82,8 +87,12 @@ __all__ = [
     "score",
     "select",
     "shrink",
+    "to_executorch",
+    "to_int8",
     "to_onnx",
+    "to_openvino",
     "to_program",
+    "to_torchscript",
     "trace",
     "tracing_rule",
     "verify",
@@ -94,14 +103,20 @@ _LAZY = {
     "Card": "surgery.model_card",
     "Child": "online",
     "Distillation": "online",
+    "ExportOptions": "utils.export",
     "OnlineFilterClustering": "online",
+    "OnnxNetwork": "utils.onnx_network",
     "Schedule": "online",
     "from_pretrained": "surgery.pretrained",
     "push_to_hub": "surgery.pretrained",
     "save_pretrained": "surgery.pretrained",
     "shrink": "online",
+    "to_executorch": "utils.export_formats",
+    "to_int8": "utils.int8",
     "to_onnx": "utils.export",
+    "to_openvino": "utils.export_formats",
     "to_program": "utils.export",
+    "to_torchscript": "utils.export_formats",
 }
 """Names that are imported when first used, and the modules they come from."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -151,6 +151,10 @@ def test_lightning_levels_off_and_refuses(tmp_path) -> None:
         fit(classifier(), shrinking(schedule=schedule, monitor="none"), 3, tmp_path)
     with pytest.raises(ConfigError, match="example_input_array"):
         fit(classifier(), shrinking(example_inputs=None), 1, tmp_path)
+    strategy = SimpleNamespace(model=nn.Linear(1, 1))  # one that deals out each layer, such as FSDP
+    trainer = SimpleNamespace(optimizers=[None], world_size=2, strategy=strategy)
+    with pytest.raises(ConfigError, match="not SimpleNamespace: strategy='ddp'"):
+        shrinking().on_train_start(trainer, classifier())
 
 
 @pytest.mark.slow

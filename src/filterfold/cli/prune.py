@@ -155,7 +155,7 @@ def prune(
     from .. import repair as repair_model
     from .. import save
     from ..bench.trials.context import resolve
-    from ..bench.trials.start import input_of
+    from ..bench.trials.start import input_of, network_of
     from ..data import batches
     from ..online import DistillationCallback
     from ..profiling import measure_latency
@@ -196,6 +196,7 @@ def prune(
             "environment": describe(),
             "input": input_of(data, found.images.keywords()),
             "weights": found.fingerprint,
+            **network_of(chosen.model, chosen.width, data),
         }
         begun.note()
         save(model, out, plan=result.plan, metadata=about)
