@@ -38,7 +38,7 @@ each: .venv/installed-dev
 
 # The site, in build/docs: start at build/docs/index.html. Runs the notebooks; anything wrong with a page is an error.
 docs: .venv/installed-docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -83,12 +83,21 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         text = (ROOT / name).read_text().replace("](docs/", "](")
         files.append(File.generated(config, name, content=text))
         linked |= set(FROM_ROOT.findall(text))
-    for name in sorted(linked):
+    for name in sorted(map(file_of, linked)):
         if files.get_file_from_path(name) is None and (ROOT / name).is_file():
             file = File.generated(config, name, abs_src_path=str(ROOT / name))
-            file.inclusion = InclusionLevel.INCLUDED  # also where the name begins with a dot
+            file.inclusion = InclusionLevel.NOT_IN_NAV  # and in the site, also where the name begins with a dot
             files.append(file)
     return files
+
+
+def file_of(link: str) -> str:
+    """What a link to the checkout shows: of a folder its first page, or else its first file."""
+    path = ROOT / link
+    if not path.is_dir():
+        return link
+    found = sorted(path.glob("*.md"), key=lambda page: page.name != "README.md") or sorted(path.glob("*.*"))
+    return str(found[0].relative_to(ROOT)) if found else link
 
 
 def public() -> dict[str, list[str]]:
@@ -174,11 +183,14 @@ def on_page_markdown(markdown: str, page: Page, files: Files, **_: object) -> st
     """Links to the checkout's files lead to their copies in the site."""
 
     def moved(match: re.Match[str]) -> str:
-        up, target = match.groups()
-        place = posixpath.normpath(posixpath.join(posixpath.dirname(page.file.src_uri), up))
-        if place != ".." or files.get_file_from_path(target.split("#")[0]) is None:
+        up, target = match[1], file_of(match[2])
+        folder = posixpath.dirname(page.file.src_uri)
+        if (
+            posixpath.normpath(posixpath.join(folder, up)) != ".."
+            or files.get_file_from_path(target.split("#")[0]) is None
+        ):
             return match[0]
-        return f"]({posixpath.relpath(target, posixpath.dirname(page.file.src_uri) or '.')})"
+        return f"]({posixpath.relpath(target, folder or '.')})"
 
     return TO_ROOT.sub(moved, markdown)
 
