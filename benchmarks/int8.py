@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import torch
 from without_training import case, photos
 
@@ -78,7 +79,8 @@ def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
     for line in compared.table():
         print(*line, sep="\t", flush=True)
     costs = {"before": cut.before.macs, "after": cut.after.macs}
-    return {"macs_of_one_image": costs, **compared.to_dict(), "command": command(), "environment": describe()}
+    about = {"command": command(), "environment": describe(), "onnxruntime": onnxruntime.__version__}
+    return {"macs_of_one_image": costs, **compared.to_dict(), **about}
 
 
 def test(name: str, options: argparse.Namespace) -> Split:
