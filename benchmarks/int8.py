@@ -5,7 +5,7 @@ photos, calibrated on images of the other. Both are cut without training: `recon
 kernels solved anew. Agreement is with the uncut network in float32.
 
     python benchmarks/int8.py SHARED --models resnet56 --macs 0.6 --calibration 256 --images 2000
-    python benchmarks/int8.py SHARED --models lite0 --macs 0.8 --calibration 64 --batch 16 --images 500  [--time]
+    python benchmarks/int8.py SHARED --models lite0 --macs 0.9 --calibration 32 --batch 16 --images 200  [--time]
 
 Writes results/int8.json, a record for each network; what stands there is not measured again.
 """
