@@ -34,13 +34,13 @@ from .surgery.verify import verify
 from .surgery.weights import Loaded, load_weights
 
 if TYPE_CHECKING:
+    from .export.formats import to_executorch, to_openvino, to_torchscript
+    from .export.int8 import to_int8
+    from .export.onnx_network import OnnxNetwork
+    from .export.program import ExportOptions, to_onnx, to_program
     from .online import Child, Distillation, OnlineFilterClustering, Schedule, shrink
     from .surgery.model_card import Card
     from .surgery.pretrained import from_pretrained, push_to_hub, save_pretrained
-    from .utils.export import ExportOptions, to_onnx, to_program
-    from .utils.export_formats import to_executorch, to_openvino, to_torchscript
-    from .utils.int8 import to_int8
-    from .utils.onnx_network import OnnxNetwork
 
 
 __version__ = "0.2.0"
@@ -103,20 +103,20 @@ _LAZY = {
     "Card": "surgery.model_card",
     "Child": "online",
     "Distillation": "online",
-    "ExportOptions": "utils.export",
+    "ExportOptions": "export.program",
     "OnlineFilterClustering": "online",
-    "OnnxNetwork": "utils.onnx_network",
+    "OnnxNetwork": "export.onnx_network",
     "Schedule": "online",
     "from_pretrained": "surgery.pretrained",
     "push_to_hub": "surgery.pretrained",
     "save_pretrained": "surgery.pretrained",
     "shrink": "online",
-    "to_executorch": "utils.export_formats",
-    "to_int8": "utils.int8",
-    "to_onnx": "utils.export",
-    "to_openvino": "utils.export_formats",
-    "to_program": "utils.export",
-    "to_torchscript": "utils.export_formats",
+    "to_executorch": "export.formats",
+    "to_int8": "export.int8",
+    "to_onnx": "export.program",
+    "to_openvino": "export.formats",
+    "to_program": "export.program",
+    "to_torchscript": "export.formats",
 }
 """Names that are imported when first used, and the modules they come from."""
 

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..data.splits import AnySplit
+from ..export.onnx_network import OnnxNetwork
 from ..profiling import LatencyComparison, measure_latency
 from ..training.evaluate import predicted
-from ..utils.onnx_network import OnnxNetwork
 
 
 @dataclass(frozen=True, slots=True)

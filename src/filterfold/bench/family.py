@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from ..data import ImageData
 from ..errors import RecordError
+from ..export.program import to_onnx
 from ..online import Child, shrink
 from ..profiling import measure_latency
 from ..profiling.macs import measure
 from ..surgery.checkpoint import load, save
 from ..training.evaluate import predicted
 from ..utils.environment import describe
-from ..utils.export import to_onnx
 from ..utils.io import write_json
 from .trials.start import input_of, network_of
 

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from ..bench.exported import ExportedComparison
     from ..data import ImageData
+    from ..export.program import ExportOptions
     from ..surgery.weights import Weights
-    from ..utils.export import ExportOptions
 
 
 EXAMPLES = """
@@ -116,8 +116,8 @@ def export(
     The suffix says which. The file is read back and run before it is there, and must give what PyTorch gives. With
     --data an ONNX file is also measured: size, accuracy, agreement with the first network, time, each in turn.
     """
+    from ..export.formats import FORMATS
     from ..surgery.weights import Weights
-    from ..utils.export_formats import FORMATS
 
     use_threads(threads)
     path = out or network.with_suffix(".int8.onnx" if small.int8 else ".onnx")
@@ -130,7 +130,7 @@ def export(
         whole = saved.taking_pixels(saved.model) if pixels else saved.model
         options = saved.options(dynamic_size, pixels)
         if small.int8:
-            from ..utils.int8 import to_int8
+            from ..export.int8 import to_int8
 
             to_int8(whole, example, path, saved.calibration(small.calibration, pixels), options=options)
         else:
@@ -209,7 +209,7 @@ class _Saved:
 
     def taking_pixels(self, model: nn.Module) -> nn.Module:
         """A network with the normalisation in it."""
-        from ..utils.pixels import FromPixels
+        from ..export.pixels import FromPixels
 
         if self.normalization is None:
             raise ConfigError("--pixels: the file does not note its normalisation; give --mean and --std")
@@ -217,7 +217,7 @@ class _Saved:
 
     def inputs(self, images: Tensor, pixels: bool) -> Tensor:
         """What the exported network takes, for normalised images."""
-        from ..utils.pixels import pixels_of
+        from ..export.pixels import pixels_of
 
         return pixels_of(images, *self.normalization) if pixels and self.normalization else images
 
@@ -234,7 +234,7 @@ class _Saved:
         """What the file is to take and to say."""
         from .. import __version__
         from ..data import batches
-        from ..utils.export import ExportOptions
+        from ..export.program import ExportOptions
 
         takes: dict[str, Any] = {
             "shape": ["batch", *self.shape],
@@ -283,8 +283,8 @@ def _built(name: str, arguments: Mapping[str, Any]) -> nn.Module:
 def _measured(saved: _Saved, path: Path, small: Int8Options, pixels: bool) -> ExportedComparison:
     """The networks up to the exported one, each in an ONNX file, on the test images."""
     from ..bench.exported import compare_exported
-    from ..utils.export import to_onnx
-    from ..utils.pixels import ToPixels
+    from ..export.pixels import ToPixels
+    from ..export.program import to_onnx
 
     assert saved.data is not None
     whole = saved.taking_pixels if pixels else lambda model: model

@@ -107,7 +107,7 @@ def _built(
     networks: Sequence[str], model: str | None, device: str, fresh: Callable[[str], nn.Module]
 ) -> dict[str, nn.Module]:
     """Name or file name → network; one that comes twice gets a number."""
-    from ..utils.onnx_network import OnnxNetwork
+    from ..export.onnx_network import OnnxNetwork
 
     files = {name for name in networks if Path(name).suffix in FILES}
     exported = {name for name in networks if Path(name).suffix == ONNX}

@@ -157,12 +157,12 @@ def prune(
     from ..bench.trials.context import resolve
     from ..bench.trials.start import input_of, network_of
     from ..data import batches
+    from ..export.program import to_onnx
     from ..online import DistillationCallback
     from ..profiling import measure_latency
     from ..pruning.scored import Scoring
     from ..training import train
     from ..utils.environment import command, describe
-    from ..utils.export import to_onnx
 
     use_threads(threads)
     budget, recipe = cut.keywords(), retraining.seeded(seed)

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..errors import ConfigError
+from ..export.onnx_network import OnnxNetwork
 from ..utils.environment import processor
 from ..utils.inputs import call_as_is, examples
 from ..utils.model_state import preserved
-from ..utils.onnx_network import OnnxNetwork
 from ..utils.progress import track
 from .latency_results import CONTROL, Latency, LatencyComparison
 from .macs import measure
@@ -151,7 +151,7 @@ def _session(model: nn.Module, example: Any) -> Runner:
     device, _ = place_of(model)
     if device.type != "cpu":
         raise ConfigError(f"mode='onnxruntime' is timed on the CPU; move the networks from {device} to it")
-    from ..utils.export import to_onnx
+    from ..export.program import to_onnx
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "network.onnx"

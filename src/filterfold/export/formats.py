@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import ExportError, one_line
-from .export import USUAL, ExportOptions, Job, need, noise, quiet, to_onnx, to_program, write_checked
-from .inputs import arguments
-from .model_state import preserved
-from .modules import unwrap
+from ..utils.inputs import arguments
+from ..utils.model_state import preserved
+from ..utils.modules import unwrap
+from .program import USUAL, ExportOptions, Job, need, noise, quiet, to_onnx, to_program, write_checked
 
 
 def to_torchscript(model: nn.Module, example_inputs: Any, path: str | Path, *, options: ExportOptions = USUAL) -> None:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import ExportError, one_line
-from .export import USUAL, ExportOptions, need, quiet, to_onnx
-from .inputs import outputs
-from .io import write_atomically
+from ..utils.inputs import outputs
+from ..utils.io import write_atomically
 from .onnx_network import OnnxNetwork
+from .program import USUAL, ExportOptions, need, quiet, to_onnx
 
 
 def to_int8(

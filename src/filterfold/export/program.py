@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..errors import ExportError, one_line
-from .inputs import arguments, batch_of, difference, examples, outputs
-from .io import write_atomically
-from .model_state import preserved
-from .modules import unwrap
+from ..utils.inputs import arguments, batch_of, difference, examples, outputs
+from ..utils.io import write_atomically
+from ..utils.model_state import preserved
+from ..utils.modules import unwrap
 from .onnx_network import OnnxNetwork
 
 TOLERANCE = 1e-4

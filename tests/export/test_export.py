@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from filterfold.errors import ConfigError, ExportError
+from filterfold.export.formats import FORMATS, to_executorch
+from filterfold.export.int8 import to_int8
+from filterfold.export.onnx_network import OnnxNetwork
+from filterfold.export.program import ExportOptions, to_onnx, to_program
 from filterfold.profiling import measure_latency
 from filterfold.pruning.prune import prune
-from filterfold.utils.export import ExportOptions, to_onnx, to_program
-from filterfold.utils.export_formats import FORMATS, to_executorch
-from filterfold.utils.int8 import to_int8
-from filterfold.utils.onnx_network import OnnxNetwork
 
 # torch.onnx's own converters use deprecated parts of Python and of onnxscript.
 pytestmark = [
