@@ -32,7 +32,7 @@ ROOMS = {
     "plan": "Groups and plans",
     "surgery": "Cut, verify, save",
     "profiling": "Cost and time",
-    "utils": "Export",
+    "export": "Export",
     "errors": "Errors",
     "training": "Training",
     "zoo": "Networks",

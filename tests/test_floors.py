@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "src" / "filterfold"
 FLOORS: list[set[str]] = [
     {"errors"},
     {"plan", "utils"},
+    {"export"},
     {"profiling", "zoo", "data"},
     {"graph", "surgery"},
     {"pruning"},
@@ -31,6 +32,8 @@ HEAVY = (
     "ray",
     "onnx",
     "onnxruntime",
+    "openvino",
+    "executorch",
     "matplotlib",
     "sklearn",
     "datasets",

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import typer
 
 from ..errors import FilterfoldError
-from . import REFUSED, compare, latency, prune, recipe, report, sensitivity, shrink, train, watch
+from . import REFUSED, compare, export, latency, prune, recipe, report, sensitivity, shrink, train, watch
 from . import inspect as inspecting
 from .figures import reporting
 
@@ -180,6 +180,7 @@ for _group, _command, _examples, _interrupted in (
     (app, watch.watch, watch.EXAMPLES, "the run itself goes on"),
     (app, inspecting.inspect, inspecting.EXAMPLES, NOTHING),
     (app, latency.latency, latency.EXAMPLES, NOTHING),
+    (app, export.export, export.EXAMPLES, NOTHING),
     (app, report.report, report.EXAMPLES, RESUME),
     (_recipes, recipe.list_, recipe.LIST_EXAMPLES, NOTHING),
     (_recipes, recipe.show, recipe.SHOW_EXAMPLES, NOTHING),

@@ -155,14 +155,14 @@ def prune(
     from .. import repair as repair_model
     from .. import save
     from ..bench.trials.context import resolve
-    from ..bench.trials.start import input_of
+    from ..bench.trials.start import input_of, network_of
     from ..data import batches
+    from ..export.program import to_onnx
     from ..online import DistillationCallback
     from ..profiling import measure_latency
     from ..pruning.scored import Scoring
     from ..training import train
     from ..utils.environment import command, describe
-    from ..utils.export import to_onnx
 
     use_threads(threads)
     budget, recipe = cut.keywords(), retraining.seeded(seed)
@@ -196,6 +196,7 @@ def prune(
             "environment": describe(),
             "input": input_of(data, found.images.keywords()),
             "weights": found.fingerprint,
+            **network_of(chosen.model, chosen.width, data),
         }
         begun.note()
         save(model, out, plan=result.plan, metadata=about)
