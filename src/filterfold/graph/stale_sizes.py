@@ -50,7 +50,12 @@ class UnrepairableError(TraceError):
 
 
 def rewrite_stale_sizes(
-    model: nn.Module, plan: Plan, traced: Traced, example_inputs: Any
+    model: nn.Module,
+    plan: Plan,
+    traced: Traced,
+    example_inputs: Any,
+    *,
+    among: Sequence[AttributeChange] | None = None,
 ) -> tuple[AttributeChange, ...]:
     """Rewrite the sizes that a pruned model's own code keeps in attributes.
 
@@ -60,12 +65,14 @@ def rewrite_stale_sizes(
     - `plan`: the cut that was applied.
     - `traced`: the groups of the model before surgery.
     - `example_inputs`: the inputs that it was traced with (any floating-point type).
+    - `among`: the only changes that come into question, if that is known; of a sequence any part may change.
 
     **Returns:** the changes made; empty where everything already has the sizes that it should have.
 
     **Raises:** `UnrepairableError` naming the operation, its module and the groups, if a size can't be put right.
     """
     search = _Search(model, PredictedSizes(traced.sizes.assembly, plan), traced.sizes.steps, example_inputs)
+    search.among = None if among is None else {_key(change): change.new for change in among}
     try:
         return search.search()
     except BaseException:
@@ -131,6 +138,7 @@ class _Search:
         self.changes: dict[Key, AttributeChange] = {}
         self.originals: dict[Key, Any] = {}
         self.guesses: dict[tuple[int, str], _Guesses] = {}
+        self.among: dict[Key, Any] | None = None
         self.kept: set[Key] = set()  # changes from before this round
         self.harmful: set[Key] = set()  # changes that made the network fail
 
@@ -173,13 +181,25 @@ class _Search:
 
     def candidates(self, one: WrongNumber) -> list[tuple[int, AttributeChange]]:
         """`_candidates`; in a graph's own code the node that makes this very call comes first."""
-        found = _candidates(self.modules, one.stack, one.given, one.wanted)
+        found = self.ranked(one.stack, one.given, one.wanted)
         where = one.stack[-1] if one.stack else ""
         calls = list(graph_calls(self.modules[where], one.op))
         number = sum(step.op == one.op and step.stack == one.stack for step in self.steps[: one.place])
         if number < len(calls):
             found.sort(key=lambda entry: _key(entry[1]) != (where, calls[number]))
         return found
+
+    def ranked(self, stack: Sequence[str], given: Any, wanted: Any) -> list[tuple[int, AttributeChange]]:
+        """`_candidates`, as far as they come into question."""
+        found, among = _candidates(self.modules, stack, given, wanted), self.among
+        if among is None:
+            return found
+        missing = object()
+        return [
+            (rank, change)
+            for rank, change in found
+            if (new := among.get(_key(change), missing)) == change.new or isinstance(new, tuple | list)
+        ]
 
     def try_next(self, one: WrongNumber, ranked: Sequence[tuple[int, AttributeChange]], weakest: int) -> bool:
         """Make the next change for a wrong number, unless another one of this round has just made the same."""
@@ -222,7 +242,7 @@ class _Search:
             pairs += replaced(tensor.shape, self.predicted.shape(tensor))
         stack = dict.fromkeys((*stopped.stack, *step.stack))  # those of the last operation, and those of the next
         for old, new in dict.fromkeys(pairs):
-            for _, change in _candidates(self.modules, tuple(stack), old, new):
+            for _, change in self.ranked(tuple(stack), old, new):
                 if _key(change) in self.changes:
                     continue
                 self.change(change)

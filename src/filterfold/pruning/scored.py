@@ -238,9 +238,11 @@ class Scored:
     def _score_again(self, group: ChannelGroup, plan: Plan) -> Tensor:
         return self.rules.score([group], self.model, without=plan)[group.name]
 
-    def _rewrite_sizes(self, pruned: nn.Module, plan: Plan, inputs: Any) -> tuple[AttributeChange, ...]:
+    def _rewrite_sizes(
+        self, pruned: nn.Module, plan: Plan, inputs: Any, *, among: Sequence[AttributeChange] | None = None
+    ) -> tuple[AttributeChange, ...]:
         """Put right the sizes in user code that the cut network stumbles over."""
-        return rewrite_stale_sizes(pruned, plan, self.traced, inputs)
+        return rewrite_stale_sizes(pruned, plan, self.traced, inputs, among=among)
 
     def _explained(self, found: Verification, plan: Plan) -> Verification:
         """A verdict, with the groups that a number depends on which the network computes with, if there are any.
