@@ -19,6 +19,7 @@ from ..plan import AttributeChange, Plan
 from ..utils.modules import like
 from ..utils.size_slots import GRAPH, get_slot, graph_calls, set_slot, size_slots
 from .dispatch import SizedLayout, Step
+from .labels import Axis, Tie
 from .predicted_sizes import PredictedSizes, replaced
 from .size_check import Attempt, WrongNumber, attempt
 from .trace import Traced
@@ -44,9 +45,14 @@ The latter are tried only when none of the former is left: fixing those often ex
 
 
 class UnrepairableError(TraceError):
-    """A size in the model's own code does not follow the cut; `groups` names those that it depends on."""
+    """A size in the model's own code does not follow the cut.
+
+    `groups` names those that it depends on; `ties` are pairs of labels: had these been cut together, the size, which
+    the code takes from a shape, would be right (`x.split((x.shape[1], x.shape[1], 3), 1)`).
+    """
 
     groups: tuple[str, ...] = ()
+    ties: tuple[Tie, ...] = ()
 
 
 def rewrite_stale_sizes(
@@ -289,7 +295,25 @@ class _Search:
             f"leave {', '.join(names) or 'its groups'} out (ignore=)"
         )
         error.groups = tuple(names)
+        error.ties = tuple(tie for one in wrong for tie in self._ties(one))
         return error
+
+    def _ties(self, one: WrongNumber) -> Iterator[Tie]:
+        """For every wrong size the labels that it belongs to, with those of an axis nearby that has this size now."""
+        step = self.steps[one.place]
+        given = one.given if isinstance(one.given, tuple) else (one.given,) * len(step.outputs)
+        for number, (axis, old) in zip(given, _sized_axes(step), strict=False):
+            if not axis or len(axis) > 1 or self.predicted.size(axis, old) == number:
+                continue
+            for earlier in reversed(self.steps[: one.place]):
+                source = earlier.source if earlier.stack == one.stack else None
+                for other, size in zip(source.layout, source.shape, strict=True) if source else ():
+                    if other and len(other) == 1 and size == old and self.predicted.size(other, size) == number:
+                        yield other[0], axis[0]
+                        break
+                else:
+                    continue
+                break
 
     def _groups_of_size(self, sizes: set[int], stack: tuple[str, ...]) -> Iterator[str]:
         """Groups that have one of these sizes after the cut, somewhere in a running module."""
@@ -298,6 +322,14 @@ class _Search:
                 for axis, old in zip(step.source.layout, step.source.shape, strict=True):
                     if axis and self.predicted.size(axis, old) in sizes - {old}:
                         yield from self.predicted.groups_of(axis)
+
+
+def _sized_axes(step: Step) -> list[tuple[Axis, int]]:
+    """The axes that an operation's sizes speak of: of each piece of a split, of a reshape's result."""
+    if "split" in step.op and step.source is not None:
+        dim = step.numbers.get("dim", 0) % len(step.source.shape)
+        return [(piece.layout[dim], piece.shape[dim]) for piece in step.outputs]
+    return list(zip(step.outputs[0].layout, step.outputs[0].shape, strict=True)) if step.outputs else []
 
 
 def _key(change: AttributeChange) -> Key:
