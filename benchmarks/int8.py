@@ -5,7 +5,7 @@ photos, calibrated on images of the other. Both are cut without training: `recon
 kernels solved anew. Agreement is with the uncut network in float32.
 
     python benchmarks/int8.py SHARED --models resnet56 --macs 0.6 --calibration 256 --images 2000
-    python benchmarks/int8.py SHARED --models lite0 --macs 0.8 --calibration 64 --batch 16 --images 500  [--time]
+    python benchmarks/int8.py SHARED --models lite0 --macs 0.9 --calibration 32 --batch 16 --images 200  [--time]
 
 Writes results/int8.json, a record for each network; what stands there is not measured again.
 """
@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import torch
 from without_training import case, photos
 
@@ -78,7 +79,8 @@ def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
     for line in compared.table():
         print(*line, sep="\t", flush=True)
     costs = {"before": cut.before.macs, "after": cut.after.macs}
-    return {"macs_of_one_image": costs, **compared.to_dict(), "command": command(), "environment": describe()}
+    about = {"command": command(), "environment": describe(), "onnxruntime": onnxruntime.__version__}
+    return {"macs_of_one_image": costs, **compared.to_dict(), **about}
 
 
 def test(name: str, options: argparse.Namespace) -> Split:
