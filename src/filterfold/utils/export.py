@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..errors import ExportError, one_line
+from ..errors import ExportError, one_line, pass_on_exhaustion
 from .inputs import arguments, batch_of, difference, examples, outputs
 from .io import write_atomically
 from .model_state import preserved
@@ -64,6 +64,7 @@ def to_program(
         try:
             program = torch.export.export(model, positional, keywords, dynamic_shapes=shapes, strict=False)
         except Exception as error:
+            pass_on_exhaustion(error)
             hint = "; dynamic=False fixes the batch size" if dynamic else ""
             raise ExportError(f"{type(model).__name__} can't be exported: {one_line(error)}{hint}") from error
     if path is not None:
@@ -98,6 +99,7 @@ def to_onnx(
         try:
             exported = torch.onnx.export(program, dynamo=True, verbose=False)
         except Exception as error:
+            pass_on_exhaustion(error)
             raise ExportError(f"{type(model).__name__} has no ONNX form: {one_line(error)}") from error
     assert exported is not None
     if exported.model_proto.ByteSize() > _LARGEST:
