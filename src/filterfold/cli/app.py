@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
-from ..errors import FilterfoldError
+from ..errors import FilterfoldError, one_line, out_of_memory
 from . import REFUSED, compare, export, latency, prune, recipe, report, sensitivity, shrink, train, watch
 from . import inspect as inspecting
 from .figures import reporting
@@ -42,6 +42,13 @@ def refusing(interrupted: str) -> Callable[[Callable[..., None]], Callable[..., 
                 if error.filename is None:
                     raise
                 typer.echo(f"filterfold: {error.filename}: {error.strerror}", err=True)
+                raise typer.Exit(REFUSED) from None
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                typer.echo(
+                    f"filterfold: out of memory ({one_line(error)}); a smaller --batch-size needs less", err=True
+                )
                 raise typer.Exit(REFUSED) from None
             except KeyboardInterrupt:
                 typer.echo(f"filterfold: interrupted; {interrupted}", err=True)
