@@ -7,12 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
 from typer import Option
 
 from ..training.recipe import Recipe
 from . import report
-from .display import live, say
+from .display import live
+from .figures import Figures
 from .options import (
     DataOptions,
     EngineOptions,
@@ -133,7 +133,7 @@ def compare(
     round_to: Annotated[int, _comparison(help="Keep multiples of so many filters.")] = 1,
     margin: Annotated[float, _comparison(help=MARGIN_HELP)] = 0.5,
     out: Annotated[Path | None, Option(help="Run folder.", show_default="runs/MODEL-DATA")] = None,
-) -> None:
+) -> Figures:
     """Train and prune with several methods and seeds, and report which is worth it.
 
     With --weights or --pretrained every method trains from these weights, except those that are named scratch.
@@ -169,31 +169,29 @@ def compare(
         seeds=range(first_seed, first_seed + trials),
     )
     folder = out or default_folder(setting)
-    show(running.run(comparison, folder, cache_dir=images.cache_dir), folder, margin)
+    return figures(running.run(comparison, folder, cache_dir=images.cache_dir), folder, margin)
 
 
-def show(outcome: Outcome, folder: Path, margin: float) -> None:
-    """Show what a comparison came to, write its report, and end with the exit code that says how far it came."""
+def figures(outcome: Outcome, folder: Path, margin: float) -> Figures:
+    """Write a comparison's report; what it came to, with the exit code that says how far it came."""
     records = list(map(dict, outcome.records))
+    found = report.figures(records, margin, code=exit_code(outcome))
     if records:
         with live():
-            page = report.write(records, folder, margin)
-        report.show(records, margin)
-    say(f"records and networks: {folder}")
-    if records:
-        say(f"report: {page}")
+            found = found.adding(report=report.write(records, folder, margin))
     if outcome.failed:
-        say(f"{len(outcome.failed)} of {outcome.total} trials failed; the same command tries them again")
+        found = found.adding(
+            f"{len(outcome.failed)} of {outcome.total} trials failed; the same command tries them again"
+        )
     elif not outcome.complete:
         what = f"{outcome.left} of {outcome.total} trials" if outcome.left else "timing"
-        say(f"stopped in time; still to do: {what}; the same command goes on from here")
-    leave(outcome)
+        found = found.adding(f"stopped in time; still to do: {what}; the same command goes on from here")
+    return found.adding(folder=folder)
 
 
-def leave(outcome: Outcome) -> None:
-    """End with exit code `UNFINISHED` or `FAILED` unless everything is done."""
-    if not outcome.complete:
-        raise typer.Exit(FAILED if outcome.failed and outcome.timed else UNFINISHED)
+def exit_code(outcome: Outcome) -> int:
+    """0 if everything is done, else `UNFINISHED` or `FAILED`."""
+    return 0 if outcome.complete else FAILED if outcome.failed and outcome.timed else UNFINISHED
 
 
 @dataclass(frozen=True)
@@ -210,7 +208,7 @@ def demo(
     trials: Annotated[int, Option(help="Seeds for each method.")] = 5,
     epochs: Annotated[int, Option("--epochs", "-e", help="Passes over the training images.")] = 20,
     keep: Annotated[float, Option(help="Share of the filters that stays.")] = 0.5,
-) -> None:
+) -> Figures:
     """Compare dense training, the original algorithm and online clustering on handwritten digits.
 
     Real data that ships with scikit-learn, a small VGG, several seeds each, about two minutes. Done a second time, it
@@ -227,7 +225,7 @@ def demo(
         retrain_lr=0.01,  # the paper's .001 is for 390 steps an epoch; here are ten
     )
     comparison = Comparison.of(setting, ("dense", "l1", "online"), keep=[keep], seeds=range(trials))
-    show(running.run(comparison, out), out, margin=1.0)
+    return figures(running.run(comparison, out), out, margin=1.0)
 
 
 def default_folder(setting: Setting, first: str = "") -> Path:

@@ -269,6 +269,9 @@ class RunOptions:
     ] = None
     device: Annotated[str, _run(help="cpu, cuda, cuda:N, or auto: the GPU if there is one.")] = "auto"
     threads: Annotated[int | None, _run(help="CPU threads.", show_default="as many as cores", min=1)] = None
+    timing: Annotated[
+        bool, _run("--timing/--no-timing", help="Time the network in the end; Ctrl-C then ends the timing alone.")
+    ] = True
 
     def keywords(self) -> dict[str, Any]:
         """Arguments of `bench.trials.runner.compare`.
@@ -281,6 +284,7 @@ class RunOptions:
             "trackers": listed(self.log, "--log", str),
             "stop_after": seconds(self.stop_after) if self.stop_after else None,
             "device": self.device,
+            "batch_sizes": () if self.timing else None,
         }
 
     def run(
@@ -333,7 +337,7 @@ class EngineOptions(RunOptions):
         sizes = listed(text, "--latency-batches", int)
         if min(sizes, default=1) < 1:
             raise ConfigError(f"--latency-batches {self.latency_batches}: a batch has at least 1 image")
-        return {**super().keywords(), "engine": self.choose(), "batch_sizes": sizes}
+        return {**super().keywords(), "engine": self.choose(), "batch_sizes": sizes if self.timing else None}
 
     def choose(self) -> Engine:
         """The engine.

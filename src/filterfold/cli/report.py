@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Argument, Option
 
 from ..errors import ConfigError, RecordError
-from .display import live, prose, say, table
+from .display import live, prose, table
+from .figures import Figures
+
+
+def figures(records: Iterable[Mapping[str, Any]], margin: float, control: str = "dense", code: int = 0) -> Figures:
+    """What a comparison came to."""
+    from ..bench.report.summary import summary
+
+    records = list(records)
+    found = summary(records, margin=margin, control=control) if records else {}
+    return Figures(found, partial(show, records, margin, control) if records else lambda: None, code)
 
 
 def show(records: Iterable[Mapping[str, Any]], margin: float, control: str = "dense") -> None:
@@ -58,7 +69,7 @@ def report(
     margin: Annotated[float, Option(help=MARGIN_HELP)] = 0.5,
     control: Annotated[str, Option(help=CONTROL_HELP)] = "dense",
     column: Annotated[list[str] | None, Option(help="FIELD=COLUMN where a table's names don't say it.")] = None,
-) -> None:
+) -> Figures:
     """Write the report on a comparison: tables, tests, plots, one HTML page that opens without a network."""
     if (folder is None) == (table is None):
         raise ConfigError("give a run folder or --table FILE, one of the two")
@@ -77,8 +88,7 @@ def report(
         if place.exists() and (not place.is_dir() or (place != folder and _foreign(place))):
             raise RecordError(f"{place} is not empty and holds no report; give another --out")
         page = write(records, place, margin, control)
-    show(records, margin, control)
-    say(f"report: {page}")
+    return figures(records, margin, control).adding(report=page)
 
 
 def _foreign(folder: Path) -> bool:
