@@ -71,7 +71,13 @@ Examples:
 
 
 METHODS_HELP = (
+    "Comma-separated: dense, a criterion such as l1, online, scratch …; --help-all has all, and what they are."
+)
+
+
+METHODS = (
     "Comma-separated: dense; dense-long (as many epochs as training and retraining together); "
+    "without --methods dense,l1,online and the controls dense-long,random,scratch,online-l1; "
     "a criterion such as l1 (the original algorithm: train, cut once, retrain), random, "
     "largest or mean-std; CRITERION-greedy or -iterative (its variants); scratch (the small network, fresh weights); "
     "scratch-long (for as many epochs as cost what online costs); online (fold clusters while training); "
@@ -85,7 +91,7 @@ METHODS_HELP = (
 )
 
 
-_comparison = partial(Option, rich_help_panel="Comparison")
+_rare = partial(Option, rich_help_panel="Comparison", hidden=True)
 
 
 def compare(
@@ -98,49 +104,45 @@ def compare(
     running: EngineOptions,
     methods: Annotated[
         str | None,
-        _comparison(
-            help=METHODS_HELP, show_default="dense,l1,online and their controls: dense-long,random,scratch,online-l1"
-        ),
+        Option(help=METHODS_HELP, show_default="dense,l1,online and controls"),
     ] = None,
-    clusters: Annotated[str | None, _comparison(help="Filters left in every layer by online methods: 5,10,30.")] = None,
+    clusters: Annotated[str | None, Option(help="Filters left in every layer by online methods: 5,10,30.")] = None,
     keep: Annotated[
         str | None,
-        _comparison(
+        Option(
             help="Shares of the filters that stay, for every method that cuts: 0.5,0.25.",
-            show_default="half; criteria: the widths of Li et al. for their networks",
+            show_default="half, or as Li et al.",
         ),
     ] = None,
     macs: Annotated[
         str | None,
-        _comparison(help="Shares of the multiply-accumulates that stay, likewise; online chooses each layer's width."),
+        Option(help="Shares of the multiply-accumulates that stay, likewise; online chooses each layer's width."),
     ] = None,
     crossover: Annotated[
         str | None,
-        _comparison(
+        _rare(
             help="Instead of --epochs: train for each of these numbers of epochs, such as 0,1,2,4,8, to see where "
             "fresh weights catch up.",
             show_default="one training, of --epochs",
         ),
     ] = None,
-    trials: Annotated[int, _comparison(help="Seeds for each method.")] = 5,
-    first_seed: Annotated[int, _comparison(help="The first seed.")] = 0,
+    trials: Annotated[int, Option(help="Seeds for each method.")] = 5,
+    first_seed: Annotated[int, _rare(help="The first seed.")] = 0,
     retrain_epochs: Annotated[
         int | None,
-        _comparison(help="After a one-shot cut.", show_default="40 % of --epochs: 40 for 100, as Li et al."),
+        _rare(help="After a one-shot cut.", show_default="40 % of --epochs: 40 for 100, as Li et al."),
     ] = None,
-    retrain_lr: Annotated[float, _comparison(help="Learning rate of retraining, constant or the highest.")] = 0.001,
-    retrain_schedule: Annotated[str, _comparison(help="constant; or as --schedule, over the retraining.")] = "constant",
-    round_to: Annotated[int, _comparison(help="Keep multiples of so many filters.")] = 1,
-    margin: Annotated[float, _comparison(help=MARGIN_HELP)] = 0.5,
+    retrain_lr: Annotated[float, _rare(help="Learning rate of retraining, constant or the highest.")] = 0.001,
+    retrain_schedule: Annotated[str, _rare(help="constant; or as --schedule, over the retraining.")] = "constant",
+    round_to: Annotated[int, _rare(help="Keep multiples of so many filters.")] = 1,
+    margin: Annotated[float, Option(help=MARGIN_HELP)] = 0.5,
     out: Annotated[Path | None, Option(help="Run folder.", show_default="runs/MODEL-DATA")] = None,
 ) -> Figures:
     """Train and prune with several methods and seeds, and report which is worth it.
 
     With --weights or --pretrained every method trains from these weights, except those that are named scratch.
 
-    Trials with a record in the run folder are not run again: stop whenever you like (Ctrl-C, --stop-after), and the
-    same command goes on, here or on another machine. Exit code 3: stopped in time with work left; 1: all is done
-    but some trial failed (the next call tries it again).
+    Stop whenever you like: the same command goes on, here or on another machine, and tries failed trials again.
     """
     from ..bench.trials.config import COMPARED, CONTROLS, Comparison
 

@@ -64,7 +64,7 @@ def reporting(command: Callable[..., Any]) -> Callable[..., Any]:
         if found.code:
             raise typer.Exit(found.code)
 
-    asked = Annotated[bool, Option("--json", help="Print the figures as JSON, and nothing else, to standard output.")]
+    asked = Annotated[bool, Option("--json", help="Print nothing but the figures, as JSON.")]
     own = inspect.signature(command).parameters.values()
     added = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=asked)
     wrapper.__signature__ = inspect.Signature([*own, added])  # type: ignore[attr-defined]

@@ -73,15 +73,15 @@ class CutOptions:
 
     keep: Annotated[
         list[str] | None,
-        _cut_option(help="Share of filters to keep: 0.5; or GROUP=0.5, several times, with * and ?."),
+        Option(help="Share of filters to keep: 0.5; or GROUP=0.5, several times, with * and ?."),
     ] = None
-    macs: Annotated[float | None, _cut_option(help="Share of the MACs that may remain.")] = None
+    macs: Annotated[float | None, Option(help="Share of the MACs that may remain.")] = None
     parameters: Annotated[float | None, _cut_option(help="Share of parameters that may remain.")] = None
     latency: Annotated[
         float | None, _cut_option(help="Share of the time, measured on this device, that may remain.")
     ] = None
     latency_batch: Annotated[int, _cut_option(help="Images at a time for --latency.", min=1)] = 64
-    criterion: Annotated[str, _cut_option(help="l1, l2, random, fpgm, taylor, reconstruction, …")] = "l1"
+    criterion: Annotated[str, Option(help="l1, l2, random, fpgm, taylor, reconstruction, …")] = "l1"
     scope: Annotated[str, _cut_option(help="Rank filters by layer or all together: layer, global.")] = "layer"
     round_to: Annotated[int, _cut_option(help="Keep multiples of so many filters.")] = 1
     min_keep: Annotated[int, _cut_option(help="Keep at least so many in each group.")] = 1
@@ -146,7 +146,10 @@ def prune(
         bool, Option("--repair", help="Solve the layers behind cut ones anew on 1,280 training images.")
     ] = False,
     evaluate: Annotated[bool, Option(help="Measure top-1 on the test images before and after.")] = True,
-    timing: Annotated[bool, Option(help="Time both networks in the end; Ctrl-C then ends the timing alone.")] = True,
+    timing: Annotated[
+        bool,
+        Option(" /--no-timing", show_default=False, help="Don't time both networks in the end. Ctrl-C ends it alone."),
+    ] = True,
     image: Annotated[
         str | None, Option("--input", help="Channels x height x width, instead of --data, where no images are needed.")
     ] = None,

@@ -73,7 +73,7 @@ def train(
     clusters: Annotated[int | None, Option(help="online: filters left in every layer.")] = None,
     keep: Annotated[float | None, Option(help="Share of the filters that stays.")] = None,
     macs: Annotated[float | None, Option(help="Share of the multiply-accumulates that stays.")] = None,
-    retrain_epochs: Annotated[int, Option(help="l1 and other criteria: epochs after the cut.")] = 40,
+    retrain_epochs: Annotated[int, Option(hidden=True, help="l1 and other criteria: epochs after the cut.")] = 40,
     seed: Annotated[int, Option(help="Of initial weights, batches and augmentation.")] = 0,
     out: Annotated[Path | None, Option(help="Run folder.", show_default="runs/METHOD-MODEL-DATA")] = None,
     overwrite: Overwrite = False,

@@ -26,15 +26,13 @@ if TYPE_CHECKING:
 Images = TypeVar("Images", bound=DataOptions)
 
 
-WEIGHTS_HELP = (
-    "safetensors, a state dict or a trainer's checkpoint, by name; or a network that Filterfold saved, pruned or not."
-)
+WEIGHTS_HELP = "safetensors, a state dict, a trainer's checkpoint, or a network that Filterfold saved."
 
 
-_weights = partial(Option, "--weights", "-w", rich_help_panel="Model")
+_weights = partial(Option, "--weights", "-w")
 
 
-_pretrained = partial(Option, "--pretrained", rich_help_panel="Model")
+_pretrained = partial(Option, "--pretrained")
 
 
 @dataclass(frozen=True)
@@ -133,9 +131,7 @@ class StartOptions(WeightOptions):
     ] = False
     new_head: Annotated[
         bool,
-        Option(
-            "--new-head", rich_help_panel="Model", help="Draw a classifier anew that has other outputs than classes."
-        ),
+        Option("--new-head", help="Draw a classifier anew that has other outputs than classes."),
     ] = False
 
     def settle(self, model: str, images: Images) -> tuple[Start, Images]:
