@@ -16,7 +16,7 @@ import nbformat
 from markdown import Extension, Markdown
 from markdown.preprocessors import Preprocessor
 from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 from nbclient import NotebookClient
 from nbconvert import MarkdownExporter
@@ -48,7 +48,8 @@ BESIDES = {
 }
 """Names beside those of `filterfold.__all__` that the tutorials use."""
 
-LINK = re.compile(r"\]\((?:\.\./)+([^)#]+)")
+FROM_DOCS = re.compile(r"\]\((?:\.\./)+([^)#]+)")
+FROM_ROOT = re.compile(r"\]\(([^):#]+)")
 TO_ROOT = re.compile(r"\]\(((?:\.\./)+)([^)]+)\)")
 
 
@@ -58,11 +59,13 @@ TO_ROOT = re.compile(r"\]\(((?:\.\./)+)([^)]+)\)")
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """The API's pages, and what else the checkout has, into the navigation."""
     config.markdown_extensions.append(Sessions())
-    for section in config.nav or []:
-        if section.get("API reference") == "api":
-            section["API reference"] = [{ROOMS.get(room, room): f"api/{room}.md"} for room in public()]
-        if "The project" in section and (ROOT / "CONTRIBUTING.md").exists():
-            section["The project"].insert(1, {"Contributing": "CONTRIBUTING.md"})
+    sections = {name: section for entry in config.nav or [] for name, section in entry.items()}
+    (api,) = [entry for entry in config.nav or [] if "API reference" in entry]
+    api["API reference"] = [{ROOMS.get(room, room): f"api/{room}.md"} for room in public()]
+    known = str(config.nav)
+    for path in sorted(Path(config.docs_dir).glob("*.md")):  # a new page is in the site before it has its place
+        if f"'{path.name}'" not in known:
+            sections["Use it"].append(path.name)
     return config
 
 
@@ -73,14 +76,18 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, f"api/{room}.md", content="\n".join(blocks)))
     for path in sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")):
         add_notebook(files, config, path)
-    for name in ("CHANGELOG.md", "CONTRIBUTING.md"):
-        if (ROOT / name).exists():
-            text = re.sub(r"\]\(docs/", "](", (ROOT / name).read_text())
-            files.append(File.generated(config, name, content=text))
+    linked = set()
     for page in [file for file in files.documentation_pages() if not file.src_uri.startswith("api/")]:
-        for target in LINK.findall(page.content_string):
-            if files.get_file_from_path(target) is None and (ROOT / target).is_file():
-                files.append(File.generated(config, target, abs_src_path=str(ROOT / target)))
+        linked |= set(FROM_DOCS.findall(page.content_string))
+    for name in ("CHANGELOG.md", "CONTRIBUTING.md"):
+        text = (ROOT / name).read_text().replace("](docs/", "](")
+        files.append(File.generated(config, name, content=text))
+        linked |= set(FROM_ROOT.findall(text))
+    for name in sorted(linked):
+        if files.get_file_from_path(name) is None and (ROOT / name).is_file():
+            file = File.generated(config, name, abs_src_path=str(ROOT / name))
+            file.inclusion = InclusionLevel.INCLUDED  # also where the name begins with a dot
+            files.append(file)
     return files
 
 

@@ -37,6 +37,7 @@ def example(name: str) -> ModuleType:
     ("name", "needs"),
     [
         ("own_loop", "sklearn"),
+        ("timm_training_script", "timm"),
         ("fabric", "lightning_fabric"),
         ("lightning_callback", "lightning"),
         ("hugging_face_trainer", "transformers"),
@@ -49,6 +50,16 @@ def test_the_example_runs(name: str, needs: str, capsys) -> None:
     shown = capsys.readouterr().out
     assert "units, 0." in shown
     assert float(shown.split()[-4]) <= 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # ultralytics' own
+def test_the_detector_of_another_trainer_shrinks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
+    monkeypatch.setenv("YOLO_OFFLINE", "true")
+    monkeypatch.setenv("YOLO_CONFIG_DIR", str(tmp_path))
+    pytest.importorskip("ultralytics")
+    assert 0.5 < example("ultralytics_callback").main() <= 0.6
+    assert capsys.readouterr().out.count(": fold: ") > 1
 
 
 def classifier() -> Any:

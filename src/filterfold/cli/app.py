@@ -11,10 +11,11 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
-from ..errors import FilterfoldError
+from ..errors import FilterfoldError, one_line, out_of_memory
 from . import REFUSED, compare, export, latency, prune, recipe, report, sensitivity, shrink, train, watch
 from . import inspect as inspecting
 from .figures import reporting
+from .options import MODEL
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT."""
@@ -42,6 +43,13 @@ def refusing(interrupted: str) -> Callable[[Callable[..., None]], Callable[..., 
                 if error.filename is None:
                     raise
                 typer.echo(f"filterfold: {error.filename}: {error.strerror}", err=True)
+                raise typer.Exit(REFUSED) from None
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                typer.echo(
+                    f"filterfold: out of memory ({one_line(error)}); a smaller --batch-size needs less", err=True
+                )
                 raise typer.Exit(REFUSED) from None
             except KeyboardInterrupt:
                 typer.echo(f"filterfold: interrupted; {interrupted}", err=True)
@@ -116,6 +124,48 @@ def _options(family: type, shown: dict[str, Any] | None) -> list[inspect.Paramet
     return made
 
 
+AT_LENGTH = {"methods": compare.METHODS, "model": MODEL}
+"""What --help-all says of options of which --help says less."""
+
+
+SHOWN_EXAMPLES = 2
+"""Examples below --help; --help-all has all."""
+
+
+def helped(command: Callable[..., Any], examples: str) -> Callable[..., Any]:
+    """Give a command with rare options (hidden ones) `--help-all`, which shows them, every example, and more words."""
+    parameters = inspect.signature(command).parameters.values()
+    rare = sum(bool(getattr(entry, "hidden", False)) for p in parameters for entry in get_args(p.annotation)[1:])
+    if not rare and examples == shortened(examples):
+        return command
+
+    def show(context: typer.Context, asked: bool) -> None:
+        if asked:
+            for parameter in context.command.params:
+                parameter.hidden = False  # type: ignore[attr-defined]
+                parameter.help = AT_LENGTH.get(parameter.name or "", parameter.help)  # type: ignore[attr-defined]
+            context.command.epilog = examples
+            context.get_help()  # Typer prints it
+            raise typer.Exit
+
+    @functools.wraps(command)
+    def wrapper(**options: Any) -> Any:
+        options.pop("help_all", None)
+        return command(**options)
+
+    said = f"Show {rare} more options and exit." if rare else "Show more examples and exit."
+    asked = Annotated[bool, typer.Option("--help-all", callback=show, is_eager=True, help=said)]
+    added = inspect.Parameter("help_all", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=asked)
+    wrapper.__signature__ = inspect.Signature([*parameters, added])  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {**command.__annotations__, "help_all": asked}
+    return wrapper
+
+
+def shortened(examples: str) -> str:
+    """The first examples."""
+    return "\n\n".join(examples.split("\n\n")[: SHOWN_EXAMPLES + 1])
+
+
 app = typer.Typer(
     name="filterfold",
     no_args_is_help=True,
@@ -187,7 +237,8 @@ for _group, _command, _examples, _interrupted in (
     (_recipes, recipe.run, recipe.RUN_EXAMPLES, RESUME),
 ):
     _name = _command.__name__.rstrip("_")
-    _group.command(_name, epilog=_examples)(refusing(_interrupted)(reporting(spread(_command))))
+    _ready = helped(reporting(spread(_command)), _examples)
+    _group.command(_name, epilog=shortened(_examples))(refusing(_interrupted)(_ready))
 
 
 app.add_typer(_recipes, name="recipe")

@@ -9,11 +9,14 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer import Option
+
+from .display import say
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,16 @@ class Figures:
     document: Mapping[str, Any]
     show: Callable[[], None]
     code: int = 0
+
+    def adding(self, *lines: str, **places: Path) -> Figures:
+        """The same, with lines for people behind it, and where files were written."""
+
+        def show() -> None:
+            self.show()
+            for line in (*lines, *(f"{name}: {path}" for name, path in places.items())):
+                say(line)
+
+        return replace(self, document={**self.document, **places}, show=show)
 
 
 def reporting(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -51,7 +64,7 @@ def reporting(command: Callable[..., Any]) -> Callable[..., Any]:
         if found.code:
             raise typer.Exit(found.code)
 
-    asked = Annotated[bool, Option("--json", help="Print the figures as JSON, and nothing else, to standard output.")]
+    asked = Annotated[bool, Option("--json", help="Print nothing but the figures, as JSON.")]
     own = inspect.signature(command).parameters.values()
     added = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=asked)
     wrapper.__signature__ = inspect.Signature([*own, added])  # type: ignore[attr-defined]

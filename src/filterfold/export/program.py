@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..errors import ExportError, one_line
+from ..errors import ExportError, one_line, pass_on_exhaustion
 from ..utils.inputs import arguments, batch_of, difference, examples, outputs
 from ..utils.io import write_atomically
 from ..utils.model_state import preserved
@@ -120,6 +120,7 @@ def to_program(
         try:
             program = torch.export.export(model, positional, keywords, dynamic_shapes=shapes, strict=False)
         except Exception as error:
+            pass_on_exhaustion(error)
             hints = {"dynamic": "the batch size", "dynamic_size": "height and width"}
             asked = [f"{name}=False fixes {what}" for name, what in hints.items() if getattr(options, name)]
             hint = "".join(f"; {text}" for text in asked)
@@ -165,6 +166,7 @@ def to_onnx(
             try:
                 exported = torch.onnx.export(program, dynamo=True, verbose=False)
             except Exception as error:
+                pass_on_exhaustion(error)
                 raise ExportError(f"{type(model).__name__} has no ONNX form: {one_line(error)}") from error
         assert exported is not None
         proto = exported.model_proto

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import TraceError, one_line
+from ..errors import TraceError, one_line, pass_on_exhaustion
 from ..plan import ChannelGroup
 from ..profiling.macs import Cost, Counting, measure
 from ..utils.inputs import batch_of, call
@@ -19,7 +19,7 @@ from ..utils.model_state import preserved, random_state_preserved
 from ..utils.modules import leaves
 from .assemble import Assembly, assemble
 from .dispatch import Recorder, SizedLayout, Split, Step, TensorLabels, Tracer, module_stack
-from .labels import FIXED, OUTPUT
+from .labels import FIXED, OUTPUT, Tie
 from .rules import RULES, indexing, layers, math, recurrent, shape
 
 _LOG = logging.getLogger(__name__)
@@ -139,6 +139,12 @@ def whole_heads(model: nn.Module, example_inputs: Any, traced: Traced, failed: I
     return _trace_once(model, example_inputs, choices, nullcontext()) if choices else None
 
 
+def tied(model: nn.Module, example_inputs: Any, traced: Traced, ties: Iterable[Tie]) -> Traced:
+    """The same trace, with more labels that go together (see `UnrepairableError`)."""
+    choices = {place: split.chosen for place, split in enumerate(traced.sizes.splits)}
+    return _trace_once(model, example_inputs, choices, nullcontext(), ties)
+
+
 def _trace(model: nn.Module, example_inputs: Any, watch: AbstractContextManager[Any]) -> Traced:
     traced = _trace_once(model, example_inputs, {}, watch)
     tried: list[dict[int, int]] = []
@@ -156,7 +162,11 @@ def _trace(model: nn.Module, example_inputs: Any, watch: AbstractContextManager[
 
 
 def _trace_once(
-    model: nn.Module, example_inputs: Any, choices: Mapping[int, int], watch: AbstractContextManager[Any]
+    model: nn.Module,
+    example_inputs: Any,
+    choices: Mapping[int, int],
+    watch: AbstractContextManager[Any],
+    ties: Iterable[Tie] = (),
 ) -> Traced:
     """One trace, with `watch` around its run in evaluation mode."""
     tracer = Tracer(RULES, choices)
@@ -173,6 +183,7 @@ def _trace_once(
         )
         if unmet:
             unmet = _train_pass(model, tracer, names, example_inputs)
+    tracer.table.joins += ties
     assembly = assemble(tracer.table)
     return Traced(assembly.groups, Sizes(steps, assembly, received, returned, tuple(tracer.splits)), unmet)
 
@@ -232,6 +243,7 @@ def _run(model: nn.Module, tracer: Tracer, inputs: Any) -> None:
     except TraceError:
         raise
     except Exception as error:
+        pass_on_exhaustion(error)
         raise TraceError(f"the model does not run on the example inputs: {one_line(error)}") from error
     for tensor in leaves(outputs):
         tracer.freeze(tracer.layout(tensor), OUTPUT)

@@ -231,9 +231,9 @@ def measure_latency(
             "load": load_average(),
         }
         with torch.inference_mode():
-            for batch_size in track(batch_sizes, f"timing, {mode}", len(batch_sizes)):
+            for batch_size in batch_sizes:
                 batch = examples(example, batch_size)
-                times = rounds.times([runner(batch) for _, runner in runners])
+                times = rounds.times([runner(batch) for _, runner in runners], f"timing, {mode}, batch {batch_size}")
                 rows += [Latency(name, batch_size, tuple(own)) for (name, _), own in zip(runners, times, strict=True)]
     return LatencyComparison(tuple(rows), conditions, macs)
 
@@ -327,7 +327,7 @@ class _Rounds:
     block_seconds: float
     max_seconds: float
 
-    def times(self, runs: Sequence[Callable[[], Any]]) -> list[list[float]]:
+    def times(self, runs: Sequence[Callable[[], Any]], description: str) -> list[list[float]]:
         """For every network the seconds per call in each round; the last one is the control of the first."""
         counts = []
         for run in runs:
@@ -336,7 +336,7 @@ class _Rounds:
         counts[-1] = counts[0]  # the control is the reference once more, in every respect
         seconds: list[list[float]] = [[] for _ in runs]
         spent = 0.0
-        for repeat in range(self.repeats):
+        for repeat in track(range(self.repeats), description, self.repeats):
             if spent > self.max_seconds and repeat >= _LEAST_REPEATS:
                 break
             for index in in_turn(len(runs), repeat):

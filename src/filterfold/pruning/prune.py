@@ -95,12 +95,12 @@ def prune(
     cache = CutCache()
     network = scored(inner, example_inputs, rules, loader)
     planned = network.planned(budget, cache)
-    if (by_heads := network.by_whole_heads(planned, loader)) is not None:
-        other = CutCache()
+    for other in network.alternatives(planned, loader):
+        fresh = CutCache()
         with suppress(FilterfoldError):
-            better = by_heads.planned(budget, other)
+            better = other.planned(budget, fresh)
             if locked(better.groups) < locked(planned.groups):
-                network, planned, cache = by_heads, better, other
+                network, planned, cache = other, better, fresh
     return network.cut(planned, model, optimizer=optimizer, averaged=averaged, cache=cache)
 
 

@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from ..errors import ConfigError, FilterfoldError, SelectionError
 from ..graph import (
     Traced,
+    UnrepairableError,
     groups_behind_numbers,
     rewrite_stale_sizes,
+    tied,
     trace_and_measure,
     unread_sizes,
     whole_heads,
 )
+from ..graph.labels import Tie
 from ..plan import AttributeChange, ChannelGroup, Plan
 from ..profiling.macs import Cost, measure
 from ..surgery.apply import apply_with_sizes
@@ -142,7 +145,10 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """An uncut network, how it is called, its groups, its cost, and the scores of its units by some rules."""
+    """An uncut network, how it is called, its groups, its cost, and the scores of its units by some rules.
+
+    `ties`: labels that would have to go together for sizes that failed so far.
+    """
 
     model: nn.Module
     example_inputs: Any
@@ -150,6 +156,7 @@ class Scored:
     traced: Traced
     cost: Cost
     scores: Mapping[str, Tensor]
+    ties: dict[tuple[int, int], Tie] = field(default_factory=dict)
 
     def planned(self, budget: Budget, cache: CutCache | None = None) -> Planned:
         """The cut that a budget asks for, rehearsed unless the rules say otherwise; `cache` keeps what it cut."""
@@ -175,19 +182,24 @@ class Scored:
             raise SelectionError("latency: no cut copy of the network could be timed; say how much may stay with macs=")
         return Planned(groups, plan, verified)
 
-    def by_whole_heads(self, planned: Planned, loader: Iterable[Any] | None) -> Scored | None:
-        """The same network, scored anew by whole heads of those attentions that can't be cut within their heads.
+    def alternatives(self, planned: Planned, loader: Iterable[Any] | None) -> Iterator[Scored]:
+        """The same network, scored anew by groups of which less may fail.
 
-        None where nothing failed or nothing else can be tried, or where the data to score with is used up.
+        First with labels tied whose sizes the model's code takes from one another, then by whole heads of those
+        attentions that can't be cut within their heads. None where the data to score with is used up.
         """
         failed = [group.name for group in planned.groups if group.frozen and group.frozen.startswith(FAILED)]
         if not failed or isinstance(loader, Iterator):
-            return None
+            return
+        if self.ties:
+            yield self._anew(tied(self.model, self.example_inputs, self.traced, self.ties.values()), loader)
         traced = whole_heads(self.model, self.example_inputs, self.traced, failed)
-        if traced is None:
-            return None
-        scores = self.rules.score(cuttable(traced, self.rules.selection.ignore)[0], self.model, loader=loader)
-        return replace(self, traced=traced, scores=scores)
+        if traced is not None:
+            yield self._anew(traced, loader)
+
+    def _anew(self, traced: Traced, loader: Iterable[Any] | None) -> Scored:
+        groups = cuttable(traced, self.rules.selection.ignore)[0]
+        return replace(self, traced=traced, scores=self.rules.score(groups, self.model, loader=loader), ties={})
 
     def cut(
         self,
@@ -238,9 +250,16 @@ class Scored:
     def _score_again(self, group: ChannelGroup, plan: Plan) -> Tensor:
         return self.rules.score([group], self.model, without=plan)[group.name]
 
-    def _rewrite_sizes(self, pruned: nn.Module, plan: Plan, inputs: Any) -> tuple[AttributeChange, ...]:
+    def _rewrite_sizes(
+        self, pruned: nn.Module, plan: Plan, inputs: Any, *, among: Sequence[AttributeChange] | None = None
+    ) -> tuple[AttributeChange, ...]:
         """Put right the sizes in user code that the cut network stumbles over."""
-        return rewrite_stale_sizes(pruned, plan, self.traced, inputs)
+        try:
+            return rewrite_stale_sizes(pruned, plan, self.traced, inputs, among=among)
+        except UnrepairableError as error:
+            if among is None:
+                self.ties.update({(int(first[0]), int(second[0])): (first, second) for first, second in error.ties})
+            raise
 
     def _explained(self, found: Verification, plan: Plan) -> Verification:
         """A verdict, with the groups that a number depends on which the network computes with, if there are any.

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import ModelError
+from ..errors import ModelError, pass_on_exhaustion
 
 HUBS = ("timm", "torchvision")
 
@@ -128,7 +128,8 @@ def one_line(name: str) -> Iterator[None]:
         yield
     except ModelError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        pass_on_exhaustion(error)
         raise ModelError(f"{name}: {type(error).__name__}: {first_line(error)}") from error
 
 

@@ -40,7 +40,7 @@ def run_trial(trial: Trial, context: RunContext, *, command: str | None = None) 
     trained = train_by_method(trial, context)
     final, dense = measure(trained.model, context.example), measure(context.build(trial.seed), context.example)
     metrics = evaluate(trained.model, context.data.test, device=context.device, classes=len(context.data.classes))
-    timing = measure_alone(trained.model, context)
+    timing = measure_alone(trained.model, context) if context.timing else None
     with context.tracked(trial) as trackers:
         for tracker in trackers:
             tracker.final({"top1": metrics.top1, "top5": metrics.top5, "macs": final.macs, "weights": final.weights})
@@ -53,7 +53,7 @@ def run_trial(trial: Trial, context: RunContext, *, command: str | None = None) 
     result = Result(
         top1=metrics.top1,
         top5=metrics.top5,
-        inference_seconds=timing["rounds"][0],
+        inference_seconds=timing["rounds"][0] if timing else None,
         macs=final.macs,
         parameters=final.parameters,
         weights=final.weights,
