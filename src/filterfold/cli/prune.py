@@ -167,7 +167,7 @@ def prune(
     from .. import repair as repair_model
     from .. import save
     from ..bench.trials.context import resolve
-    from ..bench.trials.start import input_of, network_of
+    from ..bench.trials.start import code_of, input_of, network_of
     from ..data import batches
     from ..export.program import to_onnx
     from ..online import DistillationCallback
@@ -208,7 +208,11 @@ def prune(
             "environment": describe(),
             "input": input_of(found.data, found.images.keywords()) if isinstance(found, TrainedNetwork) else None,
             "weights": found.fingerprint,
-            **network_of(chosen.model, chosen.width, data),
+            **(
+                network_of(chosen.model, chosen.width, data)
+                if data is not None
+                else code_of(chosen.model, chosen.width, tuple(example.shape[1:]), classes)
+            ),
         }
         begun.note()
         save(model, out, plan=result.plan, metadata=about)

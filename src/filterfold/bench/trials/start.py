@@ -103,8 +103,14 @@ def network_of(model: str, width: float, data: ImageData) -> dict[str, Any]:
     >>> network_of("vgg16", 0.5, load("digits"))["arguments"]
     {'classes': 10, 'channels': 1, 'width': 0.5, 'image_size': 8}
     """
-    sizes = {"classes": len(data.classes), "channels": data.channels, "width": width, "image_size": data.image_size}
-    return {"factory": model, "arguments": sizes, "classes": list(data.classes)}
+    noted = code_of(model, width, (data.channels, data.image_size), len(data.classes))
+    return {**noted, "classes": list(data.classes)}
+
+
+def code_of(model: str, width: float, shape: tuple[int, ...], classes: int) -> dict[str, Any]:
+    """What is noted of a network's code alone; `shape`: channels, height, of its images."""
+    sizes = {"classes": classes, "channels": shape[0], "width": width, "image_size": shape[1]}
+    return {"factory": model, "arguments": sizes}
 
 
 def noted_network(weights: Weights) -> dict[str, Any]:
