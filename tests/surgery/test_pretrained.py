@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import filterfold as ff
-from filterfold.bench.trials.start import noted_input
+from filterfold.bench.trials.start import noted_input, noted_network
 from filterfold.errors import CheckpointError, FilterfoldError, ModelError, OutputError
 from filterfold.surgery.weights import Weights
 from filterfold.zoo import Expected, build
@@ -66,6 +66,7 @@ def test_the_folder_is_one_checkpoint_its_config_and_its_card(tmp_path: Path) ->
     assert ff.Plan.from_json(json.dumps(config["plans"][0])).widths["features.0"] == (32, 16)
     assert config["input"] == {"mean": [0.5] * 3, "std": [0.25] * 3, "image_size": 32}
     assert noted_input(Weights.read(tmp_path / "small" / "model.safetensors")) == config["input"]
+    assert noted_network(Weights.read(tmp_path / "small" / "model.safetensors"))["arguments"] == {"classes": 5}
 
     repocard = pytest.importorskip("huggingface_hub").ModelCard.load(tmp_path / "small" / "README.md")
     assert (repocard.data.license, repocard.data.base_model) == ("apache-2.0", "user/big")

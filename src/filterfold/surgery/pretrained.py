@@ -85,7 +85,8 @@ def save_pretrained(
         name, factory = factory, _named(factory, arguments or {})
     elif arguments:
         raise ModelError("arguments= go with a factory's name; a callable has its own")
-    noted = {} if card.expects is None else {"input": asdict(card.expects)}
+    noted: dict[str, Any] = {} if name is None else {"factory": name, "arguments": dict(arguments or {})}
+    noted |= {} if card.expects is None else {"input": asdict(card.expects)}
     code = {} if name is None else {"factory": name, "arguments": dict(arguments or {})}
     found = contents(model, plan=plan, metadata={**noted, **code}, path=folder / WEIGHTS)
     uncut = _built(factory, like=model)
@@ -96,8 +97,6 @@ def save_pretrained(
     config = {
         "library_name": "filterfold",
         "filterfold_version": __version__,
-        "factory": name,
-        "arguments": dict(arguments or {}),
         **noted,
         "plans": json.loads(found.header["plans"]),
     }
