@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from typer import Argument, Option
 
 from ..errors import ConfigError, RecordError
-from .display import live, prose, table
+from .display import live, prose
 from .figures import Figures
 
 
@@ -24,21 +24,11 @@ def figures(records: Iterable[Mapping[str, Any]], margin: float, control: str = 
 
 
 def show(records: Iterable[Mapping[str, Any]], margin: float, control: str = "dense") -> None:
-    """Print one table for each model and data set, what it means, and which trials failed."""
-    from ..bench.report import verdict
-    from ..bench.report.study import studies
-    from ..bench.report.tables import comparison
+    """Print in about ten lines what a comparison came to; the page has the rest."""
+    from ..bench.report import brief
 
-    records = list(records)
-    for study in studies(records, control):
-        found = comparison(study)
-        title = f"{study.title or 'Comparison'} (mean ± sd over trials)"
-        table(title, found.columns, [[cell.text for cell in row] for row in found.rows])
-    for line in verdict(records, margin=margin, control=control):
+    for line in brief(records, margin=margin, control=control):
         prose(line)
-    for record in records:
-        if record["status"] == "failed":
-            prose(f"failed: {record['label']} seed {record['seed']}: {record['reason']}")
 
 
 def write(records: Iterable[Mapping[str, Any]], folder: Path, margin: float, control: str = "dense") -> Path:
