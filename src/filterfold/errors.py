@@ -69,6 +69,25 @@ class ExportError(FilterfoldError):
     """A model that can't be written in another format, or computes something else there."""
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on whatever device: that is no fault of a network or a cut.
+
+    >>> out_of_memory(RuntimeError("CUDA error: out of memory")), out_of_memory(ValueError("no such layer"))
+    (True, False)
+    """
+    kinds, text = [kind.__name__ for kind in type(error).__mro__], str(error)
+    return bool({"MemoryError", "OutOfMemoryError"} & set(kinds)) or any(words in text for words in _EXHAUSTED)
+
+
+_EXHAUSTED = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+def pass_on_exhaustion(error: BaseException) -> None:
+    """Raise an exception again if it says that memory ran out."""
+    if out_of_memory(error):
+        raise error
+
+
 def one_line(error: BaseException) -> str:
     r"""The type of an error and the first line of its message, for a message of our own.
 

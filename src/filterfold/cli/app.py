@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
-from ..errors import FilterfoldError
-from . import REFUSED, compare, latency, prune, recipe, report, sensitivity, shrink, train, watch
+from ..errors import FilterfoldError, one_line, out_of_memory
+from . import REFUSED, compare, export, latency, prune, recipe, report, sensitivity, shrink, train, watch
 from . import inspect as inspecting
 from .figures import reporting
 from .options import MODEL
@@ -43,6 +43,13 @@ def refusing(interrupted: str) -> Callable[[Callable[..., None]], Callable[..., 
                 if error.filename is None:
                     raise
                 typer.echo(f"filterfold: {error.filename}: {error.strerror}", err=True)
+                raise typer.Exit(REFUSED) from None
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                typer.echo(
+                    f"filterfold: out of memory ({one_line(error)}); a smaller --batch-size needs less", err=True
+                )
                 raise typer.Exit(REFUSED) from None
             except KeyboardInterrupt:
                 typer.echo(f"filterfold: interrupted; {interrupted}", err=True)
@@ -223,6 +230,7 @@ for _group, _command, _examples, _interrupted in (
     (app, watch.watch, watch.EXAMPLES, "the run itself goes on"),
     (app, inspecting.inspect, inspecting.EXAMPLES, NOTHING),
     (app, latency.latency, latency.EXAMPLES, NOTHING),
+    (app, export.export, export.EXAMPLES, NOTHING),
     (app, report.report, report.EXAMPLES, RESUME),
     (_recipes, recipe.list_, recipe.LIST_EXAMPLES, NOTHING),
     (_recipes, recipe.show, recipe.SHOW_EXAMPLES, NOTHING),

@@ -82,12 +82,11 @@ METHODS = (
     "largest or mean-std; CRITERION-greedy or -iterative (its variants); scratch (the small network, fresh weights); "
     "scratch-long (for as many epochs as cost what online costs); online (fold clusters while training); "
     "online-CRITERION (the same schedule, dropping by a criterion); online-centroid (nothing removed); "
-    "online…+repair (next kernels repaired after every cut); "
+    "online…+repair, l1+repair (next kernels repaired after every cut); "
     "online…+distill, l1+distill, scratch+distill (with a teacher, see --distill); "
     "online…+early (cuts at 5, 10 and 15 % of training); "
     "online+centripetal, online+unpulled (filters brought together by the stronger rule, or not at all); "
-    "online…+longer, scratch+longer (more epochs, for at most .7 of the dense training's MACs; from trained weights: "
-    "at most as many)."
+    "online…+longer, scratch+longer (more epochs, for at most .7 of the dense training's MACs; from weights: as many)."
 )
 
 

@@ -31,6 +31,8 @@ Examples:
 
   filterfold latency torchvision:resnet18 torchvision:resnet34 --input 3x224x224 --classes 1000 --mode onnxruntime
 
+  filterfold latency small.onnx small-int8.onnx --input 3x224x224
+
   filterfold latency vgg16 small.safetensors --mode eager --mode channels_last --mode compile --json > times.json
 """
 
@@ -38,12 +40,15 @@ Examples:
 FILES = (".safetensors", ".pt", ".pth", ".bin")
 
 
+ONNX = ".onnx"
+
+
 PASS = 128
 """Batch size of the pass over the whole test set, as in the document's experiment."""
 
 
 def latency(
-    networks: Annotated[list[str], Argument(help=f"Files of weights, or names: {MODEL_HELP}")],
+    networks: Annotated[list[str], Argument(help=f"Files of weights, ONNX files, or names: {MODEL_HELP}")],
     model: Annotated[
         str | None, Option("--model", "-m", help="The network of the files.", show_default="the first name given")
     ] = None,
@@ -85,7 +90,8 @@ def latency(
             for name in dict.fromkeys(mode or ["eager"])
         ]
         middle = sorted(sizes)[len(sizes) // 2]
-        wasted = {name: wasted_widths(network, example, batch_size=middle) for name, network in built.items() if widths}
+        looked_at = {name: network for name, network in built.items() if widths and Path(name).suffix != ONNX}
+        wasted = {name: wasted_widths(network, example, batch_size=middle) for name, network in looked_at.items()}
 
     def show() -> None:
         for comparison in found:
@@ -101,16 +107,22 @@ def _built(
     networks: Sequence[str], model: str | None, device: str, fresh: Callable[[str], nn.Module]
 ) -> dict[str, nn.Module]:
     """Name or file name → network; one that comes twice gets a number."""
+    from ..export.onnx_network import OnnxNetwork
+
     files = {name for name in networks if Path(name).suffix in FILES}
-    base = model or next((name for name in networks if name not in files), None)
+    exported = {name for name in networks if Path(name).suffix == ONNX}
+    base = model or next((name for name in networks if name not in files | exported), None)
     if files and base is None:
         raise ConfigError(f"{min(files)}: say which network the file holds with --model, such as --model vgg16")
     built: dict[str, nn.Module] = {}
     for name in networks:
         if name in files and not Path(name).exists():
             raise ModelError(f"{name}: no such file")
-        network = with_weights(lambda: fresh(str(base)), Path(name), device) if name in files else fresh(name)
-        shown = Path(name).name if name in files else name
+        if name in exported:
+            network: nn.Module = OnnxNetwork(name)
+        else:
+            network = with_weights(lambda: fresh(str(base)), Path(name), device) if name in files else fresh(name)
+        shown = Path(name).name if name in files | exported else name
         count = sum(known.partition(" #")[0] == shown for known in built)
         built[f"{shown} #{count + 1}" if count else shown] = network.to(device)
     return built

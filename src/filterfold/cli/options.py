@@ -189,9 +189,10 @@ class OnlineOptions:
     milestones: Annotated[
         str | None,
         _rare_online(
-            help="When to cut. At the end of an epoch: 0 (after the first step), early, gradual or document (at 5, 10, "
-            "15; 20, 35, 50; or 50, 60, 70 % of training), plateau (as document, sooner where the loss levels off). "
-            "Between batches: small-cuts (20, up to half of training), or fractions of training, such as 0.1,0.2,0.3.",
+            help="When to cut: 0 (after the first step); gradual (at 20, 35 and 50 % of training), early (5, 10, "
+            "15 %), document (50, 60, 70 %), plateau (as document at the latest, sooner where the loss levels off), "
+            "each at the end of an epoch; or between batches: small-cuts (20, up to half of training) or fractions of "
+            "training, such as 0.1,0.2,0.3.",
             show_default="gradual; from trained weights 0",
         ),
     ] = None

@@ -167,13 +167,13 @@ def prune(
     from .. import repair as repair_model
     from .. import save
     from ..bench.trials.context import resolve
-    from ..bench.trials.start import input_of
+    from ..bench.trials.start import code_of, input_of, network_of
     from ..data import batches
+    from ..export.program import to_onnx
     from ..online import DistillationCallback
     from ..pruning.scored import Scoring
     from ..training import train
     from ..utils.environment import command, describe
-    from ..utils.export import to_onnx
 
     use_threads(threads)
     budget, recipe = cut.keywords(), retraining.seeded(seed)
@@ -208,6 +208,11 @@ def prune(
             "environment": describe(),
             "input": input_of(found.data, found.images.keywords()) if isinstance(found, TrainedNetwork) else None,
             "weights": found.fingerprint,
+            **(
+                network_of(chosen.model, chosen.width, data)
+                if data is not None
+                else code_of(chosen.model, chosen.width, tuple(example.shape[1:]), classes)
+            ),
         }
         begun.note()
         save(model, out, plan=result.plan, metadata=about)

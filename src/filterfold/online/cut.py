@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import VerificationError
 from ..graph import Traced, rewrite_stale_sizes
-from ..plan import ChannelGroup, Plan
+from ..plan import AttributeChange, ChannelGroup, Plan
 from ..pruning.reconstruction import reestimate, repair
 from ..surgery.apply import Rewrite
 from ..surgery.verdict import Verification
@@ -112,7 +112,13 @@ def write_back(groups: Sequence[ChannelGroup], labels: Mapping[str, Tensor], mod
 
 def sizes_rewriter(groups: Traced) -> Rewrite:
     """What finds the sizes in the model's own code that a cut makes wrong; `groups`: of the uncut network."""
-    return lambda pruned, plan, inputs: rewrite_stale_sizes(pruned, plan, groups, inputs)
+
+    def rewrite(
+        pruned: nn.Module, plan: Plan, inputs: Any, *, among: Sequence[AttributeChange] | None = None
+    ) -> tuple[AttributeChange, ...]:
+        return rewrite_stale_sizes(pruned, plan, groups, inputs, among=among)
+
+    return rewrite
 
 
 def rehearsed(plan: Plan, model: nn.Module, groups: Traced, example_inputs: Any) -> Verification:
@@ -151,19 +157,23 @@ def all_or_nothing(*owners: object) -> Iterator[Undo]:
     attributes = [(vars(owner), dict(vars(owner))) for owner in owners]
     values = [value for _, before in attributes for value in before.values()]
     contents = [(value, copy.copy(value)) for value in values if isinstance(value, list | dict)]
-    steps: list[Callable[[], None]] = []
-    try:
-        yield steps.append
-    except BaseException:
-        for step in reversed(steps):
-            step()
+
+    def put_back() -> None:
         for present, before in attributes:
             present.clear()
             present.update(before)
         for value, content in contents:
             value.clear()
             value.extend(content) if isinstance(value, list) else value.update(content)
-        raise
+
+    with ExitStack() as steps:  # which takes all of them, even if one fails
+
+        def undo(step: Callable[[], None]) -> None:
+            steps.callback(step)
+
+        undo(put_back)
+        yield undo
+        steps.pop_all()
 
 
 def kept_values(model: nn.Module) -> Callable[[], None]:

@@ -18,18 +18,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import FilterfoldError, PlanError, SurgeryError, one_line
+from ..errors import FilterfoldError, PlanError, SurgeryError, one_line, out_of_memory
 from ..plan import AttributeChange, Plan
 from ..utils.modules import like, named_tensors, unwrap
 from ..utils.size_slots import get_slot, plain_sizes, set_slot, size_slots
 from .cut_cache import CutCache
 from .index_maps import Edit, Kind, cut_tensor, edits_of
-from .layer_attributes import refresh_attributes
+from .layer_attributes import check_lengths, refresh_attributes
 from .weight_norms import normed_weights
 
 MOMENTS = frozenset(
@@ -147,15 +147,23 @@ def apply(
             changed = [_set_attributes(plan, module, edits, journal) for module in modules]
         except BaseException as error:
             journal.undo()
-            if isinstance(error, FilterfoldError) or not isinstance(error, Exception):
+            if isinstance(error, FilterfoldError) or not isinstance(error, Exception) or out_of_memory(error):
                 raise
             raise SurgeryError(f"the cut failed and was undone: {one_line(error)}") from error
     return Receipt(tuple(edits), tuple(changed[0]), journal)
 
 
-Rewrite = Callable[[nn.Module, Plan, Any], tuple[AttributeChange, ...]]
-"""Given a model after surgery, the plan and example inputs: rewrites the sizes in the model's own code in place and
-returns the changes, or raises a `FilterfoldError` and leaves them. See `filterfold.graph.rewrite_stale_sizes`."""
+class Rewrite(Protocol):
+    """Rewrites, in place, the sizes in a model's own code after surgery, and returns the changes.
+
+    Raises a `FilterfoldError` and leaves them if that can't be done. `among`: only these changes come into question.
+    See `filterfold.graph.rewrite_stale_sizes`.
+    """
+
+    def __call__(
+        self, model: nn.Module, plan: Plan, inputs: Any, /, *, among: Sequence[AttributeChange] | None = None
+    ) -> tuple[AttributeChange, ...]:
+        """Make the changes."""
 
 
 def apply_with_sizes(
@@ -164,6 +172,7 @@ def apply_with_sizes(
     example_inputs: Any,
     rewrite: Rewrite | None,
     *,
+    among: Sequence[AttributeChange] | None = None,
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     averaged: nn.Module | Sequence[nn.Module] = (),
     cache: CutCache | None = None,
@@ -176,7 +185,7 @@ def apply_with_sizes(
     **Arguments:** as for `apply`, and
 
     - `example_inputs`: given to `rewrite`.
-    - `rewrite`: finds the sizes; None: there are none to find.
+    - `rewrite`: finds the sizes; None: there are none to find. `among`: the only changes that come into question.
 
     **Returns:** the plan with the changed sizes, and the receipt of applying it.
 
@@ -186,7 +195,7 @@ def apply_with_sizes(
     if rewrite is None:
         return plan, receipt
     try:
-        changes = rewrite(unwrap(model), plan, example_inputs)
+        changes = rewrite(unwrap(model), plan, example_inputs, among=among)
     except BaseException:
         receipt.rollback()
         raise
@@ -315,6 +324,7 @@ def _set_attributes(plan: Plan, model: nn.Module, edits: Iterable[str], journal:
     for name in owners:
         try:
             refresh_attributes(modules[name])
+            check_lengths(modules[name])
         except SurgeryError as error:
             raise SurgeryError(f"{name}: {error}") from error
     for change in plan.attributes:

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import ModelError
+from ..errors import ModelError, pass_on_exhaustion
 
 HUBS = ("timm", "torchvision")
 
@@ -86,7 +86,7 @@ def pretrained(name: str, channels: int = 3) -> dict[str, Tensor]:
             raise ModelError(f"{name} has outputs beside its logits while it trains; take it from a file, without them")
         make, options = _library("torchvision.models", name).get_model, {"weights": _torchvision_weights(rest)}
     try:
-        with _quiet():
+        with quiet():
             model: nn.Module = make(rest, **options)
     except Exception as error:  # what hubs raise without a network has no common kind
         reason = first_line(error) or type(error).__name__
@@ -128,7 +128,8 @@ def one_line(name: str) -> Iterator[None]:
         yield
     except ModelError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        pass_on_exhaustion(error)
         raise ModelError(f"{name}: {type(error).__name__}: {first_line(error)}") from error
 
 
@@ -197,7 +198,7 @@ def _torchvision_weights(name: str) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the hubs' own retries and announcements off the terminal: the caller says in one line what came of it."""
     loggers = [logging.getLogger(name) for name in ("huggingface_hub", "timm")]
     levels = [logger.level for logger in loggers]

@@ -117,6 +117,16 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(_FACTORIES))
 
 
+def is_listed(name: str) -> bool:
+    """Whether a name is one of the registry, timm or torchvision: `build` imports nothing for it that it names itself.
+
+    >>> [is_listed(name) for name in ("vgg16", "timm:resnet18", "model.py:factory", "timm:model.py:factory")]
+    [True, True, False, False]
+    """
+    prefix, colon, _ = name.rpartition(":")
+    return prefix in HUBS if colon else name in _FACTORIES
+
+
 def build(name: str, *, classes: int = 10, channels: int = 3, width: float = 1.0, image_size: int = 32) -> nn.Module:
     """Build a network by name, with freshly drawn weights.
 

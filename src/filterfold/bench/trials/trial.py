@@ -20,7 +20,7 @@ from .context import RunContext
 from .costs import train_images, train_macs
 from .methods import online_callback, teachers, train_by_method
 from .records import Dense, Record, Result
-from .start import input_of
+from .start import input_of, network_of
 from .timing import measure_alone
 
 
@@ -47,6 +47,7 @@ def run_trial(trial: Trial, context: RunContext, *, command: str | None = None) 
     about = {
         "trial": json.dumps(trial.to_dict(), sort_keys=True),
         "input": input_of(context.data, trial.setting.data_options),
+        **network_of(trial.setting.model, trial.setting.width, context.data),
     }
     save(trained.model, context.model_file(trial.id), plan=tuple(trained.plans), metadata=about)
     result = Result(
