@@ -6,9 +6,15 @@ exactly that line and exits with code 2; anything that is not a `FilterfoldError
 
 from __future__ import annotations
 
+import re
+
 
 class FilterfoldError(Exception):
     """Base class: catch this to catch every refusal of the library."""
+
+    def __str__(self) -> str:
+        """The message, which may quote another library's, without colours."""
+        return plain(super().__str__())
 
 
 class ModelError(FilterfoldError):
@@ -63,11 +69,39 @@ class ExportError(FilterfoldError):
     """A model that can't be written in another format, or computes something else there."""
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on whatever device: that is no fault of a network or a cut.
+
+    >>> out_of_memory(RuntimeError("CUDA error: out of memory")), out_of_memory(ValueError("no such layer"))
+    (True, False)
+    """
+    kinds, text = [kind.__name__ for kind in type(error).__mro__], str(error)
+    return bool({"MemoryError", "OutOfMemoryError"} & set(kinds)) or any(words in text for words in _EXHAUSTED)
+
+
+_EXHAUSTED = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+def pass_on_exhaustion(error: BaseException) -> None:
+    """Raise an exception again if it says that memory ran out."""
+    if out_of_memory(error):
+        raise error
+
+
 def one_line(error: BaseException) -> str:
     r"""The type of an error and the first line of its message, for a message of our own.
 
     >>> one_line(ValueError("no such layer\nTraceback: ..."))
     'ValueError: no such layer'
     """
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
+    text = next((line.strip() for line in plain(str(error)).splitlines() if line.strip()), "no reason given")
     return f"{type(error).__name__}: {text}"
+
+
+def plain(text: str) -> str:
+    r"""Text without the escape sequences and control characters of a terminal.
+
+    >>> plain("\x1b[31mred\x1b[0m\a and \x1b]8;;https://there\x07a link")
+    'red and a link'
+    """
+    return re.sub(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(\x07|\x1b\\)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", "", text)

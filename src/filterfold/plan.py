@@ -8,11 +8,12 @@ ends up in, or -1 if it is dropped; units with the same index are folded into on
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from .errors import PlanError
+from .errors import PlanError, one_line
 
 FORMAT = 1
 
@@ -24,6 +25,14 @@ DROPPED = -1
 Role = Literal["filter", "depthwise", "bias", "norm", "scale", "kernel"]
 """What a slice is to its units: `filter` rows make the channel, `depthwise`, `bias`, `norm` and
 `scale` entries ride on it, `kernel` slices of a later layer read it."""
+
+
+_POSITIONS = 1 << 23
+"""Units and positions that a plan's runs may stand for in all: 80 ResNet-152s, and half a second."""
+
+
+_LARGEST = 1e30
+"""Factors at or above this leave float32 together with the weights that they scale."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +55,16 @@ class Slice:
     units: tuple[int, ...]
     role: Role
     weight: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what can be no slice of any tensor."""
+        where = f"slice of {self.tensor!r}"
+        if type(self.tensor) is not str or type(self.axis) is not int:
+            raise PlanError(f"{where}: the tensor must be a name and the axis ({self.axis!r}) a number")
+        if self.role not in get_args(Role):
+            raise PlanError(f"{where}: unknown role {self.role!r}: one of {', '.join(get_args(Role))}")
+        _check_integers(where, "units", self.units)
+        _check_factors(where, "weight", self.weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,17 +130,23 @@ class Cut:
     gain: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse an assignment that is not a map onto 0 … new size - 1."""
-        size, new = len(self.assignment), max(self.assignment, default=DROPPED) + 1
-        if new == 0:
-            raise PlanError(f"group {self.group!r}: the plan leaves no unit; keep at least one")
-        missing = set(range(new)) - set(self.assignment)
-        if missing or min(self.assignment) < DROPPED:
-            what = f"index {min(missing)} is never used" if missing else "an index is below -1"
-            raise PlanError(f"group {self.group!r}: the assignment is no map onto 0..{new - 1}: {what}")
+        """Refuse an assignment that is not a map onto 0 … new size - 1, and factors that are no numbers."""
+        where = f"group {self.group!r}"
+        if type(self.group) is not str:
+            raise PlanError(f"{where}: a group's name must be text")
+        _check_integers(where, "the assignment", self.assignment)
+        size, used = len(self.assignment), set(self.assignment) - {DROPPED}
+        new = max(used, default=DROPPED) + 1
+        if not used:
+            raise PlanError(f"{where}: the plan leaves no unit; keep at least one")
+        missing = next((index for index in range(new) if index not in used), None)
+        if missing is not None or min(used) < 0:
+            what = "an index is below -1" if missing is None else f"index {missing} is never used"
+            raise PlanError(f"{where}: the assignment is no map onto 0..{new - 1}: {what}")
         for name, values in (("blend", self.blend), ("gain", self.gain)):
+            _check_factors(where, name, values)
             if values is not None and len(values) != size:
-                raise PlanError(f"group {self.group!r}: {name} has {len(values)} entries for {size} units")
+                raise PlanError(f"{where}: {name} has {len(values)} entries for {size} units")
         for part in (*self.producers, *self.consumers):
             if max(part.units, default=DROPPED) >= size:
                 raise PlanError(f"group {self.group!r}: {part.tensor} names unit {max(part.units)} of only {size}")
@@ -164,9 +189,13 @@ class AttributeChange:
     new: Any
 
     def __post_init__(self) -> None:
-        """Lists can't be hashed, and JSON knows nothing else: make them tuples."""
+        """Lists can't be hashed, and JSON knows nothing else: make them tuples. Refuse what are no sizes."""
         object.__setattr__(self, "old", _freeze(self.old))
         object.__setattr__(self, "new", _freeze(self.new))
+        if type(self.module) is not str or type(self.attribute) is not str:
+            raise PlanError(f"a size to change must be given by names, not {self.module!r} and {self.attribute!r}")
+        if not _shrinks(self.old, self.new):
+            raise PlanError(f"{self.module}.{self.attribute}: {self.old!r} can't shrink to {self.new!r}")
 
 
 class FrozenMapping(Mapping[str, Any]):
@@ -222,7 +251,10 @@ class Plan:
     notes: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        """Take a copy of the notes that nobody can change."""
+        """Take a copy of the notes that nobody can change. Refuse a group that is cut twice."""
+        names = [cut.group for cut in self.cuts]
+        if len(set(names)) < len(names):
+            raise PlanError(f"group {max(names, key=names.count)!r} is cut twice in one plan")
         object.__setattr__(self, "notes", FrozenMapping(self.notes))
 
     @property
@@ -249,7 +281,7 @@ class Plan:
     def to_json(self, indent: int | None = None) -> str:
         """The plan as JSON text; `from_json` gives back an equal plan."""
         document = {"format": FORMAT, "cuts": _plain(self.cuts), "attributes": _plain(self.attributes)}
-        return json.dumps(document | {"notes": dict(self.notes)}, indent=indent)
+        return json.dumps(document | {"notes": dict(self.notes), "checksum": _checksum(document)}, indent=indent)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -258,8 +290,11 @@ class Plan:
             document = json.loads(text)
             if document["format"] != FORMAT:
                 raise PlanError(f"plan format {document['format']!r} is not {FORMAT}: written by another version?")
+            if document.get("checksum", known := _checksum(document)) != known:
+                raise PlanError("the plan does not match its checksum: it is damaged, or was edited by hand")
+            runs = _Runs()
             return cls(
-                cuts=tuple(_cut_from_dict(entry) for entry in document["cuts"]),
+                cuts=tuple(_cut_from_dict(entry, runs) for entry in document["cuts"]),
                 attributes=tuple(
                     AttributeChange(e["module"], e["attribute"], e["old"], e["new"]) for e in document["attributes"]
                 ),
@@ -267,8 +302,8 @@ class Plan:
             )
         except PlanError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise PlanError(f"not a plan: {type(error).__name__}: {error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise PlanError(f"not a plan: {one_line(error)}") from error
 
 
 def keep_units(size: int, kept: Iterable[int]) -> tuple[int, ...]:
@@ -285,6 +320,11 @@ def keep_units(size: int, kept: Iterable[int]) -> tuple[int, ...]:
     return tuple(assignment)
 
 
+def _checksum(document: Mapping[str, Any]) -> str:
+    """CRC-32 of what a plan does, as JSON; plans of versions that wrote none are taken without it."""
+    return f"{zlib.crc32(json.dumps([document['cuts'], document['attributes']]).encode()):08x}"
+
+
 def _plain(value: Any) -> Any:
     """Cuts, slices and attribute changes as dictionaries; what is None is left out, and labels become runs."""
     if isinstance(value, Cut | Slice | AttributeChange):
@@ -297,20 +337,20 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-def _cut_from_dict(entry: Mapping[str, Any]) -> Cut:
+def _cut_from_dict(entry: Mapping[str, Any], runs: _Runs) -> Cut:
     return Cut(
         group=entry["group"],
-        assignment=_decode(entry["assignment"]),
-        producers=tuple(_slice_from_dict(part) for part in entry["producers"]),
-        consumers=tuple(_slice_from_dict(part) for part in entry["consumers"]),
+        assignment=runs.decoded(entry["assignment"]),
+        producers=tuple(_slice_from_dict(part, runs) for part in entry["producers"]),
+        consumers=tuple(_slice_from_dict(part, runs) for part in entry["consumers"]),
         blend=tuple(entry["blend"]) if "blend" in entry else None,
         gain=tuple(entry["gain"]) if "gain" in entry else None,
     )
 
 
-def _slice_from_dict(entry: Mapping[str, Any]) -> Slice:
+def _slice_from_dict(entry: Mapping[str, Any], runs: _Runs) -> Slice:
     weight = tuple(entry["weight"]) if "weight" in entry else None
-    return Slice(entry["tensor"], entry["axis"], _decode(entry["units"]), entry["role"], weight)
+    return Slice(entry["tensor"], entry["axis"], runs.decoded(entry["units"]), entry["role"], weight)
 
 
 def _encode(values: Sequence[int]) -> list[list[int]]:
@@ -333,8 +373,51 @@ def _encode(values: Sequence[int]) -> list[list[int]]:
     return runs
 
 
-def _decode(runs: Iterable[Sequence[int]]) -> tuple[int, ...]:
-    return tuple(first + step * index for first, count, step in runs for index in range(count))
+class _Runs:
+    """Decodes what `_encode` wrote, equal runs to one tuple, and refuses what would fill the memory."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[int, ...]] = {}
+        self._left = _POSITIONS
+
+    def decoded(self, runs: Sequence[Sequence[int]]) -> tuple[int, ...]:
+        """The entries that the runs stand for.
+
+        >>> _Runs().decoded([[0, 3, 1], [-1, 2, 0], [3, 1, 1]])
+        (0, 1, 2, -1, -1, 3)
+        """
+        key = repr(runs)
+        if key not in self._known:
+            for run in runs:
+                _check_integers("not a plan", "runs", run)
+                if not (len(run) == 3 and 0 < run[1] <= self._left):
+                    raise PlanError(f"not a plan: {run!r} is no run of [first, count, step], or all are too long")
+                self._left -= run[1]
+            self._known[key] = tuple(first + step * index for first, count, step in runs for index in range(count))
+        return self._known[key]
+
+
+def _check_integers(where: str, name: str, values: Iterable[Any]) -> None:
+    """Refuse anything but whole numbers that NumPy can hold."""
+    if not set(map(type, values)) <= {int} or not all(abs(value) < 1 << 62 for value in values):
+        raise PlanError(f"{where}: {name} must be whole numbers")
+
+
+def _check_factors(where: str, name: str, values: tuple[float, ...] | None) -> None:
+    """Refuse NaN, infinity, and what is as good as infinite."""
+    if values is not None and not (set(map(type, values)) <= {int, float} and all(abs(v) < _LARGEST for v in values)):
+        raise PlanError(f"{where}: {name} must be finite numbers below {_LARGEST:g}")
+
+
+def _shrinks(old: Any, new: Any) -> bool:
+    """Whether two sizes, nested alike, are whole numbers that become no larger.
+
+    >>> _shrinks((4, (2, -1)), (3, (2, -1))), _shrinks(4, 5), _shrinks(4, (4,)), _shrinks(4, -1)
+    (True, False, False, False)
+    """
+    if isinstance(old, tuple) and isinstance(new, tuple):
+        return len(old) == len(new) and all(map(_shrinks, old, new))
+    return type(old) is int and type(new) is int and (0 <= new <= old or old <= new <= 0)
 
 
 def _freeze(value: Any) -> Any:

@@ -87,6 +87,16 @@ def test_wrappers_and_instances(tmp_path):
     assert torch.equal(untied(X), model(X))
 
 
+@pytest.mark.parametrize("length", [640, 896, 1152, 1408])
+def test_headers_of_all_lengths_are_told_from_pickles(tmp_path, length):
+    path, net = tmp_path / "x.safetensors", nn.Linear(2, 2)
+    save(net, path, metadata={"": ""})
+    start = int.from_bytes(path.read_bytes()[:8], "little")
+    save(net, path, metadata={"": "." * (length - start)})
+    assert path.read_bytes()[:2] == length.to_bytes(2, "little")
+    assert torch.equal(load(path, nn.Linear(2, 2)).weight, net.weight)
+
+
 def test_saving_replaces_the_file_in_one_step(tmp_path):
     path = tmp_path / "new" / "small.safetensors"
     save(nn.Linear(2, 2), path)
@@ -164,6 +174,9 @@ def test_damaged_headers_are_refused(tmp_path, key, change, message):
     with safe_open(tmp_path / "good", framework="pt") as file:
         header = dict(file.metadata())
     header[key] = change(header[key])
+    save_file(load_file(tmp_path / "good"), tmp_path / "bad", metadata=header)
+    refused(tmp_path / "bad", Net(), load, "does not match its checksum")
+    del header["checksum"]
     save_file(load_file(tmp_path / "good"), tmp_path / "bad", metadata=header)
     refused(tmp_path / "bad", Net(), load, message)
 

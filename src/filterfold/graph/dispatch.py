@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -275,14 +276,19 @@ def module_stack(model: nn.Module, tracer: Tracer | None = None) -> Iterator[lis
     """
     names = {id(module): name for name, module in model.named_modules()}
     stack: list[str] = []
+    own = get_ident()  # the hooks are called in all threads
 
     def enter(module: nn.Module, inputs: Any) -> None:
+        if get_ident() != own:
+            return
         stack.append(names.get(id(module), stack[-1] if stack else ""))
         if tracer is not None and id(module) in names:
             tracer.note(names[id(module)], inputs[0] if inputs else None, tracer.received)
 
     def leave(module: nn.Module, _inputs: Any, outputs: Any) -> None:
-        stack.pop()
+        if get_ident() != own:
+            return
+        del stack[-1:]  # none is there if `enter` was interrupted
         if tracer is not None and id(module) in names:
             tracer.note(names[id(module)], outputs, tracer.returned)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import one_line
+from ..errors import one_line, pass_on_exhaustion
 from ..utils.dispatch import Function, OperationMode, signature, tensors_in
 from ..utils.inputs import call
 from ..utils.model_state import preserved, random_state_preserved
@@ -81,6 +81,7 @@ def attempt(model: nn.Module, inputs: Any, steps: Sequence[Step], predicted: Pre
             with torch.inference_mode(), checker:
                 call(model, inputs)
         except Exception as error:
+            pass_on_exhaustion(error)
             checker.found.error = one_line(error)
     return checker.found
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import TraceError, one_line
+from ..errors import TraceError, one_line, pass_on_exhaustion
 from ..plan import ChannelGroup
 from ..profiling.macs import Cost, Counting, measure
 from ..utils.inputs import batch_of, call
@@ -243,6 +243,7 @@ def _run(model: nn.Module, tracer: Tracer, inputs: Any) -> None:
     except TraceError:
         raise
     except Exception as error:
+        pass_on_exhaustion(error)
         raise TraceError(f"the model does not run on the example inputs: {one_line(error)}") from error
     for tensor in leaves(outputs):
         tracer.freeze(tracer.layout(tensor), OUTPUT)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -157,19 +157,23 @@ def all_or_nothing(*owners: object) -> Iterator[Undo]:
     attributes = [(vars(owner), dict(vars(owner))) for owner in owners]
     values = [value for _, before in attributes for value in before.values()]
     contents = [(value, copy.copy(value)) for value in values if isinstance(value, list | dict)]
-    steps: list[Callable[[], None]] = []
-    try:
-        yield steps.append
-    except BaseException:
-        for step in reversed(steps):
-            step()
+
+    def put_back() -> None:
         for present, before in attributes:
             present.clear()
             present.update(before)
         for value, content in contents:
             value.clear()
             value.extend(content) if isinstance(value, list) else value.update(content)
-        raise
+
+    with ExitStack() as steps:  # which takes all of them, even if one fails
+
+        def undo(step: Callable[[], None]) -> None:
+            steps.callback(step)
+
+        undo(put_back)
+        yield undo
+        steps.pop_all()
 
 
 def kept_values(model: nn.Module) -> Callable[[], None]:

@@ -195,28 +195,7 @@ class OnlineFilterClustering:
         **Raises:** `VerificationError` if the cut network would not equal the masked one.
         """
         with all_or_nothing(self, self.widths) as undo:
-            plan = agreed(self._plan(share))
-            bound, macs = BoundMeasurement(self._bare, plan), self._cost.macs
-            with bound.watching():
-                before = observed(self._bare, self.example_inputs)
-            bounds, verified = bound.result(), None
-            if self.method == CENTROID:
-                undo(kept_values(self._bare))
-                write_back(self._active, self.labels, self.model)
-            elif plan.changes:
-                if self.cutting.verify:
-                    verified = rehearsed(plan, self._bare, self.groups, self.example_inputs)
-                    plan = replace(plan, attributes=verified.attributes)
-                plan = self._cut(plan, undo)
-            self.labels, self.widths.chosen = {}, {}
-            self._prepare_pull()
-            change = relative_change(before, observed(self._bare, self.example_inputs))
-            exact = change <= EXACT.get(before[0].dtype, 1e-2) if before else True
-            renew(self.model)
-            result = CutResult(self.method, plan, (macs, self._cost.macs), change, exact, verified, bounds)
-            self.cuts.append(result)
-        _LOG.info("%s", result)
-        return result
+            return self._pruned(share, undo)
 
     def step(self, done: int, metric: float | None = None) -> list[str]:
         """Do what the schedule says after so many epochs, or optimizer steps if it counts these.
@@ -230,29 +209,23 @@ class OnlineFilterClustering:
         **Returns:** what was done, in words, for a record's history; empty if nothing.
 
         **Raises:** `ConfigError` if there is no schedule, or it needs a metric and there is none; what
-        `cluster_and_prune` raises, and then the milestone is not passed.
+        `cluster_and_prune` raises. Whatever fails, everything is afterwards as before, and the milestone not passed.
         """
         if self.schedule is None:
             raise ConfigError("step() needs a schedule: give schedule=Schedule.gradual(epochs), or another")
         events = []
-        before = self.epoch, None if self._plateau is None else self._plateau.state_dict()
-        self.epoch = done
-        passed = self._due(self.schedule, done, metric)
-        if passed > self._passed:
-            try:
-                events.append(str(self.cluster_and_prune(self.schedule.milestones[passed - 1][1])))
-            except BaseException:
-                self.epoch, plateau = before
-                if self._plateau is not None and plateau is not None:
-                    self._plateau.load_state_dict(plateau)
-                raise
-            self._passed = passed
-            if self._plateau is not None:
-                self._plateau.reset()
-        if done in self.schedule.updates and not self.finished and self._clusters:
-            rows = self.update_clusters()
-            if rows:
-                events.append(summary(rows, {group.name: group.size for group in self._active}))
+        with all_or_nothing(self, self.widths, *([] if self._plateau is None else [self._plateau])) as undo:
+            self.epoch = done
+            passed = self._due(self.schedule, done, metric)
+            if passed > self._passed:
+                events.append(str(self._pruned(self.schedule.milestones[passed - 1][1], undo)))
+                self._passed = passed
+                if self._plateau is not None:
+                    self._plateau.reset()
+            if done in self.schedule.updates and not self.finished and self._clusters:
+                rows = self.update_clusters()
+                if rows:
+                    events.append(summary(rows, {group.name: group.size for group in self._active}))
         return events
 
     def state_dict(self) -> dict[str, Any]:
@@ -321,6 +294,34 @@ class OnlineFilterClustering:
     def _traced(self) -> tuple[Traced, Cost]:
         """The groups of the network as it is now, and what it costs."""
         return trace_and_measure(self._bare, self.example_inputs)
+
+    def _pruned(self, share: float, undo: Undo) -> CutResult:
+        """`cluster_and_prune`, inside a transaction."""
+        plan = agreed(self._plan(share))
+        bound, macs = BoundMeasurement(self._bare, plan), self._cost.macs
+        with bound.watching():
+            before = observed(self._bare, self.example_inputs)
+        bounds, verified = bound.result(), None
+        renewed: list[nn.Module] = []
+        undo(lambda: renew(renewed[0]) if renewed else None)  # registered first, so that it is done after the rest
+        if self.method == CENTROID:
+            undo(kept_values(self._bare))
+            write_back(self._active, self.labels, self.model)
+        elif plan.changes:
+            if self.cutting.verify:
+                verified = rehearsed(plan, self._bare, self.groups, self.example_inputs)
+                plan = replace(plan, attributes=verified.attributes)
+            plan = self._cut(plan, undo)
+        self.labels, self.widths.chosen = {}, {}
+        self._prepare_pull()
+        change = relative_change(before, observed(self._bare, self.example_inputs))
+        exact = change <= EXACT.get(before[0].dtype, 1e-2) if before else True
+        renewed.append(self.model)
+        renew(self.model)
+        result = CutResult(self.method, plan, (macs, self._cost.macs), change, exact, verified, bounds)
+        self.cuts.append(result)
+        _LOG.info("%s", result)
+        return result
 
     def _cut(self, plan: Plan, undo: Undo) -> Plan:
         """Make the cut, trace the network that it leaves, and apply the remedy."""

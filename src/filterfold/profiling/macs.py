@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import ModelError, one_line
+from ..errors import ModelError, one_line, pass_on_exhaustion
 from ..utils.inputs import batch_of, call, examples
 from ..utils.model_state import preserved, random_state_preserved
 from ..utils.modules import named_tensors
@@ -119,6 +119,7 @@ def measure(model: nn.Module, example_inputs: Any) -> Cost:
         try:
             return _counted(model, inputs).cost(count)
         except Exception as error:
+            pass_on_exhaustion(error)
             failure = error
     assert failure is not None
     raise ModelError(f"{type(model).__name__} can't be run on the example inputs: {one_line(failure)}") from failure

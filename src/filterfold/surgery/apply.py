@@ -23,13 +23,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..errors import FilterfoldError, PlanError, SurgeryError, one_line
+from ..errors import FilterfoldError, PlanError, SurgeryError, one_line, out_of_memory
 from ..plan import AttributeChange, Plan
 from ..utils.modules import like, named_tensors, unwrap
 from ..utils.size_slots import get_slot, plain_sizes, set_slot, size_slots
 from .cut_cache import CutCache
 from .index_maps import Edit, Kind, cut_tensor, edits_of
-from .layer_attributes import refresh_attributes
+from .layer_attributes import check_lengths, refresh_attributes
 from .weight_norms import normed_weights
 
 MOMENTS = frozenset(
@@ -147,7 +147,7 @@ def apply(
             changed = [_set_attributes(plan, module, edits, journal) for module in modules]
         except BaseException as error:
             journal.undo()
-            if isinstance(error, FilterfoldError) or not isinstance(error, Exception):
+            if isinstance(error, FilterfoldError) or not isinstance(error, Exception) or out_of_memory(error):
                 raise
             raise SurgeryError(f"the cut failed and was undone: {one_line(error)}") from error
     return Receipt(tuple(edits), tuple(changed[0]), journal)
@@ -324,6 +324,7 @@ def _set_attributes(plan: Plan, model: nn.Module, edits: Iterable[str], journal:
     for name in owners:
         try:
             refresh_attributes(modules[name])
+            check_lengths(modules[name])
         except SurgeryError as error:
             raise SurgeryError(f"{name}: {error}") from error
     for change in plan.attributes:

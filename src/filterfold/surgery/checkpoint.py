@@ -7,22 +7,26 @@ the factory that the caller names.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, PlanError, one_line
+from ..errors import CheckpointError
 from ..plan import Plan
-from ..utils.io import read_safetensors, write_atomically
+from ..utils.io import CHECKSUM, damage_told, read_safetensors, write_tensors
 from ..utils.modules import in_memory_order, memory_order, named_tensors, unwrap
+from ..utils.snapshot import Snapshot
 from .layer_attributes import restore, snapshot
 
 FORMAT = "1"
+
+
+_LOG = logging.getLogger("filterfold.surgery")
 
 
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -76,6 +80,26 @@ def save(
 
     ```
     """
+    write(contents(model, plan=plan, metadata=metadata, path=path), path)
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a checkpoint holds: tensors by name, and the rest as JSON."""
+
+    tensors: dict[str, Tensor]
+    header: dict[str, str]
+
+
+def write(found: Contents, path: str | Path) -> None:
+    """Write what `contents` found, atomically."""
+    write_tensors(Path(path), found.tensors, found.header)
+
+
+def contents(
+    model: nn.Module, *, plan: Plan | Sequence[Plan] | None, metadata: Mapping[str, Any] | None, path: str | Path
+) -> Contents:
+    """What `save` writes to `path`, which is named in errors."""
     model = unwrap(model)
     _refuse_extra_state(model)
     plans = [plan] if isinstance(plan, Plan) else list(plan or ())
@@ -91,7 +115,7 @@ def save(
         }
     except TypeError as error:
         raise CheckpointError(f"{path}: plan notes and metadata must be JSON-able: {error}") from error
-    write_atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata=header))
+    return Contents(tensors, header)
 
 
 def load(
@@ -114,6 +138,8 @@ def load(
     path = Path(path)
     _refuse_pickle(path)
     header, tensors = read_safetensors(path)
+    if CHECKSUM not in header:
+        _LOG.info("%s has no checksum, as earlier versions wrote it: damage to its tensors would not be told", path)
     model = factory if isinstance(factory, nn.Module) else factory()
     if not isinstance(model, nn.Module):
         raise CheckpointError(f"the factory returned a {type(model).__name__}, not a module")
@@ -129,22 +155,29 @@ def rebuild(
     **Arguments:** `head`: name of the module that keeps its own number of outputs, and is drawn anew.
     """
     structure, aliases, orders = (read_header(path, header, key) for key in ("structure", "aliases", "orders"))
-    try:
-        values = {name: tensors.get(aliases.get(name, name)) for name in structure["tensors"]}
-        _check_values(path, structure, values)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: damaged header: {one_line(error)}") from error
     if any(tensor.is_meta for _, tensor in named_tensors(target)):
         raise CheckpointError("the factory built a model without data (on the meta device): build it on a real one")
+    with damage_told(path, "damaged header"):
+        first = {name: aliases.get(name, name) for name in structure["tensors"]}
+        values = _checked_values(path, structure, {name: tensors.get(first[name]) for name in first})
+        for name in first:
+            if first[name] in orders:
+                values[name] = in_memory_order(values[name], orders[first[name]])
+        if head is not None:
+            structure = _with_head_of(target, head, structure)
+    before, data = Snapshot([target]), [(tensor, tensor.data, tensor.grad) for _, tensor in named_tensors(target)]
     try:
-        restore(target, structure if head is None else _with_head_of(target, head, structure))
+        with damage_told(path, "damaged header"):
+            restore(target, structure)
+            for name, tensor in named_tensors(target):
+                if name.rpartition(".")[0] != head:
+                    tensor.data = values[name].to(tensor.device)
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    for name, tensor in named_tensors(target):
-        value = values[name]
-        if value is not None and name.rpartition(".")[0] != head:
-            order = orders.get(aliases.get(name, name))
-            tensor.data = (value if order is None else in_memory_order(value, order)).to(tensor.device)
+        before.give_back()
+        for tensor, old, grad in data:
+            tensor.grad = None
+            tensor.data, tensor.grad = old, grad
+        raise CheckpointError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from error
     if head is not None:
         draw(target.get_submodule(head))
 
@@ -182,12 +215,10 @@ def inspect(path: str | Path) -> CheckpointInfo:
     _refuse_pickle(path)
     header, _ = read_safetensors(path)
     structure, plans, metadata = (read_header(path, header, key) for key in ("structure", "plans", "metadata"))
-    try:
+    with damage_told(path, "damaged header"):
         read = tuple(Plan.from_json(json.dumps(plan)) for plan in plans)
-    except PlanError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    shapes = {name: tuple(shape) for name, (shape, _) in structure["tensors"].items()}
-    return CheckpointInfo(read, metadata, shapes)
+        shapes = {name: tuple(shape) for name, (shape, _) in structure["tensors"].items()}
+        return CheckpointInfo(read, dict(metadata), shapes)
 
 
 def _collect(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], dict[str, list[int]]]:
@@ -211,7 +242,9 @@ def _collect(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], dict[
     return tensors, aliases, orders
 
 
-def _check_values(path: Path, structure: Mapping[str, Any], values: Mapping[str, Tensor | None]) -> None:
+def _checked_values(path: Path, structure: Mapping[str, Any], values: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """The values, all there and of the shapes and types that the structure says."""
+    found = {}
     for name, value in values.items():
         shape, kind = structure["tensors"][name]
         if value is None:
@@ -220,6 +253,8 @@ def _check_values(path: Path, structure: Mapping[str, Any], values: Mapping[str,
             raise CheckpointError(
                 f"{path}: tensor {name!r} is {tuple(value.shape)} {value.dtype}, its header says {tuple(shape)} {kind}"
             )
+        found[name] = value
+    return found
 
 
 def read_header(path: Path, header: Mapping[str, str], key: str) -> Any:
@@ -230,7 +265,7 @@ def read_header(path: Path, header: Mapping[str, str], key: str) -> Any:
         raise CheckpointError(f"{path}: checkpoint format {header['filterfold']!r}, this version reads {FORMAT!r}")
     try:
         return json.loads(header[key])
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged header: {key!r} is missing or no JSON") from error
 
 
@@ -239,7 +274,9 @@ def is_pickle(path: Path) -> bool:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     with path.open("rb") as file:
-        return file.read(4).startswith(_PICKLES)
+        start = file.read(9)
+    length_and_brace = start[4:] == b"\0\0\0\0{"  # safetensors: a header of 640 bytes begins like a pickle
+    return start.startswith(_PICKLES) and not length_and_brace
 
 
 def _refuse_pickle(path: Path) -> None:

@@ -234,7 +234,7 @@ def edits_of(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Edit]:
         for producer, slices in ((True, cut.producers), (False, cut.consumers)):
             for part in slices:
                 name = first_name[id(_tensor(tensors, part.tensor, cut.group))]
-                axis = part.axis % max(tensors[name].dim(), 1)
+                axis = _axis_of(part, tensors[name].dim())
                 entries = parts.setdefault((name, axis), [])
                 if not any(e.of is prepared and e.part.units == part.units for e in entries):
                     entries.append(_Part(prepared, part, producer))
@@ -265,6 +265,14 @@ def _tensor(tensors: Mapping[str, Tensor], name: str, group: str) -> Tensor:
     if isinstance(tensor, nn.UninitializedParameter) or tensor.layout != torch.strided or tensor.is_meta:
         raise SurgeryError(f"{name} is not an ordinary dense tensor with data; run the model once before cutting it")
     return tensor
+
+
+def _axis_of(part: Slice, dims: int) -> int:
+    if not -dims <= part.axis < dims:
+        raise PlanError(
+            f"{part.tensor} has {dims} axes, the plan cuts axis {part.axis}: was it made for another model?"
+        )
+    return part.axis % dims
 
 
 def cut_tensor(tensor: Tensor, edit: Edit, kind: Kind = "value") -> Tensor:

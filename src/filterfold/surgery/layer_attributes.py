@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from ..errors import CheckpointError, SurgeryError
+from ..errors import CheckpointError, SurgeryError, one_line
 from ..utils.modules import like, named_tensors, unwrap
 from ..utils.size_slots import GRAPH, plain_sizes, set_slot, size_slots
 
@@ -161,6 +161,34 @@ def _refused(module: nn.Module) -> None:
     raise SurgeryError(f"{type(module).__name__} can't be cut: its sizes are coupled in ways that no rule knows")
 
 
+_NEVER_CUT = frozenset({"kernel_size", "stride", "padding", "dilation", "output_padding"})
+"""Sizes that are no numbers of channels: a checkpoint in which they differ is damaged, or of another network."""
+
+
+_CHANNELS = {
+    _ConvNd: "out_channels",
+    nn.Linear: "out_features",
+    _NormBase: "num_features",
+    nn.GroupNorm: "num_channels",
+}
+
+
+def check_lengths(module: nn.Module) -> None:
+    """Refuse a layer of which some tensors have entries for other channels than its weight.
+
+    >>> layer = nn.Linear(3, 2)
+    >>> layer.bias.data = torch.zeros(3)
+    >>> try: check_lengths(layer)
+    ... except SurgeryError as error: print(error)
+    Linear: bias has 3 entries for 2 channels
+    """
+    for kind, attribute in _CHANNELS.items():
+        for name in ("bias", "running_mean", "running_var") if isinstance(module, kind) else ():
+            shape, channels = shape_of(module, name), getattr(module, attribute)
+            if shape and len(shape) == 1 and shape[0] != channels:
+                raise SurgeryError(f"{type(module).__name__}: {name} has {shape[0]} entries for {channels} channels")
+
+
 def snapshot(model: nn.Module) -> dict[str, Any]:
     """The sizes of a model, as a JSON-able dictionary that `restore` understands.
 
@@ -202,8 +230,8 @@ def restore(model: nn.Module, structure: Mapping[str, Any]) -> None:
     try:
         attributes = list(_changed_attributes(model, structure["modules"]))
         tensors = list(_changed_tensors(model, structure["tensors"]))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"damaged structure record: {type(error).__name__}: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"damaged structure record: {one_line(error)}") from error
     for tensor, shape, dtype in tensors:
         tensor.grad = None
         tensor.data = torch.zeros(shape, dtype=dtype, device=tensor.device)
@@ -226,7 +254,12 @@ def _changed_attributes(model: nn.Module, recorded: Mapping[str, Any]) -> Iterat
                 continue  # of a configuration that is shorter by now; no size that the network needs
             if name not in present or new is None:
                 raise CheckpointError(f"module {where!r} ({_class_name(module)}) has no size {name!r} to set")
-            if plain_sizes(present[name]) != new:
+            old = plain_sizes(present[name])
+            if _form(old) != _form(new) or (old != new and name in _NEVER_CUT):
+                raise CheckpointError(
+                    f"module {where!r} ({_class_name(module)}) has {name}={old} in the model, {new} in the checkpoint"
+                )
+            if old != new:
                 yield module, name, like(present[name], new)
 
 
@@ -252,6 +285,10 @@ def _same_names(kind: str, model: Mapping[str, Any], recorded: Mapping[str, Any]
         more = len(missing) + len(unknown) - 1
         rest = f" (and {more} more names that differ)" if more else ""
         raise CheckpointError(f"the {where} has no {kind} {name!r}{rest}: was it saved from another architecture?")
+
+
+def _form(sizes: Any) -> Any:
+    return tuple(map(_form, sizes)) if isinstance(sizes, tuple) else None
 
 
 def _class_name(module: nn.Module) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import FilterfoldError, VerificationError, one_line
+from ..errors import FilterfoldError, VerificationError, one_line, pass_on_exhaustion
 from ..plan import ChannelGroup, Cut, Plan
 from ..profiling.macs import Cost, Counting
 from ..utils.inputs import batch_of, difference, informative_inputs, outputs
@@ -94,6 +94,7 @@ def verify(
             try:
                 return Errors(comparison.error(expected, outputs(pruned, inputs)), permutation)
             except Exception as reason:
+                pass_on_exhaustion(reason)
                 return Errors(None, permutation, one_line(reason))
 
     return comparison.decide(compare, tolerance)
@@ -264,6 +265,7 @@ class _Comparison:
         try:
             return self._counted_outputs(inputs), None
         except Exception as reason:
+            pass_on_exhaustion(reason)
             failure = one_line(reason)
         finally:
             receipt.rollback()
@@ -292,6 +294,7 @@ class _Comparison:
                 return None, failure
             actual = self._counted_outputs(inputs)
         except Exception as reason:
+            pass_on_exhaustion(reason)
             return None, one_line(reason)
         finally:
             receipt.rollback()
@@ -302,6 +305,7 @@ class _Comparison:
         try:
             uncut = outputs(self.model, inputs)
         except Exception as reason:
+            pass_on_exhaustion(reason)
             raise VerificationError(f"the model fails before any cut: {one_line(reason)}") from reason
         self._check_finite(uncut)
         return uncut
@@ -324,6 +328,7 @@ class _Comparison:
                     with gone, masked(self.model, rest), taken:
                         return outputs(self.model, inputs)
             except Exception as reason:
+                pass_on_exhaustion(reason)
                 failure = reason
         assert failure is not None
         self._uncut_outputs(inputs)  # raises if the network does not run at all

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, one_line
-from ..utils.io import read_safetensors
+from ..errors import CheckpointError, one_line, pass_on_exhaustion
+from ..utils.io import damage_told, read_safetensors
 from ..utils.modules import classifier, named_tensors, unwrap
 from .checkpoint import draw, is_pickle, read_header, rebuild
 
@@ -95,7 +95,8 @@ class Weights:
         if "filterfold" not in header:
             return cls(str(path), tensors)
         aliases = read_header(path, header, "aliases")
-        tensors |= {name: tensors[first] for name, first in aliases.items() if first in tensors}
+        with damage_told(path, "damaged header"):
+            tensors |= {name: tensors[first] for name, first in aliases.items() if first in tensors}
         return cls(str(path), tensors, header=header)
 
     @property
@@ -189,6 +190,7 @@ def _from_pickle(path: Path) -> tuple[dict[str, Tensor], str]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        pass_on_exhaustion(error)
         raise CheckpointError(f"{path}: not a plain state dict ({one_line(error)})") from error
     keys: list[str] = []
     while isinstance(found, Mapping) and len(keys) < _DEPTH:
@@ -201,7 +203,12 @@ def _from_pickle(path: Path) -> tuple[dict[str, Tensor], str]:
         raise CheckpointError(f"{path}: holds a {type(found).__name__} without tensors, not a state dict")
     tensors = {str(key): value for key, value in found.items() if isinstance(value, Tensor)}
     for name, tensor in tensors.items():
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+        if (
+            tensor.layout != torch.strided
+            or tensor.is_quantized
+            or tensor.is_meta
+            or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()  # expanded, to any size
+        ):
             raise CheckpointError(f"{path}: {name} is not an ordinary dense tensor with data")
     return tensors, ".".join(keys)
 
@@ -253,6 +260,11 @@ def _problems(found: Mapping[str, Tensor], targets: Mapping[str, Tensor], expect
         for name in found
         if name in targets and found[name].shape != targets[name].shape
     ]
+    kinds = [
+        f"{name} is {found[name].dtype}, the model {targets[name].dtype}"
+        for name in found
+        if name in targets and targets[name].is_floating_point() and not found[name].is_floating_point()
+    ]
     # A tied tensor is there under any of its names; files from before 2018 have no num_batches_tracked.
     there = {id(targets[name]) for name in found if name in targets}
     missing = [
@@ -261,7 +273,7 @@ def _problems(found: Mapping[str, Tensor], targets: Mapping[str, Tensor], expect
         if name in targets and id(targets[name]) not in there and not name.endswith("num_batches_tracked")
     ]
     unknown = sorted(set(found) - set(targets))
-    problems = shapes[:2] + ([f"{len(shapes) - 2} more shapes differ"] if len(shapes) > 2 else [])
+    problems = kinds[:2] + shapes[:2] + ([f"{len(shapes) - 2} more shapes differ"] if len(shapes) > 2 else [])
     problems += [f"{what}: {_listed(names)}" for what, names in (("missing", missing), ("unknown", unknown)) if names]
     if missing and unknown:
         close = difflib.get_close_matches(unknown[0], missing, 1)

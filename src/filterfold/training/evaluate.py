@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from ..data import batches
 from ..data.splits import AnySplit, whole
-from ..errors import ConfigError, DataError, ModelError
+from ..errors import ConfigError, DataError, ModelError, pass_on_exhaustion
 from ..utils import distributed
 from ..utils.model_state import preserved
 from ..utils.progress import track
@@ -145,7 +145,8 @@ def check_fit(model: nn.Module, images: Tensor, classes: int | None, needed: int
     with preserved(model), torch.no_grad():
         try:
             logits = model(images)
-        except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        except (RuntimeError, ValueError, TypeError, AssertionError, SystemExit) as error:
+            pass_on_exhaustion(error)
             reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
             shape = "x".join(map(str, images.shape[1:]))
             raise ModelError(f"{type(model).__name__} can't take images of {shape}: {reason}") from error

@@ -121,7 +121,7 @@ def _unreached(model: nn.Module, example: Tensor) -> bool:
     try:
         with preserved(model), torch.enable_grad():
             logits = model(example.to(where))
-    except (RuntimeError, ValueError, TypeError, AssertionError):
+    except (RuntimeError, ValueError, TypeError, AssertionError, SystemExit):
         return False  # `check_fit` will say what is wrong
     reached: set[int] = set()
     seen: set[Any] = set()

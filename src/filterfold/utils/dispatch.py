@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .model_state import ONE_AT_A_TIME
+
 Function = torch._ops.OpOverload
 """An operation as PyTorch's dispatcher knows it, such as `torch.ops.aten.conv2d.default`."""
 
@@ -121,6 +123,7 @@ class OperationMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # the 
 
     def __enter__(self) -> Any:
         if self._depth == 0:
+            ONE_AT_A_TIME.acquire()
             self._fast_attention = torch.backends.mha.get_fastpath_enabled()
             torch.backends.mha.set_fastpath_enabled(False)
         self._depth += 1  # once more for what an operation is decomposed into
@@ -130,11 +133,14 @@ class OperationMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # the 
         super().__exit__(*exc)  # type: ignore[no-untyped-call]
         self._depth -= 1
         if self._depth == 0:
-            torch.backends.mha.set_fastpath_enabled(self._fast_attention)
-            while self._saved:
-                tensor, value = self._saved.popitem()[1]
-                with torch.no_grad():
-                    tensor.copy_(value)
+            try:
+                torch.backends.mha.set_fastpath_enabled(self._fast_attention)
+                while self._saved:
+                    tensor, value = self._saved.popitem()[1]
+                    with torch.no_grad():
+                        tensor.copy_(value)
+            finally:
+                ONE_AT_A_TIME.release()
 
 
 _WRITES_STATISTICS = frozenset({"aten::batch_norm", "aten::instance_norm", "aten::cudnn_batch_norm"})

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
+from ..errors import ModelError
 from .model_state import buffers_preserved, random_state_preserved, random_states
 from .modules import leaves
 from .same_choices import SteadyDraws
@@ -39,9 +40,12 @@ def call(model: nn.Module, inputs: Any) -> Any:
 def call_as_is(model: nn.Module, inputs: Any) -> Any:
     """Call a model on the inputs themselves, where a copy would cost time that is measured."""
     positional, keywords = arguments(inputs)
-    if isinstance(model, fx.GraphModule):  # whose own way of being called prints a traceback where it fails
-        return nn.Module.__call__(model, *positional, **keywords)
-    return model(*positional, **keywords)
+    try:
+        if isinstance(model, fx.GraphModule):  # whose own way of being called prints a traceback where it fails
+            return nn.Module.__call__(model, *positional, **keywords)
+        return model(*positional, **keywords)
+    except SystemExit as error:  # else the process would end, and with 0 as if all were well
+        raise ModelError(f"{type(model).__name__} ends the process in its forward (SystemExit {error.code})") from error
 
 
 def copied(inputs: Any) -> Any:

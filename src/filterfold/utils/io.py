@@ -11,7 +11,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from errno import EISDIR
 from pathlib import Path
@@ -22,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import CheckpointError, OutputError, one_line
+from ..errors import CheckpointError, OutputError, one_line, pass_on_exhaustion
 
 _TENSOR = "__tensor__"
 
@@ -31,6 +32,10 @@ _TUPLE = "__tuple__"
 
 
 _INT_KEYS = "__int_keys__"
+
+
+CHECKSUM = "checksum"
+"""Entry of a header. Files without it are from versions that wrote none, or from others."""
 
 
 _PART = ".part"
@@ -143,8 +148,7 @@ def save_tree(path: Path, tree: Any) -> None:
             return value
         raise TypeError(f"{where or 'the tree'}: can't store a {type(value).__name__}")
 
-    header = {"format": "filterfold-tree-1", "tree": json.dumps(take_apart(tree, ""))}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
+    write_tensors(path, tensors, {"format": "filterfold-tree-1", "tree": json.dumps(take_apart(tree, ""))})
 
 
 def load_tree(path: Path, device: str | torch.device = "cpu") -> Any:
@@ -152,19 +156,51 @@ def load_tree(path: Path, device: str | torch.device = "cpu") -> Any:
     header, tensors = read_safetensors(path, device)
     if header.get("format") != "filterfold-tree-1":
         raise CheckpointError(f"{path}: a safetensors file, but not one of Filterfold's training states")
-    return _put_together(json.loads(header["tree"]), tensors)
+    with damage_told(path, "damaged training state"):
+        return _put_together(json.loads(header["tree"]), tensors)
+
+
+@contextmanager
+def damage_told(path: Path, what: str) -> Iterator[None]:
+    """What goes wrong with the content of a damaged file is a `CheckpointError` that names it."""
+    try:
+        yield
+    except (CheckpointError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # whatever Python or PyTorch makes of values that are not what they should be
+        pass_on_exhaustion(error)
+        raise CheckpointError(f"{path}: {what}: {one_line(error)}") from error
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], header: Mapping[str, str]) -> None:
+    """Write a safetensors file, atomically, with a checksum of all that is in it."""
+    checked = {**header, CHECKSUM: _checksum(header, tensors)}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=checked))
+
+
+def _checksum(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """CRC-32 of the header's entries and the tensors' names, shapes, types and bytes."""
+    found = zlib.crc32(repr(sorted((key, text) for key, text in header.items() if key != CHECKSUM)).encode())
+    for name, tensor in sorted(tensors.items()):
+        found = zlib.crc32(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode(), found)
+        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        found = zlib.crc32(content.numpy().data, found) if len(content) else found
+    return f"{found:08x}"
 
 
 def read_safetensors(path: Path, device: str | torch.device = "cpu") -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Header metadata and tensors of a safetensors file; `CheckpointError` if it can't be read."""
+    """Header metadata and tensors of a safetensors file; `CheckpointError` if it can't be read or is damaged."""
     if not Path(path).is_file():
         raise CheckpointError(f"{path}: no such file")
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            return dict(file.metadata() or {}), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            header, tensors = dict(file.metadata() or {}), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{path}: not a whole safetensors file ({reason})") from error
+    if CHECKSUM in header and header[CHECKSUM] != _checksum(header, tensors):
+        raise CheckpointError(f"{path}: damaged: its content does not match its checksum; take another copy of it")
+    return header, tensors
 
 
 def _put_together(value: Any, tensors: dict[str, Tensor]) -> Any:

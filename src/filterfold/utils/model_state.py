@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,10 @@ from .snapshot import Snapshot
 
 TINY = 1e-3
 """Parameters below this hide what they scale: float32 outputs agree to 1e-4 whatever lies behind them."""
+
+
+ONE_AT_A_TIME = threading.RLock()
+"""Held by a thread while it has changed what all threads share: random state, switches of PyTorch."""
 
 
 @contextmanager
@@ -164,17 +169,18 @@ def random_state_preserved(model: nn.Module, seed: int | None = None) -> Iterato
     (True, False)
     """
     devices = _devices(model)
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  # the global state is the user's
-    try:
-        with torch.random.fork_rng(devices=devices):
-            # Not torch.manual_seed, which would seed every device there is.
-            for generator in (torch.default_generator, *(torch.cuda.default_generators[i] for i in devices)):
-                if seed is not None:
-                    generator.manual_seed(seed)
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
+    with ONE_AT_A_TIME:
+        python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  # the global state is the user's
+        try:
+            with torch.random.fork_rng(devices=devices):
+                # Not torch.manual_seed, which would seed every device there is.
+                for generator in (torch.default_generator, *(torch.cuda.default_generators[i] for i in devices)):
+                    if seed is not None:
+                        generator.manual_seed(seed)
+                yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
 
 
 def random_states(model: nn.Module) -> list[Tensor]:

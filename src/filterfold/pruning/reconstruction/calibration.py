@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from ...errors import ConfigError, DataError, FilterfoldError, ModelError
+from ...errors import ConfigError, DataError, FilterfoldError, ModelError, pass_on_exhaustion
 from ...utils.inputs import batch_of, call
 from ...utils.model_state import preserved, random_state_preserved
 from ...utils.modules import named_tensors, unwrap
@@ -125,6 +125,7 @@ def run(model: nn.Module, inputs: Any) -> None:
     except (ReachedError, FilterfoldError):
         raise
     except Exception as error:
+        pass_on_exhaustion(error)
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{type(model).__name__} can't run on a batch of the loader: {reason}") from error
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from ...errors import pass_on_exhaustion
 from ...utils.dispatch import Function, tensors_in
 from .least_squares import Problem, exact
 
@@ -51,7 +52,8 @@ class Computation:
         """Whether computing the kernel again gives the same."""
         try:
             again = self.again({})
-        except (RuntimeError, TypeError):
+        except (RuntimeError, TypeError) as error:
+            pass_on_exhaustion(error)
             return False
         return again.shape == self.kernel.shape and torch.allclose(again, exact(self.kernel), rtol=1e-3, atol=1e-5)
 
