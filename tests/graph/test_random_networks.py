@@ -24,8 +24,12 @@ KINDS = (
     "conv", "conv", "grouped", "depthwise", "norm", "prelu", "residual", "projected", "padded", "concat", "dense",
     "excite", "spatial gate", "shuffle", "halves", "slices", "flip", "maxout", "pixel shuffle", "transposed",
     "group norm", "layer norm", "layer scale", "pool", "upsample", "shared", "functional", "stack", "written",
-    "weight norm", "spectral norm", "attention", "recurrent",
+    "weight norm", "spectral norm", "attention", "recurrent", "constants",
 )  # fmt: skip
+
+
+OWN_SIZES = ("heads", "local split")
+"""Constructs whose code has sizes of its own, which `prune` rewrites or ties."""
 
 
 NORMED = ("weight norm", "spectral norm")
@@ -88,6 +92,12 @@ class Piece(nn.Module):
         elif kind == "recurrent":
             new = self.other
             self.a = (nn.GRU, nn.LSTM, nn.RNN)[choice % 3](width, new)
+        elif kind == "heads":
+            self.heads, self.size = 2 + choice % 2, self.other
+            self.a = nn.Conv2d(width, 3 * self.heads * self.size, 1)
+            new = self.heads * self.size
+        elif kind == "local split":
+            self.a, self.b = nn.Conv2d(width, 2 * width + 2, 1), nn.Conv2d(width, width, 3, padding=1)
         elif kind == "attention":
             self.a, self.b, self.c = (nn.Conv2d(width, size, 1) for size in (self.other, self.other, width))
         elif kind == "layer scale":
@@ -183,6 +193,20 @@ class Piece(nn.Module):
         scale = 0.4 if self.choice % 2 else q.shape[1] ** -0.5
         return x + (v @ torch.softmax(q.transpose(1, 2) @ k * scale, -1).transpose(1, 2)).view_as(x)
 
+    def run_heads(self, x: Tensor) -> Tensor:
+        """Queries, keys and values of one layer; the temperature is fixed, or follows from the size of a head."""
+        n, _, h, w = x.shape
+        q, k, v = self.a(x).view(n, self.heads, 3 * self.size, h * w).split([self.size] * 3, 2)
+        scale = 0.4 if self.choice % 2 else self.size**-0.5
+        return (v @ torch.softmax(q.transpose(2, 3) @ k * scale, -1).transpose(2, 3)).reshape(n, -1, h, w)
+
+    def run_local_split(self, x: Tensor) -> Tensor:
+        q, context, gates = self.a(x).split((x.shape[1], x.shape[1], 2), 1)
+        return q * (self.b(context) * gates[:, :1] + gates[:, 1:])
+
+    def run_constants(self, x: Tensor) -> Tensor:
+        return x * torch.tensor(0.5, dtype=x.dtype) * x.new_tensor([1.0, -2.0]).sum() / x.new_full((1,), 0.1)
+
     def run_pool(self, x: Tensor) -> Tensor:
         return F.avg_pool2d(x, 3, 1, 1)
 
@@ -224,11 +248,14 @@ def test_cut_equals_masked(kinds: list[tuple[str, int]], head: int, seed: int, s
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    kinds=st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 11)), min_size=1, max_size=6),
+    kinds=st.lists(st.tuples(st.sampled_from((*KINDS, *OWN_SIZES)), st.integers(0, 11)), min_size=1, max_size=6),
     head=st.integers(0, 2),
     seed=st.integers(0, 9),
 )
 @example(kinds=[("attention", 4)], head=2, seed=0)
+@example(kinds=[("conv", 3), ("heads", 4)], head=2, seed=0)
+@example(kinds=[("conv", 3), ("local split", 1)], head=2, seed=0)
+@example(kinds=[("constants", 0), ("heads", 1), ("local split", 0)], head=0, seed=1)
 @example(kinds=[("weight norm", 1), ("spectral norm", 2)], head=0, seed=0)
 def test_dead_units_leave_without_a_trace(kinds: list[tuple[str, int]], head: int, seed: int) -> None:
     """What `prune` cuts equals the network in which whatever makes the units that go makes zeros."""

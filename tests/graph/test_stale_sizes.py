@@ -337,3 +337,22 @@ def test_split_by_a_width_that_only_the_code_knows() -> None:
     # Of the 16 channels and the three gates, which are one group now, half are nine, and the gates stay.
     assert (model.first.out_channels, model.a.out_channels, model.f.out_channels) == (4, 6, 15)
     torch.testing.assert_close(call(model, x), call(masked(whole, result.plan), x))
+
+
+class Rounded(nn.Module):
+    """Counts its channels in sixteens: after a cut there are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.a, self.b, self.c = 16, nn.Conv2d(3, 16, 1), nn.Conv2d(16, 6, 1), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.c(self.b(y.view(len(y), y.shape[1] // self.block * 16, *y.shape[2:])).relu())
+
+
+def test_size_that_becomes_zero_leaves_its_group_whole() -> None:
+    model = randomise(Rounded())
+    result = ff.prune(model, image(), keep=0.5)
+    assert set(result.frozen) == {"a"}
+    assert (model.block, model.a.out_channels, model.b.out_channels) == (16, 16, 3)

@@ -394,6 +394,6 @@ def _rewritten(value: Any, given: Any, wanted: Any, pairs: Mapping[int, int]) ->
     for old, new in pairs.items():
         if old > 1 and value % old == 0 and value // old <= _LARGEST_FACTOR:
             return value // old * new, 3
-        if old % value == 0 and old // value <= _LARGEST_FACTOR and new % (old // value) == 0:
+        if old > 0 and old % value == 0 and old // value <= _LARGEST_FACTOR and new % (old // value) == 0:
             return new // (old // value), 4
     return None
