@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import ExportError, one_line, pass_on_exhaustion
+from ..utils.arguments import typed
 from .inputs import arguments, batch_of, difference, examples, outputs
 from .io import write_atomically
 from .model_state import preserved
@@ -29,6 +30,7 @@ TOLERANCE = 1e-4
 _LARGEST = 2**31 - 1  # bytes that one protocol buffer can hold
 
 
+@typed
 def to_program(
     model: nn.Module, example_inputs: Any, path: str | Path | None = None, *, dynamic: bool = True
 ) -> torch.export.ExportedProgram:
@@ -63,7 +65,7 @@ def to_program(
     with preserved(model), torch.no_grad(), _quiet():
         try:
             program = torch.export.export(model, positional, keywords, dynamic_shapes=shapes, strict=False)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             pass_on_exhaustion(error)
             hint = "; dynamic=False fixes the batch size" if dynamic else ""
             raise ExportError(f"{type(model).__name__} can't be exported: {one_line(error)}{hint}") from error
@@ -75,6 +77,7 @@ def to_program(
     return program
 
 
+@typed
 def to_onnx(
     model: nn.Module, example_inputs: Any, path: str | Path, *, check: bool = True, dynamic: bool = True
 ) -> None:
