@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 WORKERS ?= auto
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test lint types unit quick shuffled each clean
+.PHONY: demo test lint types unit quick shuffled each docs clean
 
 demo: .venv/installed
 	$(BIN)/filterfold demo --out runs/demo
@@ -36,6 +36,10 @@ each: .venv/installed-dev
 	  echo "$$file"; $(PYTEST) -q -n 0 "$$file" || failed="$$failed $$file"; \
 	done; if [ -n "$$failed" ]; then echo "FAILED alone:$$failed"; exit 1; fi
 
+# The site, in build/docs: start at build/docs/index.html. Runs the notebooks; anything wrong with a page is an error.
+docs: .venv/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q
+
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
@@ -49,4 +53,8 @@ clean:
 
 .venv/installed-dev: pyproject.toml constraints.txt | .venv/bin/python
 	$(PIP) install -c constraints.txt -e '.[dev,zoo,onnx,examples]'
+	touch $@ .venv/installed
+
+.venv/installed-docs: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) install -c constraints.txt -e '.[docs]'
 	touch $@ .venv/installed

@@ -5,11 +5,11 @@
     python benchmarks/fine_tuning.py SHARED --seeds 1 --stop-after 20m
 
 All start from the same weights with a classifier drawn anew, and are trained alike: `dense` is not cut; the others have
-60 or 40 % of the multiply-accumulates from the first step on: chosen by `reconstruction-then-train` and repaired, or by
-`reconstruction`, or the filters of least L1 norm dropped, or chance. `scratch` is as wide as the network by chance and
-has fresh weights; the same epochs cost it the same. Further options are those of `filterfold compare`; it goes on
-where it was stopped. Classes of Tiny-ImageNet are classes of ImageNet too, so there the gap to fresh weights is wider
-than on other images; CIFAR-10's are other images.
+60 or 40 % of the multiply-accumulates from the first step on: chosen by `reconstruction-then-train` and repaired (with
+`+longer` trained for what dense costs), or by `reconstruction`, or the filters of least L1 norm dropped, or chance.
+`scratch` is as wide and has fresh weights; the same epochs cost it the same. Further options are those of
+`filterfold compare`; it goes on where it was stopped. Classes of Tiny-ImageNet are classes of ImageNet too, so there
+the gap to fresh weights is wider than on other images; CIFAR-10's are other images.
 
 SHARED has `data/tiny-imagenet`, `data/cifar10` and `weights/tf_efficientnet_lite0-imagenet.safetensors`.
 """
@@ -37,6 +37,7 @@ METHODS = (
     "online-l1",
     "scratch",
     "online-reconstruction+repair",
+    "online-reconstruction-then-train+repair+longer",
     "online-random",
 )
 

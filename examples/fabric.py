@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset, random_split
 from filterfold import OnlineFilterClustering, Schedule, zoo
 
 
+# --8<-- [start:main]
 def main(epochs: int = 6) -> float:
     """Train, print what happens, return the test accuracy in percent."""
     fabric = Fabric(accelerator="cpu", devices=1, precision="32-true")
@@ -44,6 +45,9 @@ def main(epochs: int = 6) -> float:
     accuracy = 100 * torch.cat(right).float().mean().item()
     print(f"test accuracy {accuracy:.1f} %, {online.cuts[-1].macs[1] / online.cuts[0].macs[0]:.2f} of the work")
     return accuracy
+
+
+# --8<-- [end:main]
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ class Digits(Dataset):
         return {"pixel_values": self.images[index], "labels": self.labels[index]}
 
 
+# --8<-- [start:main]
 def main(epochs: int = 6) -> float:
     """Train, print what happened, return the test accuracy in percent."""
     set_seed(0)
@@ -82,6 +83,9 @@ def main(epochs: int = 6) -> float:
     work = shrink.online.cuts[-1].macs[1] / shrink.online.cuts[0].macs[0]
     print(f"test accuracy {accuracy:.1f} %, {work:.2f} of the work")
     return accuracy
+
+
+# --8<-- [end:main]
 
 
 if __name__ == "__main__":

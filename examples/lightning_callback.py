@@ -41,6 +41,7 @@ class Classifier(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
 
 
+# --8<-- [start:main]
 def main(epochs: int = 6) -> float:
     """Train, print what happened, return the test accuracy in percent."""
     L.seed_everything(0, verbose=False)
@@ -65,6 +66,9 @@ def main(epochs: int = 6) -> float:
     work = shrink.online.cuts[-1].macs[1] / shrink.online.cuts[0].macs[0]
     print(f"test accuracy {accuracy:.1f} %, {work:.2f} of the work")
     return accuracy
+
+
+# --8<-- [end:main]
 
 
 if __name__ == "__main__":

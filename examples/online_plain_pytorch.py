@@ -15,6 +15,7 @@ from torch.nn import functional
 from filterfold.online import OnlineFilterClustering, Schedule
 
 
+# --8<-- [start:main]
 def main(epochs: int = 12) -> float:
     """Train, print what happens, return the test accuracy in percent."""
     torch.manual_seed(0)
@@ -51,6 +52,9 @@ def main(epochs: int = 12) -> float:
     print(f"test accuracy {accuracy:.1f} %, {before / after:.1f}x fewer multiply-accumulates than at the start")
     print(model)
     return accuracy
+
+
+# --8<-- [end:main]
 
 
 if __name__ == "__main__":

@@ -94,6 +94,7 @@ def hits(network: nn.Module, images: Tensor, wanted: list[Tensor]) -> float:
     return 100 * torch.cat(right).float().mean().item()
 
 
+# --8<-- [start:main]
 def main(epochs: int = 21, images: int = 768, size: int = 32) -> dict[str, tuple[int, float]]:
     """Train, shrink, print what happens; returns name → (multiply-accumulates, things found in percent)."""
     torch.manual_seed(0)
@@ -129,6 +130,9 @@ def main(epochs: int = 21, images: int = 768, size: int = 32) -> dict[str, tuple
     for name, (macs, share) in found.items():
         print(f"{name:>5}: {macs / 1e6:6.1f} M multiply-accumulates, {share:.1f} % of the things found")
     return found
+
+
+# --8<-- [end:main]
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ def overlap(network: nn.Module, images: Tensor, labels: Tensor) -> float:
     return 100 * torch.stack(shares).mean().item()
 
 
+# --8<-- [start:main]
 def main(epochs: int = 12, images: int = 256, size: int = 32) -> dict[str, tuple[int, float]]:
     """Train, shrink, print what happens; returns name → (multiply-accumulates, mean IoU in percent)."""
     torch.manual_seed(0)
@@ -78,6 +79,9 @@ def main(epochs: int = 12, images: int = 256, size: int = 32) -> dict[str, tuple
     for name, (macs, iou) in found.items():
         print(f"{name:>5}: {macs / 1e6:6.1f} M multiply-accumulates, mean IoU {iou:.1f} %")
     return found
+
+
+# --8<-- [end:main]
 
 
 if __name__ == "__main__":

@@ -73,6 +73,7 @@ WANTS = {
     "a GPU": "needs a GPU",
     "a browser": "no Chromium to open the page with",
     "a package that make does not install": "could not import 'mlflow",
+    "a package under another licence, which make does not install": "could not import 'ultralytics",
 }
 """What a machine for continuous integration may lack, and how the reason of such a skip is told.
 

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "src" / "filterfold"
 FLOORS: list[set[str]] = [
     {"errors"},
     {"plan", "utils"},
+    {"export"},
     {"profiling", "zoo", "data"},
     {"graph", "surgery"},
     {"pruning"},
@@ -22,7 +23,7 @@ FLOORS: list[set[str]] = [
     {"cli"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-LAB = {"zoo", "data", "training", "bench", "cli"}
+LAB = {"data", "training", "bench", "cli"}
 """Rooms that need `filterfold[lab]`; the library wing, all others, needs torch, numpy, scipy and safetensors only."""
 
 HEAVY = (
@@ -31,6 +32,8 @@ HEAVY = (
     "ray",
     "onnx",
     "onnxruntime",
+    "openvino",
+    "executorch",
     "matplotlib",
     "sklearn",
     "datasets",

@@ -15,7 +15,7 @@ import filterfold as ff
 from filterfold.errors import SelectionError
 
 from .models import Entry, build
-from .oracle import TOLERANCE, emptied, error, masked, outputs, randomise
+from .oracle import TOLERANCE, dead, emptied, error, masked, outputs, randomise
 
 AT_OUTPUT = "reaches the model's output"
 KEEP = 0.5
@@ -79,13 +79,15 @@ def _is_one_channel(cut: Any) -> bool:
 def judged(original: nn.Module, pruned: nn.Module, result: Any, inputs: Tensor) -> tuple[float | None, str]:
     """The independent error against a masked float64 copy, and how much of the cut it speaks for.
 
+    Units that are multiplied and summed over (queries and keys) have no kernels to mask: they are dead at their source.
     Where some groups are not exact (normalisation over channels), masking speaks only for the others: a
     second copy is cut with the inexact ones left whole. The whole cut must run in any case.
     """
     expected_shapes = [t.shape for t in outputs(original, inputs)]
     if [t.shape for t in outputs(pruned, inputs)] != expected_shapes:
         return None, "the outputs have other shapes"
-    inexact = [g.name for g in result.groups if not g.exact and not g.frozen]
+    summed = {g.name for g in result.groups if g.zeros_vanish and not g.frozen}
+    inexact = [g.name for g in result.groups if not g.exact and not g.frozen and g.name not in summed]
     plan, small, how = result.plan, pruned, "all groups against the masked network"
     if inexact:
         small = copy.deepcopy(original)
@@ -97,7 +99,8 @@ def judged(original: nn.Module, pruned: nn.Module, result: Any, inputs: Tensor) 
         how = f"{sum(cut.changes for cut in plan.cuts)} exact groups against the masked network"
     with torch.inference_mode():
         wide = inputs.double()
-    return error(outputs(masked(original, plan), wide), outputs(small.double(), wide)), how
+    reference = dead(masked(original, plan), plan, summed)
+    return error(outputs(reference, wide), outputs(small.double(), wide)), how
 
 
 def peer(entry: Entry, output_layers: Sequence[str], exact: bool) -> dict[str, Any]:

@@ -11,6 +11,8 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
+from . import foreign
+
 LIST = """
 # Plain and residual
 torchvision:vgg16 224
@@ -158,9 +160,12 @@ class Entry:
     shape: tuple[int, ...]
 
 
-def entries() -> tuple[Entry, ...]:
-    """The list, parsed."""
-    lines = [line.split() for line in LIST.splitlines() if line and not line.startswith("#")]
+def entries(which: str = "main") -> tuple[Entry, ...]:
+    """The list of this file (`main`) or that of `foreign.py`, parsed; of the latter what can be imported."""
+    text = LIST if which == "main" else foreign.LIST
+    lines = [line.split() for line in text.splitlines() if line and not line.startswith("#")]
+    if which == "foreign":
+        lines = [line for line in lines if foreign.installed(line[0].partition(":")[0])]
     return tuple(Entry(name, _shape(size)) for name, size in lines)
 
 
@@ -178,6 +183,8 @@ def build(name: str) -> Any:
         return build_own(rest).eval()
     if library == "torchvision":
         return _from_torchvision(rest).eval()
+    if library != "timm":
+        return foreign.build_foreign(library, rest).eval()
     import timm
 
     if rest.startswith("cbam:"):

@@ -6,7 +6,7 @@ The error of an output is max|a - b| / max|a| in float64, that of a network the 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -68,6 +68,16 @@ def masked(model: nn.Module, plan: Any) -> nn.Module:
                 if gone:
                     tensors[part.tensor].index_fill_(part.axis, torch.tensor(gone), 0)
     return copied
+
+
+def dead(model: nn.Module, plan: Any, groups: Collection[str]) -> nn.Module:
+    """The model, changed in place: whatever makes the dropped units of these groups is zero."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for cut in plan.cuts:
+        for part in cut.producers if cut.group in groups else ():
+            gone = [i for i, unit in enumerate(part.units) if unit >= 0 and cut.assignment[unit] < 0]
+            tensors[part.tensor].data.index_fill_(part.axis, torch.tensor(gone, dtype=torch.long), 0)
+    return model
 
 
 def emptied(model: nn.Module, pruned: nn.Module) -> nn.Module | None:

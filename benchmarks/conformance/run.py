@@ -4,13 +4,15 @@ Each job is a process of its own, forked from one in which both libraries are lo
 thread; a crash, a lack of memory or a time-out ends that job alone. Results are written after every network, and
 those there already are skipped, so a run that was stopped goes on.
 
-    python benchmarks/conformance/run.py [--limit 60] [--peer-limit 60] [--jobs 1] [--only NAME ...] [--again NAME ...]
+    python benchmarks/conformance/run.py [--list foreign] [--limit 60] [--peer-limit 60] [--jobs 1]
+        [--only NAME ...] [--again NAME ...]
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import importlib
 import multiprocessing
 import os
 import platform
@@ -29,11 +31,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+from conformance.foreign import MODULES  # noqa: E402
 from conformance.models import Entry, entries  # noqa: E402
 from conformance.table import markdown  # noqa: E402
 from conformance.torchvision_shim import declare_missing_operators  # noqa: E402
 
 FORK = multiprocessing.get_context("fork")
+DISTRIBUTIONS = {"smp": "segmentation-models-pytorch"}
+"""Libraries that are installed by another name than the list gives them."""
+
 WALL = 8
 """A job that has had this many times its limit in wall time hangs, and is ended."""
 
@@ -48,8 +54,11 @@ def main() -> None:
     declare_missing_operators()
     warm_up()
     report = _read(options.output)
-    todo = [e for e in entries() if not options.only or e.name in options.only]
+    listed = entries(options.list)
+    todo = [e for e in listed if not options.only or e.name in options.only]
     todo = [e for e in todo if e.name in options.again or e.name not in report["models"]]
+    for library in {entry.name.partition(":")[0] for entry in todo}:
+        importlib.import_module(MODULES.get(library, library))
     if todo:
         report.setdefault("runs", []).append(conditions(options))
     active: dict[Any, Entry] = {}
@@ -60,9 +69,9 @@ def main() -> None:
         for pipe in connection.wait(list(active)):
             entry = active.pop(pipe)
             report["models"][entry.name] = {"shape": list(entry.shape), **_received(pipe)}
-            _write(options.output, report)
+            _write(options.output, report, listed)
             print(_short(entry.name, report["models"][entry.name]), flush=True)
-    _write(options.output, report)
+    _write(options.output, report, listed)
 
 
 def both(entry: Entry, limit: float, peer_limit: float) -> dict[str, Any]:
@@ -146,9 +155,11 @@ def conditions(options: argparse.Namespace) -> dict[str, Any]:
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
-    libraries = ("filterfold", "torch", "torchvision", "timm", "torch-pruning", "numpy")
+    libraries = ["filterfold", "torch", "torchvision", "timm", "torch-pruning", "numpy"]
+    if options.list == "foreign":
+        libraries += [DISTRIBUTIONS.get(name, name) for name in {e.name.partition(":")[0] for e in entries("foreign")}]
     return {
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in dict.fromkeys(libraries)}},
         "commit": git("rev-parse", "--short", "HEAD"),
         "uncommitted_source": bool(git("status", "--porcelain", "--", "src")),
         "processor": _processor(),
@@ -181,10 +192,10 @@ def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {"format": 1, "models": {}}
 
 
-def _write(path: Path, report: dict[str, Any]) -> None:
+def _write(path: Path, report: dict[str, Any], listed: tuple[Entry, ...]) -> None:
     from filterfold.utils.io import write_json
 
-    order = {entry.name: place for place, entry in enumerate(entries())}
+    order = {entry.name: place for place, entry in enumerate(listed)}
     report["models"] = dict(sorted(report["models"].items(), key=lambda item: order.get(item[0], len(order))))
     write_json(path, report)
     path.with_suffix(".md").write_text(markdown(report))
@@ -197,8 +208,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="networks at a time")
     parser.add_argument("--only", nargs="*", default=(), help="these networks only")
     parser.add_argument("--again", nargs="*", default=(), help="networks to run again though they have a result")
-    parser.add_argument("--output", type=Path, default=ROOT / "results" / "conformance.json")
-    return parser.parse_args()
+    parser.add_argument("--list", choices=("main", "foreign"), default="main", help="which list")
+    parser.add_argument("--output", type=Path, help="default: results/conformance.json or conformance_foreign.json")
+    options = parser.parse_args()
+    name = "conformance.json" if options.list == "main" else "conformance_foreign.json"
+    options.output = options.output or ROOT / "results" / name
+    return options
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -22,6 +23,9 @@ def declare_missing_operators() -> None:
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None or torch.cuda.is_available():
         return
+    for binary in Path(spec.origin).parent.glob("_C*"):
+        with suppress(OSError):
+            torch.ops.load_library(binary)  # it matches torch, and torchvision finds it loaded
     names: set[str] = set()
     for file in ("_meta_registrations.py", "_autograd_registrations.py"):
         path = Path(spec.origin).with_name(file)

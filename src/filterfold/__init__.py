@@ -34,24 +34,32 @@ from .surgery.verify import verify
 from .surgery.weights import Loaded, load_weights
 
 if TYPE_CHECKING:
+    from .export.formats import to_executorch, to_openvino, to_torchscript
+    from .export.int8 import to_int8
+    from .export.onnx_network import OnnxNetwork
+    from .export.program import ExportOptions, to_onnx, to_program
     from .online import Child, Distillation, OnlineFilterClustering, Schedule, shrink
-    from .utils.export import to_onnx, to_program
+    from .surgery.model_card import Card
+    from .surgery.pretrained import from_pretrained, push_to_hub, save_pretrained
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 __all__ = [
     "CRITERIA",
+    "Card",
     "ChannelGroup",
     "Child",
     "Cost",
     "Cut",
     "Distillation",
+    "ExportOptions",
     "FilterfoldError",
     "LatencyBudget",
     "Loaded",
     "OnlineFilterClustering",
+    "OnnxNetwork",
     "Plan",
     "PruneResult",
     "Receipt",
@@ -64,20 +72,27 @@ __all__ = [
     "apply",
     "criterion",
     "from_clusters",
+    "from_pretrained",
     "load",
     "load_weights",
     "masked",
     "measure",
     "measure_latency",
     "prune",
+    "push_to_hub",
     "reestimate",
     "repair",
     "save",
+    "save_pretrained",
     "score",
     "select",
     "shrink",
+    "to_executorch",
+    "to_int8",
     "to_onnx",
+    "to_openvino",
     "to_program",
+    "to_torchscript",
     "trace",
     "tracing_rule",
     "verify",
@@ -85,13 +100,23 @@ __all__ = [
 
 
 _LAZY = {
+    "Card": "surgery.model_card",
     "Child": "online",
     "Distillation": "online",
+    "ExportOptions": "export.program",
     "OnlineFilterClustering": "online",
+    "OnnxNetwork": "export.onnx_network",
     "Schedule": "online",
+    "from_pretrained": "surgery.pretrained",
+    "push_to_hub": "surgery.pretrained",
+    "save_pretrained": "surgery.pretrained",
     "shrink": "online",
-    "to_onnx": "utils.export",
-    "to_program": "utils.export",
+    "to_executorch": "export.formats",
+    "to_int8": "export.int8",
+    "to_onnx": "export.program",
+    "to_openvino": "export.formats",
+    "to_program": "export.program",
+    "to_torchscript": "export.formats",
 }
 """Names that are imported when first used, and the modules they come from."""
 

@@ -6,9 +6,15 @@ exactly that line and exits with code 2; anything that is not a `FilterfoldError
 
 from __future__ import annotations
 
+import re
+
 
 class FilterfoldError(Exception):
     """Base class: catch this to catch every refusal of the library."""
+
+    def __str__(self) -> str:
+        """The message, which may quote another library's, without colours."""
+        return plain(super().__str__())
 
 
 class ModelError(FilterfoldError):
@@ -88,5 +94,14 @@ def one_line(error: BaseException) -> str:
     >>> one_line(ValueError("no such layer\nTraceback: ..."))
     'ValueError: no such layer'
     """
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
+    text = next((line.strip() for line in plain(str(error)).splitlines() if line.strip()), "no reason given")
     return f"{type(error).__name__}: {text}"
+
+
+def plain(text: str) -> str:
+    r"""Text without the escape sequences and control characters of a terminal.
+
+    >>> plain("\x1b[31mred\x1b[0m\a and \x1b]8;;https://there\x07a link")
+    'red and a link'
+    """
+    return re.sub(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(\x07|\x1b\\)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", "", text)

@@ -6,12 +6,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
+import torch
+from torch import nn
 from typer.testing import CliRunner
 
-from filterfold import __version__
+from filterfold import __version__, prune
 from filterfold.cli.app import app
+from filterfold.cli.display import console
+from filterfold.profiling.macs import measure
+from filterfold.zoo import build
 
 runner = CliRunner()
 
@@ -43,9 +49,71 @@ def test_every_command_has_help_with_examples(name: str) -> None:
 def test_inspect_a_network_whose_figures_are_known() -> None:
     result = runner.invoke(app, ["inspect", "resnet20", "--layers"])
     assert result.exit_code == 0
-    assert "268,336 of them convolution and linear weights" in result.stdout
-    assert "linear is frozen: reaches the model's output" in result.stdout
-    assert "layer1.0.conv1" in result.stdout
+    assert "268,336 of them weights" in result.stdout
+    lines = " ".join(result.stdout.split())
+    assert "group 11 can’t be cut: reaches the model's output. Remedy: none is needed" in lines
+    assert "group 1 can’t be cut: tied to constant padding by pad in layer2.0.shortcut. Remedy: pad with" in lines
+    assert lines.count("layer1.0.conv1") == 2  # once among the groups, once among the layers
+
+
+@pytest.mark.parametrize("model", ["resnet20", "vgg_small"])
+def test_what_half_of_a_group_saves_is_what_cutting_it_saves(model: str) -> None:
+    document = json.loads(runner.invoke(app, ["inspect", model, "--json"]).stdout)
+    example = torch.zeros(1, 3, 32, 32)
+    before = measure(build(model), example)
+    for group in [group for group in document["groups"] if not group["frozen"]][:3]:
+        network = build(model)
+        prune(network, example, keep={group["name"]: 0.5}, verify=False)
+        after = measure(network, example)
+        saved = {"macs": 1 - after.macs / before.macs, "parameters": 1 - after.parameters / before.parameters}
+        assert group["saved_at_half"] == pytest.approx(saved)
+    assert sum(layer["macs_share"] for layer in document["layers"]) == pytest.approx(1)
+    assert sum(group["macs_share"] for group in document["groups"]) == pytest.approx(1)
+
+
+def test_eighty_columns_fold_no_name() -> None:
+    console.width, before = 80, console.width
+    try:
+        lines = runner.invoke(app, ["inspect", "resnet56", "--layers"]).stdout.splitlines()
+    finally:
+        console.width = before
+    assert max(map(len, lines)) <= 80
+    words = {word for line in lines for word in line.split()}
+    names = {name for name, module in build("resnet56").named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+    assert names <= words
+
+
+def test_the_drawing_shows_who_makes_and_who_reads(tmp_path: Path) -> None:
+    path = tmp_path / "coupling.svg"
+    document = json.loads(runner.invoke(app, ["inspect", "resnet20", "--svg", str(path), "--json"]).stdout)
+    found = ElementTree.parse(path).getroot()
+    shapes = {kind: list(found.iter(f"{{http://www.w3.org/2000/svg}}{kind}")) for kind in ("circle", "path", "text")}
+    weights = {layer["tensor"] for layer in document["layers"]}
+    places = [
+        {part["tensor"] for part in (*group["producers"], *group["consumers"])} & weights
+        for group in document["groups"]
+    ]
+    assert len(shapes["path"]) == len(document["groups"])
+    assert len(shapes["circle"]) == sum(map(len, places))
+    assert {layer["name"] for layer in document["layers"]} <= {text.text for text in shapes["text"]}
+    assert sum("stroke-dasharray" in lane.attrib for lane in shapes["path"]) == 2  # the shortcut's group, the classes
+
+
+def test_a_reason_and_its_remedy(tmp_path: Path) -> None:
+    (tmp_path / "odd.py").write_text(
+        "from torch import nn\n"
+        "class Odd(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(4, 2, 3)\n"
+        "    def forward(self, x):\n"
+        "        return self.b(self.a(x)[:, [0, 2, 4, 6]])\n"
+    )
+    document = json.loads(runner.invoke(app, ["inspect", f"{tmp_path}/odd.py:Odd", "--json"]).stdout)
+    frozen = {group["name"]: group for group in document["groups"]}
+    assert "picked by position" in frozen["a"]["frozen"]
+    assert frozen["a"]["remedy"].startswith("index by names or whole axes")
+    assert frozen["a"]["saved_at_half"] is None
 
 
 def test_inspect_as_json() -> None:
@@ -66,8 +134,7 @@ def test_a_users_own_model(tmp_path: Path) -> None:
     result = runner.invoke(app, ["inspect", f"{tmp_path}/mine.py:net", "--input", "1x8x8", "--classes", "4"])
     assert result.exit_code == 0
     macs, parameters = 6 * 9 * 6 * 6 + 6 * 36 * 4, 6 * 9 + 6 + 6 * 36 * 4 + 4
-    assert f"({macs:,})" in result.stdout
-    assert f"({parameters:,})" in result.stdout
+    assert f"in full: {macs:,} MACs, {parameters:,} parameters" in result.stdout
 
 
 @pytest.mark.parametrize(

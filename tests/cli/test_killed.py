@@ -99,7 +99,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("filterfold.bench.trials.timing.inference_seconds", lambda *_, **__: 0.01)
     monkeypatch.setattr("filterfold.bench.trials.timing.wasted_widths", lambda *_: [])
     monkeypatch.setattr("filterfold.bench.report.sensitivity.sensitivity_plots", lambda _: [])
-    monkeypatch.setattr("filterfold.utils.export.to_onnx", lambda *arguments: write_text(arguments[2], "onnx"))
+    monkeypatch.setattr("filterfold.export.program.to_onnx", lambda *arguments: write_text(arguments[2], "onnx"))
     profiling, found = import_module("filterfold.profiling"), []
     measure = profiling.measure_latency
 

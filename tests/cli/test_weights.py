@@ -60,9 +60,9 @@ def test_training_says_what_it_begins_with_and_refuses_another_classifier(tmp_pa
 @pytest.mark.slow
 def test_training_from_weights_cuts_at_once_and_for_as_many_epochs_as_the_cut_pays_for(tmp_path: Path) -> None:
     weights, out = written(tmp_path / "w.pt", 7), tmp_path / "run"
-    method = ["--method", "online-l1+longer", "--macs", "0.25", "--epochs", "2"]
+    method = ["--method", "online-l1+longer", "--macs", "0.25", "--epochs", "2", "--train-limit", "400"]
     run("train", *TRAINED, *method, "--weights", weights, "--new-head", "--out", str(out))
-    [record] = [json.loads(file.read_text()) for file in (out / "records").glob("*.json")]
+    [record] = read_all(out)
     assert record["options"]["online"]["schedule"] == "0"
     images, dense = record["result"]["train_images"] / len(record["history"]), record["dense"]["macs"]
     cost, one_more = record["result"]["train_macs"] / (3 * images * dense), record["result"]["macs"] / dense

@@ -12,9 +12,10 @@ import pytest
 import torch
 from conformance.jobs import ours
 from conformance.models import Entry, entries
-from conformance.oracle import TOLERANCE, emptied, error, masked, outputs
+from conformance.oracle import TOLERANCE, dead, emptied, error, masked, outputs
 from torch import nn
 
+from conformance import foreign
 from filterfold.plan import Cut, Plan, Slice
 
 PARTLY = {
@@ -61,6 +62,38 @@ def test_half_of_every_group_goes_and_the_network_equals_the_masked_one(entry):
     assert report["verified"]
     assert report["error"] <= TOLERANCE
     assert report["left"] < 0.6
+
+
+FOREIGN = ("transformers:Segformer", "transformers:DPT", "transformers:ResNet", "smp:Linknet+resnet18")
+
+
+def test_the_second_list_has_no_repetition():
+    lines = [line.split()[0] for line in foreign.LIST.splitlines() if line and not line.startswith("#")]
+    assert len(set(lines)) == len(lines) >= 75
+    assert {*FOREIGN} <= set(lines)
+    assert not {*lines} & {entry.name for entry in entries()}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.slow
+def test_networks_of_other_libraries_are_cut_wholly(name):
+    entry = next((entry for entry in entries("foreign") if entry.name == name), None)
+    if entry is None:
+        pytest.skip(f"{name.partition(':')[0]} is not installed")
+    report = ours(entry)
+    assert report["status"] == "wholly", report
+    assert report["error"] <= TOLERANCE
+
+
+def test_dead_units_are_zero_at_their_source():
+    layer = nn.Linear(2, 3)
+    made = (Slice("weight", 0, (0, 1, 2), "filter"), Slice("bias", 0, (0, 1, 2), "bias"))
+    cut = Plan((Cut("layer", (0, -1, 1), made, ()),))
+    assert dead(copy.deepcopy(layer), cut, {"another"}).bias.equal(layer.bias)
+    dead(layer, cut, {"layer"})
+    assert layer.weight[1].tolist() == [0, 0]
+    assert layer.bias[1] == 0
+    assert layer.weight[[0, 2]].ne(0).all()
 
 
 class TestOracle:

@@ -6,6 +6,7 @@ as it is, unless the group is said to be inexact.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +20,7 @@ import filterfold as ff
 from filterfold.surgery.masking import emptied
 from filterfold.surgery.weight_norms import normed_weights
 
-from .networks import call, randomise
+from .networks import call, masked, randomise
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*_norm. is deprecated:FutureWarning")  # the old hooks are meant
 
@@ -105,6 +106,34 @@ def test_dead_units_leave_the_output_as_it_is(name: str) -> None:
     assert (group in result.frozen) == whole
     assert DEPENDS in result.frozen.get(group, DEPENDS)
     assert all(group in result.frozen or new * 2 == old for group, (old, new) in result.plan.widths.items())
+
+
+class Heads(nn.Module):
+    """Attention with queries, keys and values of one layer, and a temperature from the size of a head."""
+
+    def __init__(self, *, gain: float = 1.0) -> None:
+        super().__init__()
+        self.heads, self.size = 4, 8
+        self.a, self.qkv, self.b = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 96, 1), nn.Conv2d(32, 4, 1)
+        self.gain = gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, _, h, w = x.shape
+        parts = self.qkv(self.a(x).relu()).view(n, self.heads, 3 * self.size, h * w).split([self.size] * 3, 2)
+        q, k, v = parts
+        logits = (q.transpose(2, 3) @ k) * self.size**-0.5 * self.gain
+        return self.b((v @ logits.softmax(-1).transpose(2, 3)).reshape(n, -1, h, w))
+
+
+@pytest.mark.parametrize("gain", [1.0, 1e-9])
+def test_whole_heads_go_where_the_temperature_follows_from_their_size(gain: float) -> None:
+    # At the small gain no comparison of outputs can see the temperature: the number itself must be looked at.
+    model = randomise(Heads(gain=gain))
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    whole = copy.deepcopy(model)
+    result = ff.prune(model, x, keep=0.5)
+    assert (model.heads, model.size, model.qkv.out_channels) == (2, 8, 48)
+    torch.testing.assert_close(call(model, x), call(masked(whole, result.plan), x))
 
 
 @pytest.mark.parametrize("gate", ["mean", "std", "amax"])

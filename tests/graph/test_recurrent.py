@@ -35,6 +35,9 @@ class Reader(nn.Module):
                 state = self.layer(step, state)
                 states.append(state[0] if isinstance(state, tuple) else state)
             return self.out(torch.stack(states))
+        if self.how == "one step":
+            state = self.layer(x.mean(2))
+            return self.out(state[0] if isinstance(state, tuple) else state)
         if self.how == "packed":
             packed = nn.utils.rnn.pack_padded_sequence(x.transpose(1, 2), [6, 4], batch_first=True)
             return self.out(nn.utils.rnn.pad_packed_sequence(self.layer(packed)[0], batch_first=True)[0])
@@ -75,6 +78,15 @@ def test_cells_are_cut_with_their_states(kind: type[nn.RNNCellBase]) -> None:
     x = torch.randn(2, 3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     assert free(check(Reader(kind(8, 6), "cell"), x)) == {"conv": 8, "layer.weight_ih": 6}
     model = randomise(Reader(kind(8, 6), "cell"))
+    ff.prune(model, x, keep=0.5, strict=True)
+    assert (model.layer.input_size, model.layer.hidden_size) == (4, 3)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_cells_that_make_their_first_state_are_cut_with_it(kind: type[nn.RNNCellBase]) -> None:
+    x = torch.randn(2, 3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    check(Reader(kind(8, 6), "one step"), x)
+    model = randomise(Reader(kind(8, 6), "one step"))
     ff.prune(model, x, keep=0.5, strict=True)
     assert (model.layer.input_size, model.layer.hidden_size) == (4, 3)
 

@@ -294,3 +294,46 @@ def test_what_pytorch_adds_under_one_mode_only_is_no_step(batch: int) -> None:
     result = ff.prune(model, image()[:batch], keep=0.5, strict=True)
     assert result.plan.widths == {"a": (8, 4), "b": (12, 6)}
     assert model.width == 6
+
+
+class Asserting(nn.Module):
+    """Checks its input before the first operation of its own: no operation here is called with a wrong number."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels, self.conv = channels, nn.Conv2d(channels, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[1] == self.channels
+        return self.conv(x)
+
+
+def test_size_in_the_module_that_asserts_it() -> None:
+    model = randomise(nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU()), Asserting(8), nn.Conv2d(6, 2, 1)))
+    result = ff.prune(model, torch.randn(1, 3, 4, 4, dtype=torch.float64), keep=0.5)
+    assert not result.frozen
+    assert model[1].channels == 4
+
+
+class Focal(nn.Module):
+    """Splits by the width of its input, which no attribute holds: FocalNet's modulation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.a, self.f = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 16, 1), nn.Conv2d(16, 35, 1)
+        self.context, self.out = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(self.first(x).relu()).relu()
+        q, context, gates = self.f(y).split((y.shape[1], y.shape[1], 3), 1)
+        return self.out(q * sum(self.context(context) * gates[:, i : i + 1] for i in range(3)))
+
+
+def test_split_by_a_width_that_only_the_code_knows() -> None:
+    model, x = randomise(Focal()), image()
+    whole = copy.deepcopy(model)
+    result = ff.prune(model, x, keep=0.5)
+    assert not result.frozen
+    # Of the 16 channels and the three gates, which are one group now, half are nine, and the gates stay.
+    assert (model.first.out_channels, model.a.out_channels, model.f.out_channels) == (4, 6, 15)
+    torch.testing.assert_close(call(model, x), call(masked(whole, result.plan), x))

@@ -131,6 +131,27 @@ def test_a_norm_that_does_not_follow_its_filter_is_not_taken_for_it() -> None:
     assert bounds(model, plan, torch.randn(1, 3, 8, 8)) == {}
 
 
+class Halves(nn.Module):
+    """One convolution makes the units of two groups, as in YOLO's C2f blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made, self.norm = nn.Conv2d(2, 8, 1, bias=False), nn.BatchNorm2d(8)
+        self.one, self.other = nn.Conv2d(4, 3, 1), nn.Conv2d(4, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = self.norm(self.made(x)).relu().chunk(2, dim=1)
+        return self.one(one) + self.other(other)
+
+
+def test_a_filter_of_two_groups_has_no_bound_and_is_cut() -> None:
+    model, x = Halves(), torch.randn(2, 2, 4, 4)
+    online = OnlineFilterClustering(model, x, keep=0.5)
+    assert online.cluster_and_prune().bounds == {}
+    assert model.made.out_channels == 4
+    assert model(x).shape == (2, 3, 4, 4)
+
+
 def test_the_bounds_are_recorded_with_the_cut() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(

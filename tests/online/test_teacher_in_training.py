@@ -182,7 +182,7 @@ def test_longer_pays_for_the_teacher(teacher, tmp_path: Path) -> None:
 def test_teachers_that_can_not_be(teacher, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="give --teacher FILE"):
         Trial("scratch+distill", 0, setting(), keep=0.5)
-    for method in ("dense+distill", "l1+repair", "scratch-long+distill"):
+    for method in ("dense+distill", "l1+longer", "scratch-long+distill"):
         with pytest.raises(ConfigError, match="only online methods take"):
             Trial(method, 0, setting())
     save(teacher, tmp_path / "teacher.safetensors")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,7 +35,13 @@ def example(name: str) -> ModuleType:
 
 @pytest.mark.parametrize(
     ("name", "needs"),
-    [("fabric", "lightning_fabric"), ("lightning_callback", "lightning"), ("hugging_face_trainer", "transformers")],
+    [
+        ("own_loop", "sklearn"),
+        ("timm_training_script", "timm"),
+        ("fabric", "lightning_fabric"),
+        ("lightning_callback", "lightning"),
+        ("hugging_face_trainer", "transformers"),
+    ],
 )
 @pytest.mark.slow
 def test_the_example_runs(name: str, needs: str, capsys) -> None:
@@ -44,6 +50,16 @@ def test_the_example_runs(name: str, needs: str, capsys) -> None:
     shown = capsys.readouterr().out
     assert "units, 0." in shown
     assert float(shown.split()[-4]) <= 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # ultralytics' own
+def test_the_detector_of_another_trainer_shrinks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
+    monkeypatch.setenv("YOLO_OFFLINE", "true")
+    monkeypatch.setenv("YOLO_CONFIG_DIR", str(tmp_path))
+    pytest.importorskip("ultralytics")
+    assert 0.5 < example("ultralytics_callback").main() <= 0.6
+    assert capsys.readouterr().out.count(": fold: ") > 1
 
 
 def classifier() -> Any:
@@ -146,6 +162,10 @@ def test_lightning_levels_off_and_refuses(tmp_path) -> None:
         fit(classifier(), shrinking(schedule=schedule, monitor="none"), 3, tmp_path)
     with pytest.raises(ConfigError, match="example_input_array"):
         fit(classifier(), shrinking(example_inputs=None), 1, tmp_path)
+    strategy = SimpleNamespace(model=nn.Linear(1, 1))  # one that deals out each layer, such as FSDP
+    trainer = SimpleNamespace(optimizers=[None], world_size=2, strategy=strategy)
+    with pytest.raises(ConfigError, match="not SimpleNamespace: strategy='ddp'"):
+        shrinking().on_train_start(trainer, classifier())
 
 
 @pytest.mark.slow

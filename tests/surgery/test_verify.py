@@ -243,7 +243,7 @@ def test_repair_is_asked_for_the_groups_that_masking_cannot_judge():
     plan, groups = planned(model, {"one": (0, -1, 1, 2, -1, 3), "two": DROP["two"]})
     asked = []
 
-    def repair(model: nn.Module, part: Plan, inputs: object) -> tuple[AttributeChange, ...]:
+    def repair(model: nn.Module, part: Plan, inputs: object, **_: object) -> tuple[AttributeChange, ...]:
         asked.append([cut.group for cut in part.cuts])
         model.width = 4
         return (AttributeChange("", "width", 6, 4),)

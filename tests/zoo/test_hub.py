@@ -77,7 +77,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(
     [
         ("vgg16", "only timm: and torchvision: models have pretrained weights; give a file with --weights"),
         ("timm:resnet50x", "timm has no model 'resnet50x'; did you mean"),
-        ("timm:test_byobnet.nothing", "Invalid pretrained tag (nothing)"),
+        ("timm:test_byobnet.nothing", "no weights 'test_byobnet.nothing'"),
         ("torchvision:resnet43", "did you mean"),
         ("torchvision:googlenet", "outputs beside its logits"),
     ],

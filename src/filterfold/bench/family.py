@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 from ..data import ImageData
 from ..errors import RecordError
+from ..export.program import to_onnx
 from ..online import Child, shrink
 from ..profiling import measure_latency
 from ..profiling.macs import measure
 from ..surgery.checkpoint import load, save
 from ..training.evaluate import predicted
 from ..utils.environment import describe
-from ..utils.export import to_onnx
 from ..utils.io import write_json
-from .trials.start import input_of
+from .trials.start import input_of, network_of
 
 FILE = "family.json"
 """What all children share, and how fast they are: written first without the times, and last with them."""
@@ -168,7 +168,8 @@ class Family:
             "environment": describe(str(self._device)),
         }
         noted = input_of(self.data, self.settings.get("data_options", {}))
-        about = {"share": child.share, "settings": dict(self.settings), "input": noted}
+        named = network_of(self.settings["model"], self.settings["width"], self.data)
+        about = {"share": child.share, "settings": dict(self.settings), "input": noted, **named}
         save(child.network, self.file(child.share, "safetensors"), plan=child.plan, metadata=about)
         write_json(self.file(child.share, "json"), record)
         _log.info("%s; top-1 %.2f %%, as the uncut network %.2f %%", child, record["top1"], record["agreement"])

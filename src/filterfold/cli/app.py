@@ -12,8 +12,10 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import typer
 
 from ..errors import FilterfoldError, one_line, out_of_memory
-from . import REFUSED, compare, latency, prune, recipe, report, sensitivity, shrink, train, watch
+from . import REFUSED, compare, export, latency, prune, recipe, report, sensitivity, shrink, train, watch
 from . import inspect as inspecting
+from .figures import reporting
+from .options import MODEL
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT."""
@@ -58,7 +60,7 @@ def refusing(interrupted: str) -> Callable[[Callable[..., None]], Callable[..., 
     return decorate
 
 
-def spread(command: Callable[..., None]) -> Callable[..., None]:
+def spread(command: Callable[..., Any]) -> Callable[..., Any]:
     """Replace a command's dataclass parameters by the dataclass's fields, as keyword-only parameters.
 
     `Annotated[SomeDataclass, {field: typer.Option(...)}]` shows just these fields; the others keep their defaults.
@@ -87,13 +89,14 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
             parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name]))
 
     @functools.wraps(command)
-    def wrapper(**values: Any) -> None:
+    def wrapper(**values: Any) -> Any:
         for name, (family, options) in families.items():
             values[name] = family(**{option.name: values.pop(option.name) for option in options})
-        command(**values)
+        return command(**values)
 
     wrapper.__signature__ = inspect.Signature(parameters, return_annotation=None)  # type: ignore[attr-defined]
-    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters} | {"return": None}
+    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    wrapper.__annotations__["return"] = command.__annotations__.get("return")
     return wrapper
 
 
@@ -119,6 +122,48 @@ def _options(family: type, shown: dict[str, Any] | None) -> list[inspect.Paramet
         default = inspect.Parameter.empty if entry.default is MISSING else entry.default
         made.append(inspect.Parameter(entry.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint))
     return made
+
+
+AT_LENGTH = {"methods": compare.METHODS, "model": MODEL}
+"""What --help-all says of options of which --help says less."""
+
+
+SHOWN_EXAMPLES = 2
+"""Examples below --help; --help-all has all."""
+
+
+def helped(command: Callable[..., Any], examples: str) -> Callable[..., Any]:
+    """Give a command with rare options (hidden ones) `--help-all`, which shows them, every example, and more words."""
+    parameters = inspect.signature(command).parameters.values()
+    rare = sum(bool(getattr(entry, "hidden", False)) for p in parameters for entry in get_args(p.annotation)[1:])
+    if not rare and examples == shortened(examples):
+        return command
+
+    def show(context: typer.Context, asked: bool) -> None:
+        if asked:
+            for parameter in context.command.params:
+                parameter.hidden = False  # type: ignore[attr-defined]
+                parameter.help = AT_LENGTH.get(parameter.name or "", parameter.help)  # type: ignore[attr-defined]
+            context.command.epilog = examples
+            context.get_help()  # Typer prints it
+            raise typer.Exit
+
+    @functools.wraps(command)
+    def wrapper(**options: Any) -> Any:
+        options.pop("help_all", None)
+        return command(**options)
+
+    said = f"Show {rare} more options and exit." if rare else "Show more examples and exit."
+    asked = Annotated[bool, typer.Option("--help-all", callback=show, is_eager=True, help=said)]
+    added = inspect.Parameter("help_all", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=asked)
+    wrapper.__signature__ = inspect.Signature([*parameters, added])  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {**command.__annotations__, "help_all": asked}
+    return wrapper
+
+
+def shortened(examples: str) -> str:
+    """The first examples."""
+    return "\n\n".join(examples.split("\n\n")[: SHOWN_EXAMPLES + 1])
 
 
 app = typer.Typer(
@@ -158,6 +203,9 @@ def _everything(
     """Make ConvNets small and fast: cut filters while training or afterwards, and prove what it cost.
 
     Start with `filterfold demo`: a whole comparison on handwritten digits in about two minutes.
+
+    Exit codes: 0 done; 1 done, but some trial failed; 2 refused, with the reason in one line; 3 stopped in time by
+    --stop-after, the same command goes on; 130 interrupted by Ctrl-C.
     """
 
 
@@ -182,13 +230,15 @@ for _group, _command, _examples, _interrupted in (
     (app, watch.watch, watch.EXAMPLES, "the run itself goes on"),
     (app, inspecting.inspect, inspecting.EXAMPLES, NOTHING),
     (app, latency.latency, latency.EXAMPLES, NOTHING),
+    (app, export.export, export.EXAMPLES, NOTHING),
     (app, report.report, report.EXAMPLES, RESUME),
     (_recipes, recipe.list_, recipe.LIST_EXAMPLES, NOTHING),
     (_recipes, recipe.show, recipe.SHOW_EXAMPLES, NOTHING),
     (_recipes, recipe.run, recipe.RUN_EXAMPLES, RESUME),
 ):
     _name = _command.__name__.rstrip("_")
-    _group.command(_name, epilog=_examples)(refusing(_interrupted)(spread(_command)))
+    _ready = helped(reporting(spread(_command)), _examples)
+    _group.command(_name, epilog=shortened(_examples))(refusing(_interrupted)(_ready))
 
 
 app.add_typer(_recipes, name="recipe")

@@ -7,12 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
 from typer import Option
 
 from ..training.recipe import Recipe
 from . import report
-from .display import live, say
+from .display import live
+from .figures import Figures
 from .options import (
     DataOptions,
     EngineOptions,
@@ -71,20 +71,26 @@ Examples:
 
 
 METHODS_HELP = (
+    "Comma-separated: dense, a criterion such as l1, online, scratch …; --help-all has all, and what they are."
+)
+
+
+METHODS = (
     "Comma-separated: dense; dense-long (as many epochs as training and retraining together); "
+    "without --methods dense,l1,online and the controls dense-long,random,scratch,online-l1; "
     "a criterion such as l1 (the original algorithm: train, cut once, retrain), random, "
     "largest or mean-std; CRITERION-greedy or -iterative (its variants); scratch (the small network, fresh weights); "
     "scratch-long (for as many epochs as cost what online costs); online (fold clusters while training); "
     "online-CRITERION (the same schedule, dropping by a criterion); online-centroid (nothing removed); "
-    "online…+repair (next kernels repaired after every cut); "
+    "online…+repair, l1+repair (next kernels repaired after every cut); "
     "online…+distill, l1+distill, scratch+distill (with a teacher, see --distill); "
     "online…+early (cuts at 5, 10 and 15 % of training); "
     "online+centripetal, online+unpulled (filters brought together by the stronger rule, or not at all); "
-    "online…+longer, scratch+longer (more epochs, for at most .7 of the dense training's MACs; from trained weights: at most as many)."
+    "online…+longer, scratch+longer (more epochs, for at most .7 of the dense training's MACs; from weights: as many)."
 )
 
 
-_comparison = partial(Option, rich_help_panel="Comparison")
+_rare = partial(Option, rich_help_panel="Comparison", hidden=True)
 
 
 def compare(
@@ -97,49 +103,45 @@ def compare(
     running: EngineOptions,
     methods: Annotated[
         str | None,
-        _comparison(
-            help=METHODS_HELP, show_default="dense,l1,online and their controls: dense-long,random,scratch,online-l1"
-        ),
+        Option(help=METHODS_HELP, show_default="dense,l1,online and controls"),
     ] = None,
-    clusters: Annotated[str | None, _comparison(help="Filters left in every layer by online methods: 5,10,30.")] = None,
+    clusters: Annotated[str | None, Option(help="Filters left in every layer by online methods: 5,10,30.")] = None,
     keep: Annotated[
         str | None,
-        _comparison(
+        Option(
             help="Shares of the filters that stay, for every method that cuts: 0.5,0.25.",
-            show_default="half; criteria: the widths of Li et al. for their networks",
+            show_default="half, or as Li et al.",
         ),
     ] = None,
     macs: Annotated[
         str | None,
-        _comparison(help="Shares of the multiply-accumulates that stay, likewise; online chooses each layer's width."),
+        Option(help="Shares of the multiply-accumulates that stay, likewise; online chooses each layer's width."),
     ] = None,
     crossover: Annotated[
         str | None,
-        _comparison(
+        _rare(
             help="Instead of --epochs: train for each of these numbers of epochs, such as 0,1,2,4,8, to see where "
             "fresh weights catch up.",
             show_default="one training, of --epochs",
         ),
     ] = None,
-    trials: Annotated[int, _comparison(help="Seeds for each method.")] = 5,
-    first_seed: Annotated[int, _comparison(help="The first seed.")] = 0,
+    trials: Annotated[int, Option(help="Seeds for each method.")] = 5,
+    first_seed: Annotated[int, _rare(help="The first seed.")] = 0,
     retrain_epochs: Annotated[
         int | None,
-        _comparison(help="After a one-shot cut.", show_default="40 % of --epochs: 40 for 100, as Li et al."),
+        _rare(help="After a one-shot cut.", show_default="40 % of --epochs: 40 for 100, as Li et al."),
     ] = None,
-    retrain_lr: Annotated[float, _comparison(help="Learning rate of retraining, constant or the highest.")] = 0.001,
-    retrain_schedule: Annotated[str, _comparison(help="constant; or as --schedule, over the retraining.")] = "constant",
-    round_to: Annotated[int, _comparison(help="Keep multiples of so many filters.")] = 1,
-    margin: Annotated[float, _comparison(help=MARGIN_HELP)] = 0.5,
+    retrain_lr: Annotated[float, _rare(help="Learning rate of retraining, constant or the highest.")] = 0.001,
+    retrain_schedule: Annotated[str, _rare(help="constant; or as --schedule, over the retraining.")] = "constant",
+    round_to: Annotated[int, _rare(help="Keep multiples of so many filters.")] = 1,
+    margin: Annotated[float, Option(help=MARGIN_HELP)] = 0.5,
     out: Annotated[Path | None, Option(help="Run folder.", show_default="runs/MODEL-DATA")] = None,
-) -> None:
+) -> Figures:
     """Train and prune with several methods and seeds, and report which is worth it.
 
     With --weights or --pretrained every method trains from these weights, except those that are named scratch.
 
-    Trials with a record in the run folder are not run again: stop whenever you like (Ctrl-C, --stop-after), and the
-    same command goes on, here or on another machine. Exit code 3: stopped in time with work left; 1: all is done
-    but some trial failed (the next call tries it again).
+    Stop whenever you like: the same command goes on, here or on another machine, and tries failed trials again.
     """
     from ..bench.trials.config import COMPARED, CONTROLS, Comparison
 
@@ -168,31 +170,29 @@ def compare(
         seeds=range(first_seed, first_seed + trials),
     )
     folder = out or default_folder(setting)
-    show(running.run(comparison, folder, cache_dir=images.cache_dir), folder, margin)
+    return figures(running.run(comparison, folder, cache_dir=images.cache_dir), folder, margin)
 
 
-def show(outcome: Outcome, folder: Path, margin: float) -> None:
-    """Show what a comparison came to, write its report, and end with the exit code that says how far it came."""
+def figures(outcome: Outcome, folder: Path, margin: float) -> Figures:
+    """Write a comparison's report; what it came to, with the exit code that says how far it came."""
     records = list(map(dict, outcome.records))
+    found = report.figures(records, margin, code=exit_code(outcome))
     if records:
         with live():
-            page = report.write(records, folder, margin)
-        report.show(records, margin)
-    say(f"records and networks: {folder}")
-    if records:
-        say(f"report: {page}")
+            found = found.adding(report=report.write(records, folder, margin))
     if outcome.failed:
-        say(f"{len(outcome.failed)} of {outcome.total} trials failed; the same command tries them again")
+        found = found.adding(
+            f"{len(outcome.failed)} of {outcome.total} trials failed; the same command tries them again"
+        )
     elif not outcome.complete:
         what = f"{outcome.left} of {outcome.total} trials" if outcome.left else "timing"
-        say(f"stopped in time; still to do: {what}; the same command goes on from here")
-    leave(outcome)
+        found = found.adding(f"stopped in time; still to do: {what}; the same command goes on from here")
+    return found.adding(folder=folder)
 
 
-def leave(outcome: Outcome) -> None:
-    """End with exit code `UNFINISHED` or `FAILED` unless everything is done."""
-    if not outcome.complete:
-        raise typer.Exit(FAILED if outcome.failed and outcome.timed else UNFINISHED)
+def exit_code(outcome: Outcome) -> int:
+    """0 if everything is done, else `UNFINISHED` or `FAILED`."""
+    return 0 if outcome.complete else FAILED if outcome.failed and outcome.timed else UNFINISHED
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def demo(
     trials: Annotated[int, Option(help="Seeds for each method.")] = 5,
     epochs: Annotated[int, Option("--epochs", "-e", help="Passes over the training images.")] = 20,
     keep: Annotated[float, Option(help="Share of the filters that stays.")] = 0.5,
-) -> None:
+) -> Figures:
     """Compare dense training, the original algorithm and online clustering on handwritten digits.
 
     Real data that ships with scikit-learn, a small VGG, several seeds each, about two minutes. Done a second time, it
@@ -226,7 +226,7 @@ def demo(
         retrain_lr=0.01,  # the paper's .001 is for 390 steps an epoch; here are ten
     )
     comparison = Comparison.of(setting, ("dense", "l1", "online"), keep=[keep], seeds=range(trials))
-    show(running.run(comparison, out), out, margin=1.0)
+    return figures(running.run(comparison, out), out, margin=1.0)
 
 
 def default_folder(setting: Setting, first: str = "") -> Path:

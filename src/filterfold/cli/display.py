@@ -24,10 +24,18 @@ if not console.is_terminal and "COLUMNS" not in os.environ:
 
 
 class _Messages(logging.Handler):
-    """The library's log as plain lines between the progress bars: warnings, and the results of trials."""
+    """The library's log as plain lines between the progress bars: warnings, results of trials, what factories got."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._once: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno < logging.WARNING and not record.name.startswith("filterfold.bench.trials"):
+        if record.name == "filterfold.zoo":  # networks are built many times
+            if record.getMessage() in self._once:
+                return
+            self._once.add(record.getMessage())
+        elif record.levelno < logging.WARNING and not record.name.startswith("filterfold.bench.trials"):
             return
         style = "yellow" if record.levelno >= logging.WARNING else None
         console.print(record.getMessage(), style=style, markup=False, soft_wrap=True)

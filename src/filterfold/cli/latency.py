@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from typer import Argument, Option
 
 from ..errors import ConfigError, ModelError
 from .display import live, say, table
+from .figures import Figures
 from .inspect import image_shape
 from .options import MODEL_HELP, Device, Threads, use_threads
 from .weights import with_weights
@@ -32,6 +31,8 @@ Examples:
 
   filterfold latency torchvision:resnet18 torchvision:resnet34 --input 3x224x224 --classes 1000 --mode onnxruntime
 
+  filterfold latency small.onnx small-int8.onnx --input 3x224x224
+
   filterfold latency vgg16 small.safetensors --mode eager --mode channels_last --mode compile --json > times.json
 """
 
@@ -39,12 +40,15 @@ Examples:
 FILES = (".safetensors", ".pt", ".pth", ".bin")
 
 
+ONNX = ".onnx"
+
+
 PASS = 128
 """Batch size of the pass over the whole test set, as in the document's experiment."""
 
 
 def latency(
-    networks: Annotated[list[str], Argument(help=f"Files of weights, or names: {MODEL_HELP}")],
+    networks: Annotated[list[str], Argument(help=f"Files of weights, ONNX files, or names: {MODEL_HELP}")],
     model: Annotated[
         str | None, Option("--model", "-m", help="The network of the files.", show_default="the first name given")
     ] = None,
@@ -61,10 +65,9 @@ def latency(
     repeats: Annotated[int, Option(help="Rounds in which each network is timed.", min=1)] = 20,
     images: Annotated[int, Option(help="Also give the seconds for so many images at batch 128; 0: don't.")] = 10_000,
     widths: Annotated[bool, Option(help="Look for layers whose odd widths save nothing.")] = True,
-    as_json: Annotated[bool, Option("--json", help="Print everything as JSON instead.")] = False,
     device: Device = "auto",
     threads: Threads = None,
-) -> None:
+) -> Figures:
     """Time networks in turn: median, p90, interval, throughput, speed-up beside the ratio of MACs, and an A/A control.
 
     The first network is the reference, and is timed a second time as the control, which must give 1.00x.
@@ -87,31 +90,39 @@ def latency(
             for name in dict.fromkeys(mode or ["eager"])
         ]
         middle = sorted(sizes)[len(sizes) // 2]
-        wasted = {name: wasted_widths(network, example, batch_size=middle) for name, network in built.items() if widths}
-    if as_json:
-        typer.echo(json.dumps(_document(found, images, wasted), indent=2))
-        return
-    for comparison in found:
-        _show(comparison, images)
-    for name, remarks in wasted.items():
-        for remark in remarks:
-            say(f"{name}: a width that wastes what it saved, batch {middle}: {remark}")
+        looked_at = {name: network for name, network in built.items() if widths and Path(name).suffix != ONNX}
+        wasted = {name: wasted_widths(network, example, batch_size=middle) for name, network in looked_at.items()}
+
+    def show() -> None:
+        for comparison in found:
+            _show(comparison, images)
+        for name, remarks in wasted.items():
+            for remark in remarks:
+                say(f"{name}: a width that wastes what it saved, batch {middle}: {remark}")
+
+    return Figures(_document(found, images, wasted), show)
 
 
 def _built(
     networks: Sequence[str], model: str | None, device: str, fresh: Callable[[str], nn.Module]
 ) -> dict[str, nn.Module]:
     """Name or file name → network; one that comes twice gets a number."""
+    from ..export.onnx_network import OnnxNetwork
+
     files = {name for name in networks if Path(name).suffix in FILES}
-    base = model or next((name for name in networks if name not in files), None)
+    exported = {name for name in networks if Path(name).suffix == ONNX}
+    base = model or next((name for name in networks if name not in files | exported), None)
     if files and base is None:
         raise ConfigError(f"{min(files)}: say which network the file holds with --model, such as --model vgg16")
     built: dict[str, nn.Module] = {}
     for name in networks:
         if name in files and not Path(name).exists():
             raise ModelError(f"{name}: no such file")
-        network = with_weights(lambda: fresh(str(base)), Path(name), device) if name in files else fresh(name)
-        shown = Path(name).name if name in files else name
+        if name in exported:
+            network: nn.Module = OnnxNetwork(name)
+        else:
+            network = with_weights(lambda: fresh(str(base)), Path(name), device) if name in files else fresh(name)
+        shown = Path(name).name if name in files | exported else name
         count = sum(known.partition(" #")[0] == shown for known in built)
         built[f"{shown} #{count + 1}" if count else shown] = network.to(device)
     return built
@@ -135,10 +146,9 @@ def _pass_seconds(found: LatencyComparison, images: int) -> dict[str, str]:
 
 
 def _document(found: Sequence[LatencyComparison], images: int, wasted: dict[str, tuple[str, ...]]) -> dict[str, Any]:
-    from ..utils.environment import command, describe
+    from ..utils.environment import describe
 
     return {
-        "command": command(),
         "environment": describe(),
         "comparisons": [
             {**comparison.to_dict(), "images": images, "image_seconds": _pass_seconds(comparison, images)}

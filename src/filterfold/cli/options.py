@@ -26,25 +26,35 @@ if TYPE_CHECKING:
 
 
 MODEL_HELP = (
-    "vgg16, vgg_small, resnet20|32|44|56|110, timm:NAME, torchvision:NAME, package.module:factory, or file.py:factory."
+    "vgg16, vgg_small, resnet20|32|44|56|110, timm:NAME, torchvision:NAME; or code of yours, which is executed: "
+    "file.py:factory."
 )
+
+
+MODEL = (
+    f"{MODEL_HELP[:-1]}, package.module:factory. A factory is given those of classes, channels, width and image_size "
+    "that it names (num_classes, in_channels and the like too)."
+)
+"""The help of --model at length."""
 
 
 DATA_HELP = "digits, cifar10, cifar100, a Parquet or image folder, or a hub id."
 
 
-_model, _data, _training, _online, _run = (
-    partial(Option, rich_help_panel=panel)
-    for panel in ("Model", "Data", "Training", "Online clustering", "How trials run")
+_PANELS = ("Model", "Data", "Training", "Online clustering", "How trials run")
+_model, _data, _training, _online, _run = (partial(Option, rich_help_panel=panel) for panel in _PANELS)
+_rare_model, _rare_data, _rare_training, _rare_online, _rare_run = (
+    partial(Option, rich_help_panel=panel, hidden=True) for panel in _PANELS
 )
+"""Options of a panel; rare ones are shown by --help-all. What has no panel stands first."""
 
 
 @dataclass(frozen=True)
 class ModelOptions:
     """Which network."""
 
-    model: Annotated[str, _model("--model", "-m", help=MODEL_HELP)] = "vgg16"
-    width: Annotated[float, _model(help="Multiplier on every layer's width.")] = 1.0
+    model: Annotated[str, Option("--model", "-m", help=MODEL_HELP)] = "vgg16"
+    width: Annotated[float, _rare_model(help="Multiplier on every layer's width.")] = 1.0
 
     def build(self, data: ImageData) -> nn.Module:
         """The network for a data set, with fresh weights."""
@@ -63,36 +73,38 @@ class ModelOptions:
 class DataOptions:
     """Which images, and how they are split and normalised: the arguments of `data.load`, None for its defaults."""
 
-    data: Annotated[str, _data("--data", "-d", help=DATA_HELP)] = "cifar10"
+    data: Annotated[str, Option("--data", "-d", help=DATA_HELP)] = "cifar10"
     image_size: Annotated[int | None, _data(help="Scale to this size (pixels).")] = None
-    channels: Annotated[int | None, _data(help="1 (grey) or 3.")] = None
-    image_column: Annotated[str | None, _data(help="Column with the images.")] = None
-    label_column: Annotated[str | None, _data(help="Column with the labels.")] = None
-    train_split: Annotated[str | None, _data(help="Name of the training split.")] = None
-    validation_split: Annotated[str | None, _data(help="Name of the validation split.")] = None
-    test_split: Annotated[str | None, _data(help="Name of the test split.")] = None
+    channels: Annotated[int | None, _rare_data(help="1 (grey) or 3.")] = None
+    image_column: Annotated[str | None, _rare_data(help="Column with the images.")] = None
+    label_column: Annotated[str | None, _rare_data(help="Column with the labels.")] = None
+    train_split: Annotated[str | None, _rare_data(help="Name of the training split.")] = None
+    validation_split: Annotated[str | None, _rare_data(help="Name of the validation split.")] = None
+    test_split: Annotated[str | None, _rare_data(help="Name of the test split.")] = None
     validation: Annotated[
         str | None,
-        _data(help="Hold out of the training images: a share (0.1) or a count (5000).", show_default="a tenth"),
+        _rare_data(help="Hold out of the training images: a share (0.1) or a count (5000).", show_default="a tenth"),
     ] = None
     train_limit: Annotated[int | None, _data(help="Train on so many images only, balanced over classes.")] = None
     normalization: Annotated[
         str | None,
         _data(
-            help="dataset, imagenet, or model: what the pretrained weights of a timm: or torchvision: model expect.",
-            show_default="as the weights were trained, where that is known; else dataset",
+            help="dataset, imagenet, or model (as its pretrained weights were trained).",
+            show_default="as the weights; else dataset",
         ),
     ] = None
-    mean: Annotated[str | None, _data(help="Instead: of each channel, of values from 0 to 1: 0.5,0.5,0.5 …")] = None
-    std: Annotated[str | None, _data(help="… and the standard deviations.")] = None
+    mean: Annotated[str | None, _rare_data(help="Instead: of each channel, of values from 0 to 1: 0.5,0.5,0.5 …")] = (
+        None
+    )
+    std: Annotated[str | None, _rare_data(help="… and the standard deviations.")] = None
     augment: Annotated[
         str | None,
-        _data(
+        _rare_data(
             help="none, crop, crop-flip; streamed: resized-crop-flip, torchvision.", show_default="what suits the data"
         ),
     ] = None
     cache_dir: Annotated[
-        Path | None, _data(help="Where decoded images are kept.", show_default="~/.cache/filterfold")
+        Path | None, _rare_data(help="Where decoded images are kept.", show_default="~/.cache/filterfold")
     ] = None
 
     def keywords(self) -> dict[str, Any]:
@@ -135,29 +147,29 @@ def _amount(text: str | None) -> float | None:
 
 
 SHOWN = {
-    "epochs": _training("--epochs", "-e", help="Passes over the training images."),
+    "epochs": Option("--epochs", "-e", help="Passes over the training images."),
     "batch_size": _training(help="Images a step."),
-    "optimizer": _training(help="sgd; or adamw, for which rates of .001 and less are usual."),
-    "lr": _training(help="Initial (or highest) learning rate."),
+    "optimizer": _rare_training(help="sgd; or adamw, for which rates of .001 and less are usual."),
+    "lr": Option(help="Initial (or highest) learning rate."),
     "schedule": _training(help="step, constant, cosine, onecycle or warmup-cosine."),
-    "step_every": _training(help="step: divide every so many epochs …"),
-    "step_factor": _training(help="… by this factor."),
-    "warmup": _training(help="onecycle, warmup-cosine: share of the training in which the rate rises."),
-    "momentum": _training(help="Of SGD; AdamW's first beta."),
-    "nesterov": _training("--nesterov", help="Nesterov's momentum."),
-    "weight_decay": _training(help="Of either optimizer."),
-    "head_lr": _training(help="The classifier's learning rate, times that of the rest: 10 where it is new."),
-    "clip": _training(help="Largest norm of the gradient; 0: no limit."),
-    "ema": _training(
+    "step_every": _rare_training(help="step: divide every so many epochs …"),
+    "step_factor": _rare_training(help="… by this factor."),
+    "warmup": _rare_training(help="onecycle, warmup-cosine: share of the training in which the rate rises."),
+    "momentum": _rare_training(help="Of SGD; AdamW's first beta."),
+    "nesterov": _rare_training("--nesterov", help="Nesterov's momentum."),
+    "weight_decay": _rare_training(help="Of either optimizer."),
+    "head_lr": _rare_training(help="The classifier's learning rate, times that of the rest: 10 where it is new."),
+    "clip": _rare_training(help="Largest norm of the gradient; 0: no limit."),
+    "ema": _rare_training(
         help="Decay of a moving average of the weights, such as 0.999, with which training ends; 0: none."
     ),
-    "freeze_norms": _training("--freeze-norms", help="Leave the running statistics of batch norms as they are."),
-    "label_smoothing": _training(help="Share spread over all classes."),
+    "freeze_norms": _rare_training("--freeze-norms", help="Leave the running statistics of batch norms as they are."),
+    "label_smoothing": _rare_training(help="Share spread over all classes."),
     "precision": _training(help="32-true, bf16-mixed or 16-mixed."),
-    "channels_last": _training("--channels-last", help="Memory format."),
-    "compile": _training("--compile", help="Use torch.compile."),
-    "cuda_graphs": _training("--cuda-graphs", help="Replay the network as CUDA graphs (a GPU only)."),
-    "validate_every": _training(help="Epochs from one validation to the next; 0: never."),
+    "channels_last": _rare_training("--channels-last", help="Memory format."),
+    "compile": _rare_training("--compile", help="Use torch.compile."),
+    "cuda_graphs": _rare_training("--cuda-graphs", help="Replay the network as CUDA graphs (a GPU only)."),
+    "validate_every": _rare_training(help="Epochs from one validation to the next; 0: never."),
 }
 
 
@@ -176,23 +188,24 @@ class OnlineOptions:
 
     milestones: Annotated[
         str | None,
-        _online(
-            help="When to cut: 0 (after the first step), gradual (at 20, 35 and 50 % of training), early (5, 10, 15 %), document (50, 60, 70 %), "
-            "plateau (as document at the latest, sooner where the loss levels off), each at the end of an epoch; or "
-            "between batches: small-cuts (20, up to half of training) or fractions of training, such as 0.1,0.2,0.3.",
+        _rare_online(
+            help="When to cut: 0 (after the first step); gradual (at 20, 35 and 50 % of training), early (5, 10, "
+            "15 %), document (50, 60, 70 %), plateau (as document at the latest, sooner where the loss levels off), "
+            "each at the end of an epoch; or between batches: small-cuts (20, up to half of training) or fractions of "
+            "training, such as 0.1,0.2,0.3.",
             show_default="gradual; from trained weights 0",
         ),
     ] = None
     pull: Annotated[
         str,
-        _online(
+        _rare_online(
             help="What brings the filters of a cluster together: cosine (a term in the loss), centripetal (common "
             "gradients: they become identical), or none."
         ),
     ] = "cosine"
     strength: Annotated[
         float | None,
-        _online(help="Of the pull.", show_default="0.001 for cosine, 0.05 for centripetal", min=0.0),
+        _rare_online(help="Of the pull.", show_default="0.001 for cosine, 0.05 for centripetal", min=0.0),
     ] = None
 
     def keywords(self, *, trained: bool = False) -> dict[str, Any]:
@@ -235,7 +248,7 @@ Width = Annotated[float, Option(help="Multiplier on every layer's width.")]
 Device = Annotated[str, Option(help="cpu, cuda, cuda:N, or auto: the GPU if there is one.")]
 
 
-Threads = Annotated[int | None, Option(help="CPU threads.", show_default="as many as cores", min=1)]
+Threads = Annotated[int | None, Option(hidden=True, help="CPU threads.", show_default="as many as cores", min=1)]
 
 
 LOG_HELP = "Hand figures on while trials run: tensorboard (event files in RUN/logs), mlflow, or both."
@@ -262,12 +275,16 @@ T = TypeVar("T")
 class RunOptions:
     """How trials run: where, until when, and what is told of them."""
 
-    log: Annotated[str | None, _run(help=LOG_HELP)] = None
+    log: Annotated[str | None, _rare_run(help=LOG_HELP)] = None
     stop_after: Annotated[
         str | None, _run(help="Stop in time, with everything saved; the same command goes on: 9m, 90s, 2h.")
     ] = None
     device: Annotated[str, _run(help="cpu, cuda, cuda:N, or auto: the GPU if there is one.")] = "auto"
-    threads: Annotated[int | None, _run(help="CPU threads.", show_default="as many as cores", min=1)] = None
+    threads: Annotated[int | None, _rare_run(help="CPU threads.", show_default="as many as cores", min=1)] = None
+    timing: Annotated[
+        bool,
+        _run(" /--no-timing", show_default=False, help="Don't time networks in the end. Ctrl-C ends the timing alone."),
+    ] = True
 
     def keywords(self) -> dict[str, Any]:
         """Arguments of `bench.trials.runner.compare`.
@@ -280,6 +297,7 @@ class RunOptions:
             "trackers": listed(self.log, "--log", str),
             "stop_after": seconds(self.stop_after) if self.stop_after else None,
             "device": self.device,
+            "batch_sizes": () if self.timing else None,
         }
 
     def run(
@@ -299,26 +317,27 @@ class RunOptions:
 class EngineOptions(RunOptions):
     """Where many trials run: here, one after the other or several at a time, or on a Ray cluster."""
 
-    engine: Annotated[str, _run(help="local, or ray: a Ray cluster.")] = "local"
+    engine: Annotated[str, _rare_run(help="local, or ray: a Ray cluster.")] = "local"
     parallel: Annotated[
         int | None,
         _run(
-            help="Trials at a time. They share the cores (or --threads), and the GPU or GPUs.",
-            show_default="1; ray: as many as the cluster has room for",
+            help="Trials at a time, on the same cores and GPUs.",
+            show_default="1; ray: as many as fit",
+            metavar="<int>",
             min=1,
         ),
     ] = None
     address: Annotated[
         str | None,
-        _run(
+        _rare_run(
             help="ray: of the cluster, such as auto or ray://HOST:10001.",
             show_default="one of its own, on this machine",
         ),
     ] = None
-    share: Annotated[float, _run(help="ray: GPUs (without any: cores) that a trial takes, such as 0.25.")] = 1.0
+    share: Annotated[float, _rare_run(help="ray: GPUs (without any: cores) that a trial takes, such as 0.25.")] = 1.0
     latency_batches: Annotated[
         str,
-        _run(
+        _rare_run(
             help="Batch sizes at which all networks are timed in the end, besides the whole test set; none: only that."
         ),
     ] = "1,8,64,512"
@@ -332,7 +351,7 @@ class EngineOptions(RunOptions):
         sizes = listed(text, "--latency-batches", int)
         if min(sizes, default=1) < 1:
             raise ConfigError(f"--latency-batches {self.latency_batches}: a batch has at least 1 image")
-        return {**super().keywords(), "engine": self.choose(), "batch_sizes": sizes}
+        return {**super().keywords(), "engine": self.choose(), "batch_sizes": sizes if self.timing else None}
 
     def choose(self) -> Engine:
         """The engine.

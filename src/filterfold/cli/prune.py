@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -19,6 +20,8 @@ from ..plan import Plan
 from ..training.recipe import Recipe, Schedule
 from ..utils.io import write_json
 from .display import change, count, live, say, table
+from .figures import Figures
+from .inspect import image_shape
 from .options import (
     SHOWN,
     DataOptions,
@@ -30,10 +33,10 @@ from .options import (
     use_threads,
 )
 from .teacher import DistillationOptions
-from .weights import WeightOptions
+from .weights import TrainedNetwork, WeightOptions
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from ..data import ImageData
     from ..profiling import LatencyComparison
@@ -57,8 +60,8 @@ BATCH, BATCHES = 128, 10
 """Up to 1,280 training images, to score filters and to repair on."""
 
 
-TIMED = (1, 64)
-"""Batch sizes at which the network is timed before and after."""
+TIMED, CALLS, AFFORDED = (1, 64), 36, 20.0
+"""Batch sizes at which the network is timed before and after; the least calls at each; seconds that they may take."""
 
 
 _cut_option = partial(Option, rich_help_panel="Cut")
@@ -70,15 +73,15 @@ class CutOptions:
 
     keep: Annotated[
         list[str] | None,
-        _cut_option(help="Share of filters to keep: 0.5; or GROUP=0.5, several times, with * and ?."),
+        Option(help="Share of filters to keep: 0.5; or GROUP=0.5, several times, with * and ?."),
     ] = None
-    macs: Annotated[float | None, _cut_option(help="Share of the MACs that may remain.")] = None
+    macs: Annotated[float | None, Option(help="Share of the MACs that may remain.")] = None
     parameters: Annotated[float | None, _cut_option(help="Share of parameters that may remain.")] = None
     latency: Annotated[
         float | None, _cut_option(help="Share of the time, measured on this device, that may remain.")
     ] = None
     latency_batch: Annotated[int, _cut_option(help="Images at a time for --latency.", min=1)] = 64
-    criterion: Annotated[str, _cut_option(help="l1, l2, random, fpgm, taylor, reconstruction, …")] = "l1"
+    criterion: Annotated[str, Option(help="l1, l2, random, fpgm, taylor, reconstruction, …")] = "l1"
     scope: Annotated[str, _cut_option(help="Rank filters by layer or all together: layer, global.")] = "layer"
     round_to: Annotated[int, _cut_option(help="Keep multiples of so many filters.")] = 1
     min_keep: Annotated[int, _cut_option(help="Keep at least so many in each group.")] = 1
@@ -143,67 +146,117 @@ def prune(
         bool, Option("--repair", help="Solve the layers behind cut ones anew on 1,280 training images.")
     ] = False,
     evaluate: Annotated[bool, Option(help="Measure top-1 on the test images before and after.")] = True,
+    timing: Annotated[
+        bool,
+        Option(" /--no-timing", show_default=False, help="Don't time both networks in the end. Ctrl-C ends it alone."),
+    ] = True,
+    image: Annotated[
+        str | None, Option("--input", help="Channels x height x width, instead of --data, where no images are needed.")
+    ] = None,
+    classes: Annotated[int, Option(help="Number of outputs, with --input.")] = 10,
     seed: Annotated[int, Option(help="Of random scores and retraining.")] = 0,
     device: Device = "auto",
     threads: Threads = None,
-) -> None:
+) -> Figures:
     """Cut filters out of a trained network, prove the cut right, and show what it cost and gained.
 
-    With --epochs the smaller network is trained on; a run that was stopped goes on with the same command.
+    With --epochs the smaller network is trained on; a run that was stopped goes on with the same command. With
+    --no-evaluate and --input 3x224x224 no images are read, where the criterion needs none.
     """
     from .. import prune as prune_model
     from .. import repair as repair_model
     from .. import save
     from ..bench.trials.context import resolve
-    from ..bench.trials.start import input_of
+    from ..bench.trials.start import code_of, input_of, network_of
     from ..data import batches
+    from ..export.program import to_onnx
     from ..online import DistillationCallback
-    from ..profiling import measure_latency
     from ..pruning.scored import Scoring
     from ..training import train
     from ..utils.environment import command, describe
-    from ..utils.export import to_onnx
 
     use_threads(threads)
     budget, recipe = cut.keywords(), retraining.seeded(seed)
     teaching.check(recipe is not None)
-    begun = _Unfinished(out, (chosen, images, cut, trained, retraining, teaching, str(onnx), repair, seed))
+    shape = _without_images(image, cut.criterion, {"--repair": repair, "--epochs": recipe, "evaluation": evaluate})
+    asked = (chosen, images, cut, trained, retraining, teaching, str(onnx), repair, seed)
+    begun = _Unfinished(out, asked if shape is None else (*asked, shape, classes))
     for path in filter(None, (out, onnx)):
         refuse_existing(path, overwrite or begun.before)
     device = resolve(device)
     with live():
-        found = trained.network(chosen, images, device)
-        model, data = found.model, found.data
-        top1 = partial(_top1, data=data) if evaluate else lambda _model: None
-        before, example = copy.deepcopy(model), data.example.to(device)
-        loader = list(islice(batches(data.train, BATCH, shuffle=True, seed=seed, device=device), BATCHES))
-        scoring = Scoring(seed=seed)
+        found = trained.bare(chosen, shape, classes, device) if shape else trained.network(chosen, images, device)
+        data = found.data if isinstance(found, TrainedNetwork) else None
+        model, example, before = found.model, found.example, copy.deepcopy(found.model)
+        top1 = partial(_top1, data=data if evaluate else None)
+        feed = () if data is None else batches(data.train, BATCH, shuffle=True, seed=seed, device=device)
+        loader, scoring = list(islice(feed, BATCHES)), Scoring(seed=seed)
         result = begun.keep(prune_model(model, example, loader=loader, scoring=scoring, **begun.budget(budget)))
         stages = {"before": top1(before), "after the cut": top1(model)}
         if repair:
             repair_model(model, before, result.plan, loader, batches=len(loader))  # says in the log what it did
             stages["after repair"] = top1(model)
         checkpoint = begun.checkpoint(model, result.plan) if recipe else None
-        if recipe:
+        if recipe and data is not None:
             teacher = teaching.distillation(before, chosen, data)
             callbacks = [] if teacher is None else [DistillationCallback(teacher)]
             train(model, data, recipe, callbacks=callbacks, checkpoint=checkpoint, device=device, phase="retrain")
             stages["after retraining"] = top1(model)
-        latency = measure_latency({"before": before, "after": model}, example, batch_sizes=TIMED, repeats=10)
         about = {
             "command": command(),
             "test_top1": stages,
             "environment": describe(),
-            "input": input_of(data, found.images.keywords()),
+            "input": input_of(found.data, found.images.keywords()) if isinstance(found, TrainedNetwork) else None,
             "weights": found.fingerprint,
+            **(
+                network_of(chosen.model, chosen.width, data)
+                if data is not None
+                else code_of(chosen.model, chosen.width, tuple(example.shape[1:]), classes)
+            ),
         }
         begun.note()
         save(model, out, plan=result.plan, metadata=about)
         if onnx is not None:
-            to_onnx(copy.deepcopy(model).cpu(), data.example, onnx)
+            to_onnx(copy.deepcopy(model).cpu(), example.cpu(), onnx)
         begun.end(checkpoint)
-    _show(result, stages, latency)
-    say(f"network: {out}" + (f" and {onnx}" if onnx else ""))
+        latency = _timed(before, model, example) if timing else {}
+    shown = Figures(_document(result, stages, latency), partial(_show, result, stages, latency)).adding(network=out)
+    return shown if onnx is None else shown.adding(onnx=onnx)
+
+
+def _without_images(image: str | None, criterion: str, needs: Mapping[str, Any]) -> tuple[int, int, int] | None:
+    """The input's shape if nothing is to be loaded; None if there will be images.
+
+    **Raises:** `ConfigError` naming what needs images.
+    """
+    from ..pruning.criteria.registry import resolve
+
+    if image is None:
+        return None
+    needed = [name for name, value in needs.items() if value]
+    needed += [f"--criterion {criterion}"] if resolve(criterion).gather is not None else []
+    if needed:
+        hint = "add --no-evaluate" if needed == ["evaluation"] else "give --data instead"
+        raise ConfigError(f"--input {image}: {', '.join(needed)} needs images; {hint}")
+    return image_shape(image)
+
+
+def _timed(before: nn.Module, after: nn.Module, example: Tensor) -> dict[int, LatencyComparison]:
+    """Batch size → times of both networks, where that takes no longer than `AFFORDED`; Ctrl-C leaves the rest out."""
+    from ..profiling import measure_latency
+
+    found: dict[int, LatencyComparison] = {}
+    try:
+        for size in TIMED:
+            expected = CALLS * size * found[1].row("before", 1).median if found else 0.0
+            if expected > AFFORDED:
+                say(f"batch {size} is not timed: that might take {expected:.0f} s; filterfold latency does it")
+                continue
+            networks = {"before": before, "after": after}
+            found[size] = measure_latency(networks, example, batch_sizes=[size], repeats=10, warmup=1)
+    except KeyboardInterrupt:
+        say("timing was interrupted; the network is written")
+    return found
 
 
 class _Unfinished:
@@ -260,13 +313,28 @@ class _Unfinished:
         self._file.unlink()
 
 
-def _top1(model: nn.Module, data: ImageData) -> float:
+def _top1(model: nn.Module, data: ImageData | None) -> float | None:
     from ..training import evaluate
 
-    return evaluate(model, data.test, classes=len(data.classes)).top1
+    return None if data is None else evaluate(model, data.test, classes=len(data.classes)).top1
 
 
-def _show(result: PruneResult, stages: dict[str, float | None], latency: LatencyComparison) -> None:
+def _document(
+    result: PruneResult, stages: Mapping[str, float | None], latency: Mapping[int, LatencyComparison]
+) -> dict[str, Any]:
+    sides = {"before": result.before, "after": result.after}
+    return {
+        **{side: {"macs": cost.macs, "parameters": cost.parameters} for side, cost in sides.items()},
+        "widths": result.plan.widths,
+        "test_top1": stages,
+        "latency": {size: found.to_dict() for size, found in latency.items()},
+        "left_whole": result.frozen,
+        "verified": str(result.verified),
+        "notes": result.plan.notes,
+    }
+
+
+def _show(result: PruneResult, stages: Mapping[str, float | None], latency: Mapping[int, LatencyComparison]) -> None:
     widths = result.plan.widths
     rows = [(name, str(old), str(new), change(old, new)) for name, (old, new) in widths.items()]
     table("Units in each group", ("group", "before", "after", ""), rows)
@@ -277,8 +345,8 @@ def _show(result: PruneResult, stages: dict[str, float | None], latency: Latency
             ("parameters", result.before.parameters, result.after.parameters),
         )
     ]
-    for size in TIMED:
-        old, new = (latency.row(name, size).median for name in ("before", "after"))
+    for size, timed in latency.items():
+        old, new = (timed.row(name, size).median for name in ("before", "after"))
         rows.append((f"latency, batch {size}", f"{1e3 * old:.3g} ms", f"{1e3 * new:.3g} ms", f"{old / new:.2f}×"))
     first = stages["before"]
     for name, top1 in stages.items():

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from .compare import default_folder, leave
+from .compare import default_folder, exit_code
 from .display import say, table
+from .figures import Figures
 from .options import DATA_HELP, DataOptions, EngineOptions, Precision, Width, listed
 from .weights import StartOptions
 
@@ -104,7 +105,7 @@ def run(
     compile_: Annotated[bool, Option("--compile", help="Use torch.compile.")] = False,
     batch_size: Annotated[int | None, Option(help="Images a step.", show_default="the recipe's")] = None,
     out: Annotated[Path | None, Option(help="Run folder.", show_default="runs/NAME-DATA")] = None,
-) -> None:
+) -> Figures:
     """Train, prune, retrain, and train the small twin from scratch; then the paper's table with ours beside it.
 
     Done a second time, it goes on from where it was. Exit code 3: stopped in time with work left.
@@ -132,14 +133,21 @@ def run(
     trials = comparison(recipe, chosen, seeds=listed(seeds, "--seeds", int), scratch=scratch)
     outcome = running.run(trials, folder, cache_dir=images.cache_dir)
     context = RunContext(chosen, folder, running.device, cache_dir=images.cache_dir)
-    if found := counted(recipe, outcome.records, context):
-        _show(_write(recipe, found, folder))
-    for record in outcome.failed:
-        say(f"failed: {record['label']} seed {record['seed']}: {record['reason']}")
-    say(f"records, networks and table: {folder} (filterfold report {folder} makes a page with plots and tests)")
-    if not outcome.complete:
-        say("stopped in time; the same command goes on from here" if not outcome.failed else "some trials failed")
-    leave(outcome)
+    found = counted(recipe, outcome.records, context)
+    written = _write(recipe, found, folder) if found else None
+
+    def show() -> None:
+        if written is not None:
+            _show(written)
+        for record in outcome.failed:
+            say(f"failed: {record['label']} seed {record['seed']}: {record['reason']}")
+        say(f"records, networks and table: {folder} (filterfold report {folder} makes a page with plots and tests)")
+        if not outcome.complete:
+            say("stopped in time; the same command goes on from here" if not outcome.failed else "some trials failed")
+
+    rows = [[cell.value for cell in row] for row in written.rows] if written is not None else []
+    heads = list(written.columns) if written is not None else []
+    return Figures({"recipe": recipe.name, "columns": heads, "rows": rows, "folder": folder}, show, exit_code(outcome))
 
 
 def _write(recipe: PruningRecipe, found: list[CountedTrial], folder: Path) -> Table:

@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Argument, Option
 
 from ..errors import ConfigError, RecordError
-from .display import live, prose, say, table
+from .display import live, prose
+from .figures import Figures
+
+
+def figures(records: Iterable[Mapping[str, Any]], margin: float, control: str = "dense", code: int = 0) -> Figures:
+    """What a comparison came to."""
+    from ..bench.report.summary import summary
+
+    records = list(records)
+    found = summary(records, margin=margin, control=control) if records else {}
+    return Figures(found, partial(show, records, margin, control) if records else lambda: None, code)
 
 
 def show(records: Iterable[Mapping[str, Any]], margin: float, control: str = "dense") -> None:
-    """Print one table for each model and data set, what it means, and which trials failed."""
-    from ..bench.report import verdict
-    from ..bench.report.study import studies
-    from ..bench.report.tables import comparison
+    """Print in about ten lines what a comparison came to; the page has the rest."""
+    from ..bench.report import brief
 
-    records = list(records)
-    for study in studies(records, control):
-        found = comparison(study)
-        title = f"{study.title or 'Comparison'} (mean ± sd over trials)"
-        table(title, found.columns, [[cell.text for cell in row] for row in found.rows])
-    for line in verdict(records, margin=margin, control=control):
+    for line in brief(records, margin=margin, control=control):
         prose(line)
-    for record in records:
-        if record["status"] == "failed":
-            prose(f"failed: {record['label']} seed {record['seed']}: {record['reason']}")
 
 
 def write(records: Iterable[Mapping[str, Any]], folder: Path, margin: float, control: str = "dense") -> Path:
@@ -58,7 +59,7 @@ def report(
     margin: Annotated[float, Option(help=MARGIN_HELP)] = 0.5,
     control: Annotated[str, Option(help=CONTROL_HELP)] = "dense",
     column: Annotated[list[str] | None, Option(help="FIELD=COLUMN where a table's names don't say it.")] = None,
-) -> None:
+) -> Figures:
     """Write the report on a comparison: tables, tests, plots, one HTML page that opens without a network."""
     if (folder is None) == (table is None):
         raise ConfigError("give a run folder or --table FILE, one of the two")
@@ -77,8 +78,7 @@ def report(
         if place.exists() and (not place.is_dir() or (place != folder and _foreign(place))):
             raise RecordError(f"{place} is not empty and holds no report; give another --out")
         page = write(records, place, margin, control)
-    show(records, margin, control)
-    say(f"report: {page}")
+    return figures(records, margin, control).adding(report=page)
 
 
 def _foreign(folder: Path) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -12,6 +13,7 @@ from typer import Argument, Option
 
 from ..errors import ConfigError, RecordError
 from .display import live, say, table
+from .figures import Figures
 from .options import (
     MODEL_HELP,
     DataOptions,
@@ -90,7 +92,7 @@ def sensitivity(
     overwrite: Overwrite = False,
     device: Device = "auto",
     threads: Threads = None,
-) -> None:
+) -> Figures:
     """Prune each layer alone at rising ratios, without retraining, and draw what it costs.
 
     Choose on the validation split, as the default does. A sweep that was stopped goes on with the same command; one
@@ -124,10 +126,12 @@ def sensitivity(
         write(found, folder)
         part.unlink(missing_ok=True)
         chosen = _suggested(network, data, found, goal) if goal else None
-    _show(found, sensitivity_table(found).title)
-    say(f"curves, table and JSON: {folder}")
-    if chosen is not None:
-        _write_recipe(chosen, found, model, source, data, folder)
+    document = {**asdict(found), "suggested": None if chosen is None else asdict(chosen)}
+    shown = Figures(document, partial(_show, found, sensitivity_table(found).title)).adding(folder=folder)
+    if chosen is None:
+        return shown
+    recipe = _write_recipe(chosen, found, model, source, data, folder)
+    return shown.adding(*_stages(chosen), f"filterfold recipe run {recipe} --weights ... prunes by it", recipe=recipe)
 
 
 def _done(folder: Path, asked: dict[str, Any]) -> Sensitivity | None:
@@ -192,7 +196,7 @@ def _show(found: Sensitivity, title: str) -> None:
 
 def _write_recipe(
     chosen: Suggestion, found: Sensitivity, model: str, source: DataOptions, data: ImageData, folder: Path
-) -> None:
+) -> Path:
     """The suggestion as a recipe; training and retraining are those of the recipes for CIFAR-10."""
     from ..bench.recipes import PruningRecipe, Rule, load, to_toml
     from ..utils.io import write_text
@@ -225,8 +229,12 @@ def _write_recipe(
     )
     path = folder / "suggested.toml"
     write_text(path, to_toml(recipe, remarks))
+    return path
+
+
+def _stages(chosen: Suggestion) -> Iterator[str]:
+    """A suggestion in words."""
     for stage, ratio in chosen.ratios.items():
         skipped = ", ".join(chosen.skipped[stage]) or "none"
-        say(f"stage {stage}: prune {ratio:.0%} of {len(chosen.pruned[stage])} layers; left whole: {skipped}")
-    say(f"{chosen.macs:.1%} of the MACs remain; each layer alone loses at most {chosen.loss:.2f} points")
-    say(f"recipe: {path} (filterfold recipe run {path} --weights ...)")
+        yield f"stage {stage}: prune {ratio:.0%} of {len(chosen.pruned[stage])} layers; left whole: {skipped}"
+    yield f"{chosen.macs:.1%} of the MACs remain; each layer alone loses at most {chosen.loss:.2f} points"

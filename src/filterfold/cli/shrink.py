@@ -14,6 +14,7 @@ from typer import Argument, Option
 
 from ..training.recipe import Recipe
 from .display import count, live, say, table
+from .figures import Figures
 from .options import (
     MODEL_HELP,
     DataOptions,
@@ -138,7 +139,7 @@ def shrink(
     overwrite: Overwrite = False,
     device: Device = "auto",
     threads: Threads = None,
-) -> None:
+) -> Figures:
     """Make several smaller networks of one: scored once, each cut, repaired, with --epochs trained, proved and timed.
 
     Each child is written when it is done. After Ctrl-C or a power cut the same command goes on; with more --macs it
@@ -182,9 +183,7 @@ def shrink(
         )
         found = family.make(shares, making)
         page = build_family(found, folder, _loading(model, width, source, data), f"{model} on {data.name}, shrunk")
-    _show(found)
-    say(f"networks: {folder}/macs-*.safetensors")
-    say(f"page: {page}")
+    return Figures(found, partial(_show, found)).adding(networks=folder / "macs-*.safetensors", page=page)
 
 
 def _loading(model: str, width: float, source: DataOptions, data: ImageData) -> Loading:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .options import ModelOptions
 
 
-_option = partial(Option, rich_help_panel="Distillation")
+_option = partial(Option, rich_help_panel="Distillation", hidden=True)
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,12 @@ class DistillationOptions:
     """Whether the smaller network learns from a teacher, too."""
 
     distill: Annotated[
-        bool, _option("--distill", help="The smaller network learns from the uncut one, or from --teacher, too.")
+        bool,
+        Option(
+            "--distill",
+            rich_help_panel="Distillation",
+            help="Learn from the uncut network, or --teacher, too.",
+        ),
     ] = False
     distill_weight: Annotated[
         float | None, _option(help="Share of the teacher in the loss; the labels have the rest.", show_default="0.5")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +14,7 @@ from typer import Option
 from ..errors import RecordError, TrainingError
 from .compare import UNFINISHED, default_folder
 from .display import change, count, live, say, table
+from .figures import Figures
 from .options import (
     DataOptions,
     Device,
@@ -70,11 +73,11 @@ def train(
     clusters: Annotated[int | None, Option(help="online: filters left in every layer.")] = None,
     keep: Annotated[float | None, Option(help="Share of the filters that stays.")] = None,
     macs: Annotated[float | None, Option(help="Share of the multiply-accumulates that stays.")] = None,
-    retrain_epochs: Annotated[int, Option(help="l1 and other criteria: epochs after the cut.")] = 40,
+    retrain_epochs: Annotated[int, Option(hidden=True, help="l1 and other criteria: epochs after the cut.")] = 40,
     seed: Annotated[int, Option(help="Of initial weights, batches and augmentation.")] = 0,
     out: Annotated[Path | None, Option(help="Run folder.", show_default="runs/METHOD-MODEL-DATA")] = None,
     overwrite: Overwrite = False,
-) -> None:
+) -> Figures:
     """Train a network, from fresh weights or from trained ones, and evaluate it on the test images.
 
     A run that was stopped (Ctrl-C, kill, --stop-after) goes on with the same command and ends with the same weights.
@@ -91,7 +94,7 @@ def train(
     if not overwrite:
         _refuse_another(comparison, folder)
     outcome = running.run(comparison, folder, cache_dir=images.cache_dir, fresh=overwrite)
-    _show_outcome(trial, outcome, folder)
+    return _figures(trial, outcome, folder)
 
 
 def _refuse_another(comparison: Comparison, folder: Path) -> None:
@@ -108,15 +111,15 @@ def _refuse_another(comparison: Comparison, folder: Path) -> None:
         raise RecordError(f"{folder} holds another run ({what}); give another --out, or --overwrite to replace it")
 
 
-def _show_outcome(trial: Trial, outcome: Outcome, folder: Path) -> None:
-    """Copy the network to its place, and show what the trial came to."""
+def _figures(trial: Trial, outcome: Outcome, folder: Path) -> Figures:
+    """Copy the network to its place; what the trial came to."""
     from ..utils.io import write_atomically
 
     if outcome.failed:
         if bug := outcome.failed[0]["environment"].get("traceback"):
             typer.echo(bug, err=True)
         raise TrainingError(f"{trial.label} seed {trial.seed} failed: {outcome.failed[0]['reason']}")
-    if not outcome.complete:
+    if outcome.left:
         say(f"stopped in time; the same command goes on from here ({folder})")
         raise typer.Exit(UNFINISHED)
     network = folder / "model.safetensors"
@@ -124,21 +127,24 @@ def _show_outcome(trial: Trial, outcome: Outcome, folder: Path) -> None:
     if not source.exists():
         raise RecordError(f"{source}: the network of this run is gone; --overwrite trains it again")
     write_atomically(network, lambda temporary: shutil.copyfile(source, temporary))
-    _show(outcome.records[0])
-    say(f"network: {network}")
-    say(f"record: {folder / 'records' / trial.id}.json")
+    record = outcome.records[0]
+    shown = ("label", "model", "data", "seed", "result", "dense", "timing")
+    document = {name: entry for name, entry in record.items() if name in shown}
+    found = Figures(document, partial(_show, record), 0 if outcome.timed else UNFINISHED)
+    return found.adding(network=network, record=folder / "records" / f"{trial.id}.json")
 
 
 def _show(record: Record) -> None:
     result, dense = record["result"], record["dense"]
     assert result is not None
     assert dense is not None
+    seconds = result["inference_seconds"]
     rows = [
         ("top-1 (test)", f"{result['top1']:.2f} %", ""),
         ("top-5 (test)", f"{result['top5']:.2f} %", ""),
         ("MACs", count(result["macs"]), change(dense["macs"], result["macs"])),
         ("parameters", count(result["parameters"]), change(dense["parameters"], result["parameters"])),
-        ("inference, test set", f"{result['inference_seconds']:.3g} s", ""),
+        ("inference, test set", "not timed" if seconds is None else f"{seconds:.3g} s", ""),
         ("training", f"{result['train_seconds']:.1f} s", ""),
     ]
     table(f"{record['label']}: {record['model']} on {record['data']}, seed {record['seed']}", ("", "", ""), rows)
@@ -161,7 +167,7 @@ def evaluate(
     precision: Precision = "32-true",
     device: Device = "auto",
     threads: Threads = None,
-) -> None:
+) -> Figures:
     """Evaluate a network on the test images: top-1, top-5, loss, cost."""
     import torch
 
@@ -186,4 +192,7 @@ def evaluate(
         ("MACs", count(cost.macs)),
         ("parameters", count(cost.parameters)),
     ]
-    table(f"{chosen.model} with {trained.name} on {metrics.images} test images of {data.name}", ("", ""), rows)
+    title = f"{chosen.model} with {trained.name} on {metrics.images} test images of {data.name}"
+    about = {"model": chosen.model, "weights": trained.name, "data": data.name, "macs": cost.macs}
+    document = {**about, "parameters": cost.parameters, **asdict(metrics)}
+    return Figures(document, partial(table, title, ("", ""), rows))

@@ -16,7 +16,7 @@ from .options import DataOptions, ModelOptions
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch import nn
+    from torch import Tensor, nn
 
     from ..bench.trials.start import Start
     from ..data import ImageData
@@ -26,29 +26,37 @@ if TYPE_CHECKING:
 Images = TypeVar("Images", bound=DataOptions)
 
 
-WEIGHTS_HELP = (
-    "safetensors, a state dict or a trainer's checkpoint, by name; or a network that Filterfold saved, pruned or not."
-)
+WEIGHTS_HELP = "safetensors, a state dict, a trainer's checkpoint, or a network that Filterfold saved."
 
 
-_weights = partial(Option, "--weights", "-w", rich_help_panel="Model")
+_weights = partial(Option, "--weights", "-w")
 
 
-_pretrained = partial(Option, "--pretrained", rich_help_panel="Model")
+_pretrained = partial(Option, "--pretrained")
 
 
 @dataclass(frozen=True)
-class TrainedNetwork:
-    """A network with its weights, and the images that suit them.
+class BareNetwork:
+    """A network with its weights.
 
-    - `images`: the options with which `data` were loaded.
     - `fingerprint`: of the weights.
+    - `example`: a blank image, shape (1, channels, height, width).
     """
 
     model: nn.Module
+    fingerprint: str
+    example: Tensor
+
+
+@dataclass(frozen=True)
+class TrainedNetwork(BareNetwork):
+    """A network with its weights, and the images that suit them.
+
+    - `images`: the options with which `data` were loaded.
+    """
+
     data: ImageData
     images: DataOptions
-    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -76,18 +84,41 @@ class WeightOptions:
         """
         from ..bench.trials.start import shown
 
+        start, weights = self.read(chosen.model, images.channels or 3)
+        fitting = suited(images, chosen.model, start, weights)
+        data = fitting.load()
+        model = _filled(chosen.build(data), weights, len(data.classes))
+        if fitting != images and not weights.header:
+            say(f"{shown(data)}, as {chosen.model} expects")
+        return TrainedNetwork(model.to(device), weights.fingerprint, data.example.to(device), data, fitting)
+
+    def bare(self, chosen: ModelOptions, shape: tuple[int, int, int], classes: int, device: str) -> BareNetwork:
+        """The network with these weights for images of this shape: channels, height, width; none is loaded."""
+        import torch
+
+        from ..zoo import build
+
+        weights = self.read(chosen.model, shape[0])[1]
+        fresh = build(chosen.model, classes=classes, channels=shape[0], width=chosen.width, image_size=shape[1])
+        model = _filled(fresh, weights, classes).to(device)
+        return BareNetwork(model, weights.fingerprint, torch.zeros(1, *shape, device=device))
+
+    def read(self, model: str, channels: int) -> tuple[Start, Weights]:
+        """The weights of the file or the hub.
+
+        **Raises:** `ConfigError` if none are given.
+        """
         start = self.start()
         if not start.given:
             raise ConfigError("say which weights: --weights FILE; or --pretrained, for a timm: or torchvision: model")
-        weights = start.read(chosen.model, images.channels or 3)
-        fitting = suited(images, chosen.model, start, weights)
-        data = fitting.load()
-        model = chosen.build(data)
-        if loaded := str(weights.into(model, classes=len(data.classes))):
-            say(f"{weights.source}: {loaded}")
-        if fitting != images and not weights.header:
-            say(f"{shown(data)}, as {chosen.model} expects")
-        return TrainedNetwork(model.to(device), data, fitting, weights.fingerprint)
+        return start, start.read(model, channels)
+
+
+def _filled(model: nn.Module, weights: Weights, classes: int) -> nn.Module:
+    """The network with the weights in it; says what was made of them."""
+    if loaded := str(weights.into(model, classes=classes)):
+        say(f"{weights.source}: {loaded}")
+    return model
 
 
 @dataclass(frozen=True)
@@ -100,9 +131,7 @@ class StartOptions(WeightOptions):
     ] = False
     new_head: Annotated[
         bool,
-        Option(
-            "--new-head", rich_help_panel="Model", help="Draw a classifier anew that has other outputs than classes."
-        ),
+        Option("--new-head", help="Draw a classifier anew that has other outputs than classes."),
     ] = False
 
     def settle(self, model: str, images: Images) -> tuple[Start, Images]:

@@ -46,7 +46,7 @@ class _Members:
     unit_of: Ints
     axes: list[list[AxisLabels]]
     sizes: list[int]
-    makers: list[str]
+    makers: list[AxisLabels]
 
 
 def assemble(table: LabelTable) -> Assembly:
@@ -129,13 +129,13 @@ def _gather(table: LabelTable, component: Ints, count: int, filters: list[AxisLa
     numbers = np.full(buckets, NOWHERE, np.int64)
     unit = np.full(count, NOWHERE, np.int64)
     sizes: list[int] = []
-    makers: list[str] = []
+    makers: list[AxisLabels] = []
     for place, entry in enumerate(filters):
         group = numbers[bucket[count + place]]
         if group == NOWHERE:
             group = numbers[bucket[count + place]] = len(sizes)
             sizes.append(0)
-            makers.append(entry.tensor)
+            makers.append(entry)
         parts = component[_span(entry)]
         fresh = parts[np.sort(np.unique(parts, return_index=True)[1])]
         fresh = fresh[unit[fresh] == NOWHERE]
@@ -153,10 +153,19 @@ def _gather(table: LabelTable, component: Ints, count: int, filters: list[AxisLa
     return _Members(group_of, unit[component], axes, sizes, makers)
 
 
-def _names(tensors: list[str]) -> list[str]:
-    """A group is named after the layer whose weight it is, or after a raw parameter itself; no name comes twice."""
-    short = [_WEIGHT.sub("", tensor) or tensor for tensor in tensors]
-    return [name if short.count(name) == 1 else tensor for name, tensor in zip(short, tensors, strict=True)]
+def _names(makers: list[AxisLabels]) -> list[str]:
+    """A group is named after the layer whose weight it is, or after a raw parameter itself; no name comes twice.
+
+    >>> _names([AxisLabels("a.weight", 0, 0, 4), AxisLabels("w", 0, 4, 2), AxisLabels("w", 1, 6, 3)])
+    ['a', 'w:0', 'w:1']
+    """
+    full = [entry.tensor for entry in makers]
+    short = [_WEIGHT.sub("", tensor) or tensor for tensor in full]
+    along = [f"{entry.tensor}:{entry.axis}" for entry in makers]
+    return [
+        next(name for name, all_ in ((a, short), (b, full), (c, along)) if all_.count(name) == 1)
+        for a, b, c in zip(short, full, along, strict=True)
+    ]
 
 
 def _span(entry: AxisLabels) -> slice:

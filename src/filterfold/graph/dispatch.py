@@ -95,11 +95,15 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """A reshape that splits an axis: its labels, the parts that could shrink (best guess first), the one that does."""
+    """A reshape that splits an axis: its labels, the parts that could shrink (best guess first), the one that does.
+
+    `where`: the module that calls it.
+    """
 
     labels: Vector
     options: tuple[int, ...]
     chosen: int
+    where: str
 
 
 Rule = Callable[["Tracer", Call], Any]

@@ -22,6 +22,10 @@ from ..plan import Role
 Vector = NDArray[np.int64]
 
 
+Tie = tuple[Vector, Vector]
+"""Labels at equal places go together."""
+
+
 Axis = tuple[Vector, ...] | None
 """One axis: its label vectors, each of the axis's length. More than one where labelled axes were
 merged by a reshape. `FIXED`: no labels, the size must stay. `FREE`: no labels, the size follows."""

@@ -19,6 +19,7 @@ from ..plan import AttributeChange, Plan
 from ..utils.modules import like
 from ..utils.size_slots import GRAPH, get_slot, graph_calls, set_slot, size_slots
 from .dispatch import SizedLayout, Step
+from .labels import Axis, Tie
 from .predicted_sizes import PredictedSizes, replaced
 from .size_check import Attempt, WrongNumber, attempt
 from .trace import Traced
@@ -44,13 +45,23 @@ The latter are tried only when none of the former is left: fixing those often ex
 
 
 class UnrepairableError(TraceError):
-    """A size in the model's own code does not follow the cut; `groups` names those that it depends on."""
+    """A size in the model's own code does not follow the cut.
+
+    `groups` names those that it depends on; `ties` are pairs of labels: had these been cut together, the size, which
+    the code takes from a shape, would be right (`x.split((x.shape[1], x.shape[1], 3), 1)`).
+    """
 
     groups: tuple[str, ...] = ()
+    ties: tuple[Tie, ...] = ()
 
 
 def rewrite_stale_sizes(
-    model: nn.Module, plan: Plan, traced: Traced, example_inputs: Any
+    model: nn.Module,
+    plan: Plan,
+    traced: Traced,
+    example_inputs: Any,
+    *,
+    among: Sequence[AttributeChange] | None = None,
 ) -> tuple[AttributeChange, ...]:
     """Rewrite the sizes that a pruned model's own code keeps in attributes.
 
@@ -60,12 +71,14 @@ def rewrite_stale_sizes(
     - `plan`: the cut that was applied.
     - `traced`: the groups of the model before surgery.
     - `example_inputs`: the inputs that it was traced with (any floating-point type).
+    - `among`: the only changes that come into question, if that is known; of a sequence any part may change.
 
     **Returns:** the changes made; empty where everything already has the sizes that it should have.
 
     **Raises:** `UnrepairableError` naming the operation, its module and the groups, if a size can't be put right.
     """
     search = _Search(model, PredictedSizes(traced.sizes.assembly, plan), traced.sizes.steps, example_inputs)
+    search.among = None if among is None else {_key(change): change.new for change in among}
     try:
         return search.search()
     except BaseException:
@@ -131,6 +144,7 @@ class _Search:
         self.changes: dict[Key, AttributeChange] = {}
         self.originals: dict[Key, Any] = {}
         self.guesses: dict[tuple[int, str], _Guesses] = {}
+        self.among: dict[Key, Any] | None = None
         self.kept: set[Key] = set()  # changes from before this round
         self.harmful: set[Key] = set()  # changes that made the network fail
 
@@ -173,13 +187,25 @@ class _Search:
 
     def candidates(self, one: WrongNumber) -> list[tuple[int, AttributeChange]]:
         """`_candidates`; in a graph's own code the node that makes this very call comes first."""
-        found = _candidates(self.modules, one.stack, one.given, one.wanted)
+        found = self.ranked(one.stack, one.given, one.wanted)
         where = one.stack[-1] if one.stack else ""
         calls = list(graph_calls(self.modules[where], one.op))
         number = sum(step.op == one.op and step.stack == one.stack for step in self.steps[: one.place])
         if number < len(calls):
             found.sort(key=lambda entry: _key(entry[1]) != (where, calls[number]))
         return found
+
+    def ranked(self, stack: Sequence[str], given: Any, wanted: Any) -> list[tuple[int, AttributeChange]]:
+        """`_candidates`, as far as they come into question."""
+        found, among = _candidates(self.modules, stack, given, wanted), self.among
+        if among is None:
+            return found
+        missing = object()
+        return [
+            (rank, change)
+            for rank, change in found
+            if (new := among.get(_key(change), missing)) == change.new or isinstance(new, tuple | list)
+        ]
 
     def try_next(self, one: WrongNumber, ranked: Sequence[tuple[int, AttributeChange]], weakest: int) -> bool:
         """Make the next change for a wrong number, unless another one of this round has just made the same."""
@@ -220,8 +246,9 @@ class _Search:
         pairs = []
         for tensor in (*self._recent(stopped), *_tensors_of(step)):
             pairs += replaced(tensor.shape, self.predicted.shape(tensor))
+        stack = dict.fromkeys((*stopped.stack, *step.stack))  # those of the last operation, and those of the next
         for old, new in dict.fromkeys(pairs):
-            for _, change in _candidates(self.modules, stopped.stack, old, new):
+            for _, change in self.ranked(tuple(stack), old, new):
                 if _key(change) in self.changes:
                     continue
                 self.change(change)
@@ -268,7 +295,25 @@ class _Search:
             f"leave {', '.join(names) or 'its groups'} out (ignore=)"
         )
         error.groups = tuple(names)
+        error.ties = tuple(tie for one in wrong for tie in self._ties(one))
         return error
+
+    def _ties(self, one: WrongNumber) -> Iterator[Tie]:
+        """For every wrong size the labels that it belongs to, with those of an axis nearby that has this size now."""
+        step = self.steps[one.place]
+        given = one.given if isinstance(one.given, tuple) else (one.given,) * len(step.outputs)
+        for number, (axis, old) in zip(given, _sized_axes(step), strict=False):
+            if not axis or len(axis) > 1 or self.predicted.size(axis, old) == number:
+                continue
+            for earlier in reversed(self.steps[: one.place]):
+                source = earlier.source if earlier.stack == one.stack else None
+                for other, size in zip(source.layout, source.shape, strict=True) if source else ():
+                    if other and len(other) == 1 and size == old and self.predicted.size(other, size) == number:
+                        yield other[0], axis[0]
+                        break
+                else:
+                    continue
+                break
 
     def _groups_of_size(self, sizes: set[int], stack: tuple[str, ...]) -> Iterator[str]:
         """Groups that have one of these sizes after the cut, somewhere in a running module."""
@@ -277,6 +322,14 @@ class _Search:
                 for axis, old in zip(step.source.layout, step.source.shape, strict=True):
                     if axis and self.predicted.size(axis, old) in sizes - {old}:
                         yield from self.predicted.groups_of(axis)
+
+
+def _sized_axes(step: Step) -> list[tuple[Axis, int]]:
+    """The axes that an operation's sizes speak of: of each piece of a split, of a reshape's result."""
+    if "split" in step.op and step.source is not None:
+        dim = step.numbers.get("dim", 0) % len(step.source.shape)
+        return [(piece.layout[dim], piece.shape[dim]) for piece in step.outputs]
+    return list(zip(step.outputs[0].layout, step.outputs[0].shape, strict=True)) if step.outputs else []
 
 
 def _key(change: AttributeChange) -> Key:

@@ -20,16 +20,21 @@ from ..utils.model_state import preserved, random_state_preserved
 from ..utils.modules import leaves, refuse_script
 from .assemble import Assembly, assemble
 from .dispatch import Recorder, SizedLayout, Split, Step, TensorLabels, Tracer, module_stack
-from .labels import FIXED, OUTPUT
+from .labels import FIXED, OUTPUT, Tie
 from .rules import RULES, indexing, layers, math, recurrent, shape
 
 _LOG = logging.getLogger(__name__)
 
 
+def _heads(split: Split) -> int:
+    """Of (heads, size of a head) the heads."""
+    return sorted(split.options)[-2]
+
+
 # Which part of a split axis could shrink instead of the best guess, in the order in which they are tried.
 _PREFERENCES: tuple[Callable[[Split], int], ...] = (
     lambda split: split.options[(split.options.index(split.chosen) + 1) % len(split.options)],
-    lambda split: sorted(split.options)[-2],  # the heads of (heads, size of a head)
+    _heads,
     lambda split: max(split.options),
 )
 
@@ -50,13 +55,14 @@ class Sizes:
     """The shapes and labels of every operation's results: what is needed to predict sizes after a cut.
 
     `received`, `returned`: the same of what each module receives first and of what it returns, by its name, once for
-    each of its calls in evaluation mode.
+    each of its calls in evaluation mode. `splits`: reshapes that split an axis so that either part could shrink.
     """
 
     steps: tuple[Step, ...]
     assembly: Assembly
     received: Mapping[str, Sequence[SizedLayout]]
     returned: Mapping[str, Sequence[SizedLayout]]
+    splits: tuple[Split, ...]
 
 
 class Traced(tuple[ChannelGroup, ...]):
@@ -124,24 +130,48 @@ def trace_and_measure(model: nn.Module, example_inputs: Any) -> tuple[Traced, Co
     return _trace(model, example_inputs, counting), counting.cost()
 
 
+def whole_heads(model: nn.Module, example_inputs: Any, traced: Traced, failed: Iterable[str]) -> Traced | None:
+    """Another trace, in which whole heads of attention go where some group can't be cut within the heads.
+
+    **Arguments:** the model and its inputs, its groups, and the names of those that can't be cut.
+
+    **Returns:** the groups, or None if no axis of those groups is split into heads.
+    """
+    choices = _other_choices(traced, _heads, lambda group: group.name in set(failed), wide=True)
+    return _trace_once(model, example_inputs, choices, nullcontext()) if choices else None
+
+
+def tied(model: nn.Module, example_inputs: Any, traced: Traced, ties: Iterable[Tie]) -> Traced:
+    """The same trace, with more labels that go together (see `UnrepairableError`)."""
+    choices = {place: split.chosen for place, split in enumerate(traced.sizes.splits)}
+    return _trace_once(model, example_inputs, choices, nullcontext(), ties)
+
+
 def _trace(model: nn.Module, example_inputs: Any, watch: AbstractContextManager[Any]) -> Traced:
     refuse_script(model)
     check_inputs(example_inputs)
-    traced, splits = _trace_once(model, example_inputs, {}, watch)
-    for prefer in _PREFERENCES:
-        choices = _other_choices(traced, splits, prefer)
-        if choices:
-            again, others = _trace_once(model, example_inputs, choices, nullcontext())
-            if _locked(again) < _locked(traced):
-                traced, splits = again, others
+    traced = _trace_once(model, example_inputs, {}, watch)
+    tried: list[dict[int, int]] = []
+    for wide in (False, True):
+        for prefer in _PREFERENCES:
+            choices = _other_choices(traced, prefer, lambda group: group.frozen not in (None, OUTPUT), wide=wide)
+            if choices and choices not in tried:
+                tried.append(choices)
+                again = _trace_once(model, example_inputs, choices, nullcontext())
+                if locked(again) < locked(traced):
+                    traced = again
     if traced.unmet:
         _LOG.info("never reached by the example inputs: %s", ", ".join(traced.unmet))
     return traced
 
 
 def _trace_once(
-    model: nn.Module, example_inputs: Any, choices: Mapping[int, int], watch: AbstractContextManager[Any]
-) -> tuple[Traced, list[Split]]:
+    model: nn.Module,
+    example_inputs: Any,
+    choices: Mapping[int, int],
+    watch: AbstractContextManager[Any],
+    ties: Iterable[Tie] = (),
+) -> Traced:
     """One trace, with `watch` around its run in evaluation mode."""
     tracer = Tracer(RULES, choices)
     names = _register(model, tracer)
@@ -152,29 +182,36 @@ def _trace_once(
             tracer.freeze(tracer.layout(tensor), "kept by the model from one call to the next")
         unmet = [name for key, name in names.items() if key not in tracer.met]
         steps = tuple(tracer.steps)
-        noted = [{name: tuple(calls) for name, calls in kind.items()} for kind in (tracer.received, tracer.returned)]
+        received, returned = (
+            {name: tuple(calls) for name, calls in kind.items()} for kind in (tracer.received, tracer.returned)
+        )
         if unmet:
             unmet = _train_pass(model, tracer, names, example_inputs)
+    tracer.table.joins += ties
     assembly = assemble(tracer.table)
-    return Traced(assembly.groups, Sizes(steps, assembly, *noted), unmet), tracer.splits
+    return Traced(assembly.groups, Sizes(steps, assembly, received, returned, tuple(tracer.splits)), unmet)
 
 
-def _locked(traced: Traced) -> int:
+def locked(groups: Iterable[ChannelGroup]) -> int:
     """How many units are frozen without reaching the output."""
-    return sum(group.size for group in traced if group.frozen not in (None, OUTPUT))
+    return sum(group.size for group in groups if group.frozen not in (None, OUTPUT))
 
 
-def _other_choices(traced: Traced, splits: list[Split], prefer: Callable[[Split], int]) -> dict[int, int]:
-    """For every reshape whose labels ended up frozen, another part of the axis that could shrink instead.
+def _other_choices(
+    traced: Traced, prefer: Callable[[Split], int], is_locked: Callable[[ChannelGroup], bool], *, wide: bool
+) -> dict[int, int]:
+    """For every reshape whose labels can't be cut, another part of the axis that could shrink instead.
 
-    Attention with a head size that fixes the scale is the usual case: there, whole heads can go.
+    Attention with a head size that fixes the scale is the usual case: there, whole heads can go. `wide`: the same for
+    all reshapes in that module, since queries, keys and values must go together.
     """
-
-    def is_frozen(split: Split) -> bool:
-        groups = set(traced.sizes.assembly.group_of[split.labels].tolist()) - {-1}
-        return any(traced[group].frozen not in (None, OUTPUT) for group in groups)
-
-    choices = [prefer(split) if is_frozen(split) else split.chosen for split in splits]
+    splits, group_of = traced.sizes.splits, traced.sizes.assembly.group_of
+    stuck = [any(is_locked(traced[g]) for g in set(group_of[split.labels].tolist()) - {-1}) for split in splits]
+    where = {split.where for split, is_stuck in zip(splits, stuck, strict=True) if is_stuck and wide}
+    choices = [
+        prefer(split) if is_stuck or split.where in where else split.chosen
+        for split, is_stuck in zip(splits, stuck, strict=True)
+    ]
     return dict(enumerate(choices)) if choices != [split.chosen for split in splits] else {}
 
 
@@ -193,6 +230,10 @@ def _register(model: nn.Module, tracer: Tracer) -> dict[int, str]:
                 layout = tracer.known[id(tensor)][1].layout
                 fixed = layout[:1] if name in _READING else layout
                 tracer.freeze(fixed, f"belongs to a {type(module).__name__}, which stays whole")
+        if isinstance(module, nn.RNNCellBase):  # its first state may be zeros that it makes itself
+            rows, columns = tracer.known[id(module.weight_hh)][1].layout
+            for states, gates in zip(columns or (), rows or (), strict=True):
+                tracer.table.join(states[None], gates.reshape(-1, len(states)))
     return names
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import VerificationError
 from ..graph import Traced, rewrite_stale_sizes
-from ..plan import ChannelGroup, Plan
+from ..plan import AttributeChange, ChannelGroup, Plan
 from ..pruning.reconstruction import reestimate, repair
 from ..surgery.apply import Rewrite
 from ..surgery.verdict import Verification
@@ -112,7 +112,13 @@ def write_back(groups: Sequence[ChannelGroup], labels: Mapping[str, Tensor], mod
 
 def sizes_rewriter(groups: Traced) -> Rewrite:
     """What finds the sizes in the model's own code that a cut makes wrong; `groups`: of the uncut network."""
-    return lambda pruned, plan, inputs: rewrite_stale_sizes(pruned, plan, groups, inputs)
+
+    def rewrite(
+        pruned: nn.Module, plan: Plan, inputs: Any, *, among: Sequence[AttributeChange] | None = None
+    ) -> tuple[AttributeChange, ...]:
+        return rewrite_stale_sizes(pruned, plan, groups, inputs, among=among)
+
+    return rewrite
 
 
 def rehearsed(plan: Plan, model: nn.Module, groups: Traced, example_inputs: Any) -> Verification:

@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from ..errors import CheckpointError, ConfigError
 from ..surgery.layer_attributes import restore, snapshot
+from ..utils.distributed import check_wrappers, renew
 from .online_clustering import OnlineFilterClustering
 from .options import as_objects
 from .schedule import Schedule
@@ -27,9 +29,10 @@ _LOG = logging.getLogger("filterfold.online")
 
 
 class LightningCallback(Callback):
-    """Lets a network shrink while a `Trainer` trains it, in one process.
+    """Lets a network shrink while a `Trainer` trains it, in one process or in several with `strategy="ddp"`.
 
-    Clusters, cuts and the network's sizes go into Lightning's checkpoints, and come back from them.
+    In several, rank 0 decides and all cut alike. Clusters, cuts and the network's sizes go into Lightning's
+    checkpoints, and come back from them.
 
     **Arguments:**
 
@@ -65,8 +68,6 @@ class LightningCallback(Callback):
         """Give the network the sizes of the checkpoint that is about to be loaded into it."""
         if stage != "fit":
             return
-        if trainer.world_size > 1:
-            raise ConfigError("LightningCallback works in one process; use OnlineFilterClustering in your own loop")
         given = pl_module.on_load_checkpoint
 
         def resized(checkpoint: dict[str, Any]) -> None:
@@ -82,6 +83,11 @@ class LightningCallback(Callback):
         vars(pl_module).pop("on_load_checkpoint", None)
         if len(trainer.optimizers) != 1:
             raise ConfigError(f"LightningCallback needs one optimizer, not {len(trainer.optimizers)}")
+        wrapper = trainer.strategy.model
+        if trainer.world_size > 1 and not isinstance(wrapper, DistributedDataParallel):
+            name = type(trainer.strategy).__name__
+            raise ConfigError(f"LightningCallback cuts what DDP holds whole on every rank, not {name}: strategy='ddp'")
+        check_wrappers(wrapper or pl_module)
         example = pl_module.example_input_array if self.example_inputs is None else self.example_inputs
         if example is None:
             raise ConfigError("LightningCallback: give example_inputs=, or the module an example_input_array")
@@ -116,8 +122,11 @@ class LightningCallback(Callback):
         if self.online is None or self.online.schedule is None or self.online.schedule.unit != unit:
             return
         metric = None if self.monitor is None else trainer.callback_metrics.get(self.monitor)
+        cuts = len(self.online.cuts)
         for event in self.online.step(done, None if metric is None else float(metric)):
             _LOG.info("%s %d: %s", unit, done, event)
+        if len(self.online.cuts) > cuts and trainer.strategy.model is not None:
+            renew(trainer.strategy.model)
 
     def state_dict(self) -> dict[str, Any]:
         """The clustering's state and the network's structure."""

@@ -17,9 +17,10 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from ..errors import ConfigError
+from ..export.onnx_network import OnnxNetwork
 from ..utils.arguments import typed
 from ..utils.environment import processor
 from ..utils.inputs import call_as_is, check_inputs, examples
@@ -111,13 +112,17 @@ def prepare(model: nn.Module, mode: Mode, example: Any) -> Runner:
 
     **Arguments:**
 
-    - `model`: in eval mode.
+    - `model`: in eval mode. An `OnnxNetwork` is run as it is, in the modes `eager` and `onnxruntime`.
     - `mode`: one of `MODES`. `channels_last` copies the model; `onnxruntime` exports it (CPU only,
       with as many threads as PyTorch has set).
     - `example`: one example on the model's device.
 
     **Raises:** `ConfigError` for an unknown mode or one that the device can't have; `ExportError`.
     """
+    if isinstance(model, OnnxNetwork):
+        if mode not in ("eager", "onnxruntime"):
+            raise ConfigError(f"mode={mode!r}: a network in an ONNX file is run by ONNX Runtime alone")
+        return model.runner
     if mode == "eager":
         return lambda batch: partial(call_as_is, model, batch)
     if mode == "channels_last":
@@ -150,24 +155,12 @@ def _session(model: nn.Module, example: Any) -> Runner:
     device, _ = place_of(model)
     if device.type != "cpu":
         raise ConfigError(f"mode='onnxruntime' is timed on the CPU; move the networks from {device} to it")
-    from ..utils.export import to_onnx
+    from ..export.program import to_onnx
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "network.onnx"
         to_onnx(model, example, file, check=False)
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        session = onnxruntime.InferenceSession(file.read_bytes(), options, providers=["CPUExecutionProvider"])
-    names = [entry.name for entry in session.get_inputs()]
-
-    def runner(batch: Any) -> Callable[[], Any]:
-        tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
-        feed = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
-        return partial(session.run, None, feed)
-
-    return runner
+        return OnnxNetwork(file).runner
 
 
 _LEAST_REPEATS = 7
@@ -230,7 +223,8 @@ def measure_latency(
     example = _moved(examples(example_inputs), device)
     rows: list[Latency] = []
     rounds = _Rounds(timer or timer_for(device), repeats, warmup, block_seconds, max_seconds)
-    macs = {name: measure(model, example).macs for name, model in models.items()} if count_macs else {}
+    counted = {name: model for name, model in models.items() if count_macs and not isinstance(model, OnnxNetwork)}
+    macs = {name: measure(model, example).macs for name, model in counted.items()}
     with threads_set(threads), preserved(*models.values()), compiling(mode):
         runners: list[tuple[str, Runner]] = [(name, prepare(model, mode, example)) for name, model in models.items()]
         runners.append((CONTROL, runners[0][1]))
@@ -243,9 +237,9 @@ def measure_latency(
             "load": load_average(),
         }
         with torch.inference_mode():
-            for batch_size in track(batch_sizes, f"timing, {mode}", len(batch_sizes)):
+            for batch_size in batch_sizes:
                 batch = examples(example, batch_size)
-                times = rounds.times([runner(batch) for _, runner in runners])
+                times = rounds.times([runner(batch) for _, runner in runners], f"timing, {mode}, batch {batch_size}")
                 rows += [Latency(name, batch_size, tuple(own)) for (name, _), own in zip(runners, times, strict=True)]
     return LatencyComparison(tuple(rows), conditions, macs)
 
@@ -347,7 +341,7 @@ class _Rounds:
                 "0 on, and seconds above 0"
             )
 
-    def times(self, runs: Sequence[Callable[[], Any]]) -> list[list[float]]:
+    def times(self, runs: Sequence[Callable[[], Any]], description: str) -> list[list[float]]:
         """For every network the seconds per call in each round; the last one is the control of the first."""
         counts = []
         for run in runs:
@@ -356,7 +350,7 @@ class _Rounds:
         counts[-1] = counts[0]  # the control is the reference once more, in every respect
         seconds: list[list[float]] = [[] for _ in runs]
         spent = 0.0
-        for repeat in range(self.repeats):
+        for repeat in track(range(self.repeats), description, self.repeats):
             if spent > self.max_seconds and repeat >= _LEAST_REPEATS:
                 break
             for index in in_turn(len(runs), repeat):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, FilterfoldError
+from ..graph import locked
 from ..surgery.cut_cache import CutCache
 from ..utils.arguments import typed
 from ..utils.modules import named_tensors, unwrap
@@ -96,6 +98,12 @@ def prune(
     cache = CutCache()
     network = scored(inner, example_inputs, rules, loader)
     planned = network.planned(budget, cache)
+    for other in network.alternatives(planned, loader):
+        fresh = CutCache()
+        with suppress(FilterfoldError):
+            better = other.planned(budget, fresh)
+            if locked(better.groups) < locked(planned.groups):
+                network, planned, cache = other, better, fresh
     return network.cut(planned, model, optimizer=optimizer, averaged=averaged, cache=cache)
 
 

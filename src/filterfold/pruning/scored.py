@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -11,7 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, FilterfoldError, SelectionError
-from ..graph import Traced, groups_behind_numbers, rewrite_stale_sizes, trace_and_measure, unread_sizes
+from ..graph import (
+    Traced,
+    UnrepairableError,
+    groups_behind_numbers,
+    rewrite_stale_sizes,
+    tied,
+    trace_and_measure,
+    unread_sizes,
+    whole_heads,
+)
+from ..graph.labels import Tie
 from ..plan import AttributeChange, ChannelGroup, Plan
 from ..profiling.macs import Cost, measure
 from ..surgery.apply import apply_with_sizes
@@ -139,7 +149,10 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """An uncut network, how it is called, its groups, its cost, and the scores of its units by some rules."""
+    """An uncut network, how it is called, its groups, its cost, and the scores of its units by some rules.
+
+    `ties`: labels that would have to go together for sizes that failed so far.
+    """
 
     model: nn.Module
     example_inputs: Any
@@ -147,6 +160,7 @@ class Scored:
     traced: Traced
     cost: Cost
     scores: Mapping[str, Tensor]
+    ties: dict[tuple[int, int], Tie] = field(default_factory=dict)
 
     def planned(self, budget: Budget, cache: CutCache | None = None) -> Planned:
         """The cut that a budget asks for, rehearsed unless the rules say otherwise; `cache` keeps what it cut."""
@@ -162,7 +176,7 @@ class Scored:
             if not found and plan.attributes:  # which may mean something else
                 plan = replace(plan, attributes=())
                 found = rehearsed(plan)
-            return found if found else self._explained(found, plan)
+            return self._explained(found, plan)
 
         groups, plan, verified = passing_plan(
             self.traced, lambda groups: self._plan(groups, budget), judge, strict=self.rules.strict
@@ -171,6 +185,25 @@ class Scored:
         if budget.latency is not None and "asked" not in plan.notes:
             raise SelectionError("latency: no cut copy of the network could be timed; say how much may stay with macs=")
         return Planned(groups, plan, verified)
+
+    def alternatives(self, planned: Planned, loader: Iterable[Any] | None) -> Iterator[Scored]:
+        """The same network, scored anew by groups of which less may fail.
+
+        First with labels tied whose sizes the model's code takes from one another, then by whole heads of those
+        attentions that can't be cut within their heads. None where the data to score with is used up.
+        """
+        failed = [group.name for group in planned.groups if group.frozen and group.frozen.startswith(FAILED)]
+        if not failed or isinstance(loader, Iterator):
+            return
+        if self.ties:
+            yield self._anew(tied(self.model, self.example_inputs, self.traced, self.ties.values()), loader)
+        traced = whole_heads(self.model, self.example_inputs, self.traced, failed)
+        if traced is not None:
+            yield self._anew(traced, loader)
+
+    def _anew(self, traced: Traced, loader: Iterable[Any] | None) -> Scored:
+        groups = cuttable(traced, self.rules.selection.ignore)[0]
+        return replace(self, traced=traced, scores=self.rules.score(groups, self.model, loader=loader), ties={})
 
     def cut(
         self,
@@ -221,19 +254,37 @@ class Scored:
     def _score_again(self, group: ChannelGroup, plan: Plan) -> Tensor:
         return self.rules.score([group], self.model, without=plan)[group.name]
 
-    def _rewrite_sizes(self, pruned: nn.Module, plan: Plan, inputs: Any) -> tuple[AttributeChange, ...]:
+    def _rewrite_sizes(
+        self, pruned: nn.Module, plan: Plan, inputs: Any, *, among: Sequence[AttributeChange] | None = None
+    ) -> tuple[AttributeChange, ...]:
         """Put right the sizes in user code that the cut network stumbles over."""
-        return rewrite_stale_sizes(pruned, plan, self.traced, inputs)
-
-    def _explained(self, failed: Verification, plan: Plan) -> Verification:
-        """A failure, with the groups that a number depends on which the network computes with, if there are any."""
-        if failed.masking_error is None:
-            return failed  # it does not run at all
-        _, receipt = apply_with_sizes(replace(plan, attributes=failed.attributes), self.model, None, None)
         try:
-            return replace(failed, causes=groups_behind_numbers(self.model, plan, self.traced, self.example_inputs))
+            return rewrite_stale_sizes(pruned, plan, self.traced, inputs, among=among)
+        except UnrepairableError as error:
+            if among is None:
+                self.ties.update({(int(first[0]), int(second[0])): (first, second) for first, second in error.ties})
+            raise
+
+    def _explained(self, found: Verification, plan: Plan) -> Verification:
+        """A verdict, with the groups that a number depends on which the network computes with, if there are any.
+
+        A comparison that passed says nothing of such numbers where the units are not mask-exact, and little where a
+        softmax of small logits hides them.
+        """
+        exact = {group.name for group in self.traced if group.exact}
+        if found.masking_error is None and not found:
+            return found  # it does not run at all
+        if found and all(cut.group in exact for cut in plan.cuts if cut.changes):
+            return found
+        _, receipt = apply_with_sizes(replace(plan, attributes=found.attributes), self.model, None, None)
+        try:
+            causes = groups_behind_numbers(self.model, plan, self.traced, self.example_inputs)
         finally:
             receipt.rollback()
+        if not found:
+            return replace(found, causes=causes)
+        causes = {name: why for name, why in causes.items() if name not in exact}
+        return replace(found, ok=False, causes=causes, message=next(iter(causes.values()))) if causes else found
 
     def _timed_plan(self, groups: Traced, latency: float | LatencyBudget) -> Plan:
         """The plan that meets a latency budget; or one whose trial cut fails, where verification follows to say why."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -158,9 +158,17 @@ def apply(
     return Receipt(tuple(edits), tuple(changed[0]), journal)
 
 
-Rewrite = Callable[[nn.Module, Plan, Any], tuple[AttributeChange, ...]]
-"""Given a model after surgery, the plan and example inputs: rewrites the sizes in the model's own code in place and
-returns the changes, or raises a `FilterfoldError` and leaves them. See `filterfold.graph.rewrite_stale_sizes`."""
+class Rewrite(Protocol):
+    """Rewrites, in place, the sizes in a model's own code after surgery, and returns the changes.
+
+    Raises a `FilterfoldError` and leaves them if that can't be done. `among`: only these changes come into question.
+    See `filterfold.graph.rewrite_stale_sizes`.
+    """
+
+    def __call__(
+        self, model: nn.Module, plan: Plan, inputs: Any, /, *, among: Sequence[AttributeChange] | None = None
+    ) -> tuple[AttributeChange, ...]:
+        """Make the changes."""
 
 
 def apply_with_sizes(
@@ -169,6 +177,7 @@ def apply_with_sizes(
     example_inputs: Any,
     rewrite: Rewrite | None,
     *,
+    among: Sequence[AttributeChange] | None = None,
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     averaged: nn.Module | Sequence[nn.Module] = (),
     cache: CutCache | None = None,
@@ -181,7 +190,7 @@ def apply_with_sizes(
     **Arguments:** as for `apply`, and
 
     - `example_inputs`: given to `rewrite`.
-    - `rewrite`: finds the sizes; None: there are none to find.
+    - `rewrite`: finds the sizes; None: there are none to find. `among`: the only changes that come into question.
 
     **Returns:** the plan with the changed sizes, and the receipt of applying it.
 
@@ -191,7 +200,7 @@ def apply_with_sizes(
     if rewrite is None:
         return plan, receipt
     try:
-        changes = rewrite(unwrap(model), plan, example_inputs)
+        changes = rewrite(unwrap(model), plan, example_inputs, among=among)
     except BaseException:
         receipt.rollback()
         raise

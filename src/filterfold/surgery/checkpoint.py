@@ -82,6 +82,26 @@ def save(
 
     ```
     """
+    write(contents(model, plan=plan, metadata=metadata, path=path), path)
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a checkpoint holds: tensors by name, and the rest as JSON."""
+
+    tensors: dict[str, Tensor]
+    header: dict[str, str]
+
+
+def write(found: Contents, path: str | Path) -> None:
+    """Write what `contents` found, atomically."""
+    write_tensors(Path(path), found.tensors, found.header)
+
+
+def contents(
+    model: nn.Module, *, plan: Plan | Sequence[Plan] | None, metadata: Mapping[str, Any] | None, path: str | Path
+) -> Contents:
+    """What `save` writes to `path`, which is named in errors."""
     model = unwrap(model)
     refuse_script(model)
     _refuse_extra_state(model)
@@ -98,7 +118,7 @@ def save(
         }
     except TypeError as error:
         raise CheckpointError(f"{path}: plan notes and metadata must be JSON-able: {error}") from error
-    write_tensors(Path(path), tensors, header)
+    return Contents(tensors, header)
 
 
 @typed

@@ -322,7 +322,8 @@ class _Comparison:
     def _masked_outputs(self, inputs: Any) -> list[Tensor] | None:
         """Outputs with the inexact groups cut and the others masked or dead; None if that can't be run."""
         failure: Exception | None = None
-        for rewrite in [None, self.rewrite] if self.inexact and self.rewrite else [None]:
+        # Of the sizes that follow the whole cut, some follow this part of it.
+        for rewrite in [None, self.rewrite] if self.inexact and self.plan.attributes else [None]:
             try:
                 with self._inexact_cut(inputs, rewrite) as judged:
                     dead = [cut for cut in judged if cut.group in self.dead]
@@ -350,7 +351,8 @@ class _Comparison:
         plan = Plan(self.inexact)
         tensors = dict(named_tensors(self.model))
         judged = rebased(self.judged, edits_of(plan, tensors), tensors)
-        _, receipt = apply_with_sizes(plan, self.model, inputs, rewrite, cache=self.cache)
+        among = self.plan.attributes
+        _, receipt = apply_with_sizes(plan, self.model, inputs, rewrite, among=among, cache=self.cache)
         try:
             yield judged
         finally:

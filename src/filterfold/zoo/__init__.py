@@ -6,8 +6,8 @@
 
 from __future__ import annotations
 
-from .hub import Expected, expected, is_of_a_hub, pretrained
-from .registry import build, names, register
+from .hub import Expected, expected, is_of_a_hub, pretrained, quiet
+from .registry import build, is_listed, names, register
 from .resnet import ResNet, build_resnet
 from .vgg import VGG, build_vgg
 
@@ -19,8 +19,10 @@ __all__ = [
     "build_resnet",
     "build_vgg",
     "expected",
+    "is_listed",
     "is_of_a_hub",
     "names",
     "pretrained",
+    "quiet",
     "register",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
+import importlib.metadata
 import io
 import logging
 from collections.abc import Iterable, Iterator
@@ -85,7 +86,7 @@ def pretrained(name: str, channels: int = 3) -> dict[str, Tensor]:
             raise ModelError(f"{name} has outputs beside its logits while it trains; take it from a file, without them")
         make, options = _library("torchvision.models", name).get_model, {"weights": _torchvision_weights(rest)}
     try:
-        with _quiet():
+        with quiet():
             model: nn.Module = make(rest, **options)
     except Exception as error:  # what hubs raise without a network has no common kind
         reason = first_line(error) or type(error).__name__
@@ -138,18 +139,36 @@ def first_line(error: BaseException) -> str:
 
 
 def _library(name: str, wanted: str) -> Any:
+    """An installed library.
+
+    **Raises:** `ModelError` that says what is missing, or that torchvision (which timm imports) is of another PyTorch.
+    """
     try:
         return importlib.import_module(name)
-    except (ImportError, RuntimeError) as error:  # a torchvision that doesn't fit torch raises RuntimeError
+    except ModuleNotFoundError as error:
+        raise ModelError(f"{wanted}: {error.name} is not installed; pip install 'filterfold[zoo]'") from error
+    except (ImportError, RuntimeError) as error:
+        about = f"torchvision {_version('torchvision')} is of another PyTorch than {_version('torch')}"
         raise ModelError(
-            f"{wanted}: {name} can't be imported ({first_line(error)}); pip install 'filterfold[zoo]'"
+            f"{wanted}: {name} is installed, but can't be imported ({first_line(error)}): {about}; install the "
+            "torchvision of this PyTorch, from the same index"
         ) from error
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "of no version"
 
 
 def _timm(name: str) -> Any:
     timm = _library("timm", f"timm:{name}")
-    if not timm.is_model(name.split(".")[0]):
-        raise ModelError(f"timm has no model {name!r}{near(name, timm.list_models())}")
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        raise ModelError(f"timm has no model {name!r}{near(architecture, timm.list_models())}")
+    if tag and name not in (tagged := timm.list_models(f"{architecture}.*", pretrained=True)):
+        raise ModelError(f"timm has no weights {name!r}{near(name, tagged) or f'; leave .{tag} out'}")
     return timm
 
 
@@ -179,7 +198,7 @@ def _torchvision_weights(name: str) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the hubs' own retries and announcements off the terminal: the caller says in one line what came of it."""
     loggers = [logging.getLogger(name) for name in ("huggingface_hub", "timm")]
     levels = [logger.level for logger in loggers]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import inspect
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -69,6 +70,9 @@ class Factory(Protocol):
 F = TypeVar("F", bound=Factory)
 
 
+_LOG = logging.getLogger("filterfold.zoo")
+
+
 _FACTORIES: dict[str, Factory] = {}
 
 
@@ -113,15 +117,26 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(_FACTORIES))
 
 
+def is_listed(name: str) -> bool:
+    """Whether a name is one of the registry, timm or torchvision: `build` imports nothing for it that it names itself.
+
+    >>> [is_listed(name) for name in ("vgg16", "timm:resnet18", "model.py:factory", "timm:model.py:factory")]
+    [True, True, False, False]
+    """
+    prefix, colon, _ = name.rpartition(":")
+    return prefix in HUBS if colon else name in _FACTORIES
+
+
 def build(name: str, *, classes: int = 10, channels: int = 3, width: float = 1.0, image_size: int = 32) -> nn.Module:
     """Build a network by name, with freshly drawn weights.
 
     **Arguments:**
 
     - `name`: a name of the registry (`vgg16`, `vgg_small`, `resnet20|32|44|56|110`), `timm:NAME`,
-      `torchvision:NAME`, or a user's own callable as `package.module:factory` or `path/file.py:factory`.
-      A user's factory is called with those of the arguments below that its signature names
-      (`num_classes` and `in_channels` are understood too).
+      `torchvision:NAME`, or a user's own callable as `package.module:factory` or `path/file.py:factory`: that code is
+      executed. A user's factory is called with those of the arguments below that its signature names
+      (`num_classes`, `n_classes`, `in_channels`, `in_chans`, `input_channels`, `img_size` are understood too); the log
+      says with which.
     - `classes`: number of outputs.
     - `channels`: number of input channels.
     - `width`: multiplier on every layer's width; only where the network has such a thing.
@@ -143,7 +158,7 @@ def build(name: str, *, classes: int = 10, channels: int = 3, width: float = 1.0
     prefix, colon, rest = name.rpartition(":")
     if not colon:
         if name not in _FACTORIES:
-            others = f"; known are {', '.join(names())}, timm:NAME, torchvision:NAME and file.py:factory"
+            others = f"; known are {', '.join(names())}, timm:NAME, torchvision:NAME and file.py:factory (executed)"
             raise ModelError(f"no model {name!r}{near(name, names()) or others}")
         return _FACTORIES[name](classes=classes, channels=channels, width=width, image_size=image_size)
     if prefix in HUBS:
@@ -178,6 +193,8 @@ def _call(name: str, factory: Callable[..., Any], offered: dict[str, Any]) -> nn
             accepted[keyword] = value
         elif argument == "width" and value != 1.0:
             raise ModelError(f"{name}: the factory has no argument 'width', so width={value} can't be followed")
+    given = ", ".join(f"{key}={value}" for key, value in accepted.items())
+    _LOG.info("%s was given %s", name, given or f"nothing: it names none of {', '.join(_KEYWORDS)}")
     with one_line(name):
         model = factory(**accepted)
     if not isinstance(model, nn.Module):

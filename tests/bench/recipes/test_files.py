@@ -73,7 +73,7 @@ def test_malformed_files_are_refused_in_one_line(text: str, message: str) -> Non
 
 
 def test_unknown_names_are_refused_with_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"no recipe 'resnet56-c'; there are resnet56-"):
+    with pytest.raises(ConfigError, match=r"no recipe 'resnet56-c'; did you mean resnet56-"):
         recipes.load("resnet56-c")
     with pytest.raises(ConfigError, match="no such recipe file"):
         recipes.load("nowhere.toml")

@@ -60,6 +60,14 @@ def test_columns_can_be_given(tmp_path):
         ("method,remark\na,b\n", "no column of accuracy or time"),
         ("method,top1\na,fast\n", "line 2, column 'top1': 'fast' is no number"),
         ("method,top1\na,1\na,1,2\n", "line 3: 3 cells under 2 columns"),
+        *(
+            (
+                f"method,top1\na,90\na,{top1}\n",
+                f"line 3, column 'top1': {top1} is no accuracy from 0 to 100 %",
+            )
+            for top1 in ("nan", "NaN", "inf", "-inf", "1e300", "-1", "101")
+        ),
+        ("method,seconds\na,inf\n", "line 2, column 'seconds': inf is no inference seconds; leave the cell empty"),
     ],
 )
 def test_what_can_not_be_read_is_named(tmp_path, text, message):

@@ -79,6 +79,29 @@ def test_greedy_scoring_leaves_out_what_was_dropped_above(tmp_path: Path) -> Non
     assert torch.equal(small.get_parameter("features.10.weight").detach(), third[kept_last][:, kept_below])
 
 
+def test_a_repaired_one_shot_cut_is_nearer_to_the_dense_network(tmp_path: Path) -> None:
+    setting = replace(SETTING, recipe={**SETTING.recipe, "epochs": 3}, shares={}, retrain_epochs=0)
+    bench = RunContext(setting, tmp_path, "cpu")
+    trials = [Trial(method, 0, setting, macs=0.4) for method in ("l1", "l1+repair", "reconstruction-then-train+repair")]
+    for trial in trials:
+        running.run_trial(trial, bench)
+    dense = load(bench.base_file(trials[0].base.id, ".safetensors"), bench.build).eval()
+    images = torch.cat([images for images, _ in bench.loader(0)])
+    plain, repaired, ranked = (load(bench.model_file(trial.id), bench.build).eval() for trial in trials)
+    with torch.inference_mode():
+        wanted = dense(images)
+        change = [float((small(images) - wanted).norm() / wanted.norm()) for small in (plain, repaired, ranked)]
+    assert change[1] < 0.6 * change[0]
+    assert change[2] < change[0]
+    first, last = ("features.3.weight", "features.10.weight")
+    left = [
+        [len(small.get_parameter(name)) / len(dense.get_parameter(name)) for name in (first, last)]
+        for small in (plain, ranked)
+    ]
+    assert left[0][0] == pytest.approx(left[0][1], abs=0.07)  # the same share of every layer
+    assert abs(left[1][0] - left[1][1]) > 0.07  # as the layers' scores say
+
+
 def test_the_twin_from_scratch_is_as_wide_but_trained_from_its_own_weights(tmp_path: Path) -> None:
     setting = replace(SETTING, scratch={"epochs": 2})
     pruned = run(Trial("l1", 0, setting), tmp_path)["result"]

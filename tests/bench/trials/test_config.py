@@ -126,7 +126,7 @@ def test_without_budgets_the_methods_have_their_own() -> None:
         (lambda: Trial("l1", 0, SETTING, macs=0.5, keep=0.5), "of the filters or of the MACs"),
         (lambda: Trial("l1", 0, SETTING, macs=1.5), "macs = 1.5"),
         (lambda: Trial("dense", 0, SETTING, macs=0.5), "'dense' cuts nothing"),
-        (lambda: Trial("l1+repair", 0, SETTING, keep=0.5), "only online methods take"),
+        (lambda: Trial("l1+early", 0, SETTING, keep=0.5), "only online methods take"),
         (lambda: Trial("scratch+repair", 0, SETTING, keep=0.5), "only online methods take"),
         (lambda: Trial("online+repare", 0, SETTING, keep=0.5), r"\+repare is not one of"),
         (lambda: Trial("online-l1+centripetal", 0, SETTING, keep=0.5), r"only online takes \+centripetal"),

@@ -180,8 +180,9 @@ def load(name: str | Path) -> PruningRecipe:
         return read(path.read_text(encoding="utf-8"), str(path))
     known = _packaged()
     if str(name) not in known:
-        close = difflib.get_close_matches(str(name), known, n=2) or list(names())
-        raise ConfigError(f"no recipe {str(name)!r}; there are {', '.join(close)}, and FILE.toml")
+        close = " or ".join(difflib.get_close_matches(str(name), known, n=2))
+        hint = f"did you mean {close}? There are" if close else "there are"
+        raise ConfigError(f"no recipe {str(name)!r}; {hint} {', '.join(names())}, and FILE.toml")
     return read(known[str(name)].read_text(encoding="utf-8"), str(name))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .build import build, verdict
+from .build import brief, build, verdict
 from .trial_table import read_table
 
-__all__ = ["build", "read_table", "verdict"]
+__all__ = ["brief", "build", "read_table", "verdict"]

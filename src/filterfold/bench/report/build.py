@@ -7,18 +7,19 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from ...errors import ConfigError
 from ...utils.io import check_output, write_text
 from ...utils.progress import track
 from . import costs, tables
 from .figure import Plot, Style, group_styles
-from .format import plural, points, signed, times
+from .format import mean_sd, plural, points, signed, times
 from .plots import all_plots
-from .study import COMPARED, TESTED, Record, Study, studies
+from .study import COMPARED, TESTED, TOP1, Group, Record, Study, studies
 from .table import Table
 from .template import render
-from .verdict import Judgement, accuracy_words, headline, judge, pace_words, power_words, sentence
+from .verdict import Judgement, accuracy_words, call_words, headline, judge, pace_words, power_words, sentence
 from .warnings import StudyWarning, find_warnings
 
 PAGE = "report.html"
@@ -110,6 +111,7 @@ def build(
     facts = list(_facts(chapters, margin))
     text = render(
         "page.html.j2",
+        networks=lambda group: list(_networks(group, folder)),
         kind="comparison",
         title=heading,
         facts=facts,
@@ -141,6 +143,45 @@ def verdict(records: Iterable[Record], *, margin: float = 0.5, control: str = "d
     return lines
 
 
+BRIEF = 5
+"""Settings and failures that `brief` names."""
+
+
+def brief(records: Iterable[Record], *, margin: float = 0.5, control: str = "dense") -> list[str]:
+    """The verdict in about ten lines, as the terminal prints it: the winner, a line a setting, titles of warnings.
+
+    >>> record = {"status": "finished", "method": "dense", "label": "dense", "result": {"top1": 90.0}}
+    >>> brief([record | {"seed": 0}, record | {"seed": 1}])[1]
+    'dense (n = 2): top-1 90.00 %'
+    """
+    lines = []
+    found = studies(records, control)
+    for study in found:
+        judgements = judge(study, margin)
+        lines.append((f"{study.title}: " if study.title else "") + headline(study, judgements))
+        shown = [_row(group, None) for group in study.groups if group.label == study.control or not judgements]
+        shown += [_row(j.group, j) for j in judgements]
+        lines += shown[: BRIEF + 1]
+        if len(shown) > BRIEF + 1:
+            lines.append(f"and {plural(len(shown) - BRIEF - 1, 'more setting')}, on the page")
+        if warnings := [one.title for one in find_warnings(study, judgements) if not one.note]:
+            lines.append(f"Warnings, explained on the page: {'; '.join(warnings)}.")
+        failed = [f"failed: {one.get('label')} seed {one.get('seed')}: {one.get('reason')}" for one in study.failed]
+        lines += failed[:BRIEF] + ([f"and {len(failed) - BRIEF} more failed"] if len(failed) > BRIEF else [])
+    return lines
+
+
+def _row(group: Group, j: Judgement | None) -> str:
+    """One setting: its accuracy, what may be said of it, and its speed."""
+    parts = [f"top-1 {mean_sd(group.values(TOP1), TOP1)} %"] if group.values(TOP1) else []
+    if j is not None and j.top1:
+        parts[0] += f" ({'can’t tell' if j.accuracy == 'not shown' else j.accuracy})"
+    if j is not None and j.speedup:
+        unsure = " (can’t tell)" if j.pace == "not shown" else ""
+        parts.append(f"{times(j.speedup.value)} as fast{unsure}{call_words(j)}")
+    return f"{group.label} (n = {group.n}): {'; '.join(parts) or 'nothing measured'}"
+
+
 def _chapter(study: Study, prefix: str, margin: float) -> Chapter:
     styles, judgements = group_styles(study), judge(study, margin)
     drawn = {plot.name: plot for plot in all_plots(study, styles, judgements)}
@@ -162,18 +203,34 @@ def _chapter(study: Study, prefix: str, margin: float) -> Chapter:
         Section("Verdict", plots("difference")),
         Section("Warnings"),
         Section("Comparison", (), [tables.comparison(study)]),
-        Section("Speed", speed, some(costs.latency(study))),
+        Section("Speed", speed, folded=some(costs.latency(study)), folded_title="Latency at every batch size"),
         Section("Length of training", plots("crossover")),
-        Section("Training cost", plots("accuracy_training", "accuracy_training_macs"), some(costs.training(study))),
-        Section("Tests", (), tests, pairs, "Dunn’s test of all pairs"),
+        Section(
+            "Training cost",
+            plots("accuracy_training", "accuracy_training_macs"),
+            folded=some(costs.training(study)),
+            folded_title="What training takes",
+        ),
+        Section("Tests", folded=[*tests, *pairs], folded_title="Intervals, effect sizes and p-values of every test"),
         Section("While training", plots("curve_validation_top1", "curve_train_loss", "curve_macs")),
-        Section("Widths", plots("widths"), some(tables.widths(study)), wasted, "Widths that save nothing"),
+        Section(
+            "Widths",
+            plots("widths"),
+            folded=[*some(tables.widths(study)), *wasted],
+            folded_title="Width of every layer, and widths that save nothing",
+        ),
         Section("Clusters", plots("clusters_cosine", "clusters_changed")),
-        Section("Every trial", trials, [tables.trials(study)] if study.trials else []),
+        Section(
+            "Every trial", trials, folded=[tables.trials(study)] if study.trials else [], folded_title="Every trial"
+        ),
         Section("Failed trials", (), some(tables.failed(study)), prose=True),
-        Section("Provenance", (), some(tables.provenance(study)), prose=True),
+        Section("Provenance", folded=some(tables.provenance(study)), folded_title="What it was made with", prose=True),
     ]
-    filled = [s for s in sections if s.id == "verdict" or (warnings if s.id == "warnings" else s.plots or s.tables)]
+    filled = [
+        s
+        for s in sections
+        if s.id == "verdict" or (warnings if s.id == "warnings" else s.plots or s.tables or s.folded)
+    ]
     return Chapter(study, prefix, styles, judgements, warnings, filled)
 
 
@@ -190,6 +247,14 @@ def _facts(chapters: Sequence[Chapter], margin: float) -> Iterator[str]:
         yield f"margin: {points(margin)} of top-1"
 
 
+def _networks(group: Group, folder: Path) -> Iterator[tuple[str, str]]:
+    """Seed and address of each of a group's networks that lie beside the page."""
+    for trial in group.trials:
+        address = f"models/{trial.get('id')}.safetensors"
+        if (folder / address).is_file():
+            yield str(trial.get("seed")), quote(address)
+
+
 def _words(j: Judgement) -> str:
     """The verdict on a method as a sentence."""
     words = f"{pace_words(j)}; {accuracy_words(j)}."
@@ -200,8 +265,10 @@ def _badges(j: Judgement, suspect: bool) -> Iterator[tuple[str, str]]:
     """Kind (a CSS class) and text of a method's badges."""
     if j.speedup:
         ratio = times(j.speedup.value)
-        kinds = {"faster": ("good", f"{ratio} faster"), "slower": ("bad", f"slower, {ratio}")}
-        kind, words = kinds.get(j.pace, ("open", "faster: not shown"))
+        calls = call_words(j).removeprefix(", ")
+        note = f" ({calls})" if calls else ""
+        kinds = {"faster": ("good", f"{ratio} faster{note}"), "slower": ("bad", f"slower, {ratio}{note}")}
+        kind, words = kinds.get(j.pace, ("open", "speed: can’t tell"))
         yield ("open", f"{words}, suspect") if suspect else (kind, words)
     if j.top1:
         change = signed(j.top1.value)
@@ -210,6 +277,6 @@ def _badges(j: Judgement, suspect: bool) -> Iterator[tuple[str, str]]:
             "no worse": ("good", f"accuracy no worse within {j.margin:g}"),
             "lower within the margin": ("good", f"accuracy {change}, within {j.margin:g}"),
             "worse": ("bad", f"accuracy worse, {change}"),
-        }.get(j.accuracy, ("open", "accuracy kept: not shown"))
+        }.get(j.accuracy, ("open", "accuracy: can’t tell"))
     if j.macs_ratio and j.macs_ratio > 1.005:
         yield "quiet", f"{times(j.macs_ratio)} fewer MACs"

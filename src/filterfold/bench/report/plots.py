@@ -101,10 +101,10 @@ def differences(styles: Styles, judgements: Sequence[Judgement]) -> Plot | None:
             axes.annotate(signed(tost.value, 1), (place, row), **beside)
     name_rows(axes, [j.group.label for j, _ in found])
     caption = (
-        f"Mean difference in top-1 from {control}, with the 90 % interval of the equivalence test. An interval right "
-        f"of the shaded band’s left edge (−{margin:g}) speaks for “no worse”, one inside the band for “equivalent”."
+        f"Means with 90 % intervals. Right of the shaded band’s left edge (−{margin:g}): no worse; inside the band: "
+        "equivalent."
     )
-    caption += f" Each interval stands for itself; the verdict corrects for all {len(found)}." if len(found) > 1 else ""
+    caption += f" The verdict corrects for all {len(found)}." if len(found) > 1 else ""
     caption += " Arrows: single trials off the scale." if outside else ""
     return finish("difference", f"Top-1 against {control}", caption, axes)
 
@@ -116,16 +116,19 @@ def scatter(study: Study, styles: Styles, cost: Measure, name: str, what: str, a
     if len(set(costs)) < 2:
         return None
     axes = new_axes(3.5, axis, "Top-1, %")
+    middles = {label: sum(x for x, _ in points) / len(points) for label, points in found.items()}
+    shifts = _side_by_side(middles)
     for label, points in found.items():
-        xs = [x for x, _ in points]
-        _points(axes, points, sum(xs) / len(xs), interval_bars(xs), styles[label], label)
+        bars = interval_bars([x for x, _ in points])
+        _points(axes, points, middles[label], bars, styles[label], label, shifts[label])
 
     def text(x: float) -> str:
         return tick(x) if cost.kind == "count" else f"{float(significant(x, 3)):g}"
 
     if not scale_axis(axes, "x", costs, text, 5):
         axes.set_xlim(left=0)
-    return finish(name, f"Accuracy against {what}", MEANS, axes)
+    note = " Groups that cost the same stand side by side." if any(shifts.values()) else ""
+    return finish(name, f"Accuracy against {what}", MEANS + note, axes)
 
 
 def accuracy_speedup(study: Study, styles: Styles, size: int) -> Plot | None:
@@ -150,13 +153,40 @@ def accuracy_speedup(study: Study, styles: Styles, size: int) -> Plot | None:
     return finish(f"accuracy_speedup_{size}", title, f"{MEANS} Right: faster. Up: more accurate.", axes)
 
 
-def _points(axes: Any, points: Points, middle: float, bars: list[list[float]] | None, style: Style, label: str) -> None:
+def _side_by_side(middles: Mapping[str, float]) -> dict[str, float]:
+    """Label → shift in typographic points, so that the marks of groups with the same cost don't hide each other.
+
+    >>> _side_by_side({"a": 1.0, "b": 1.0, "c": 9.0})
+    {'a': -4.0, 'b': 4.0, 'c': 0.0}
+    """
+    near = 0.02 * (max(middles.values()) - min(middles.values()))
+    shifts = {}
+    for label, middle in middles.items():
+        same = [other for other, value in middles.items() if abs(value - middle) <= near]
+        shifts[label] = 8.0 * (same.index(label) - (len(same) - 1) / 2)
+    return shifts
+
+
+def _points(
+    axes: Any,
+    points: Points,
+    middle: float,
+    bars: list[list[float]] | None,
+    style: Style,
+    label: str,
+    shift: float = 0.0,
+) -> None:
     """A group's trials as small marks, its mean as a large one with intervals both ways, and its legend entry."""
+    from matplotlib.transforms import ScaledTranslation
+
     xs, ys = zip(*points, strict=True)
     colour, marker = style.colour.light, style.marker
-    axes.plot(xs, ys, marker, color=colour, alpha=0.4, markersize=4, markeredgewidth=0)
+    aside = axes.transData + ScaledTranslation(shift / 72, 0, axes.figure.dpi_scale_trans)
+    axes.plot(xs, ys, marker, color=colour, alpha=0.4, markersize=4, markeredgewidth=0, transform=aside)
+    axes.update_datalim(list(zip(xs, ys, strict=True)))
+    axes.autoscale_view()
     mark: dict[str, Any] = {"fmt": marker, "markersize": 7, "markeredgecolor": PAPER.light, "color": colour}
-    axes.errorbar(middle, sum(ys) / len(ys), xerr=bars, yerr=interval_bars(ys), elinewidth=1.1, **mark)
+    axes.errorbar(middle, sum(ys) / len(ys), xerr=bars, yerr=interval_bars(ys), elinewidth=1.1, transform=aside, **mark)
     axes.plot([], [], marker, color=colour, markersize=6, markeredgewidth=0, label=label_text(label))
 
 

@@ -24,8 +24,10 @@ NAMES: dict[str, tuple[str, ...]] = {
 """Field of a record → names of columns, letters and digits only. The first that fits is taken."""
 
 _NUMBERS = ("top1", "top5", "inference_seconds", "train_seconds", "macs", "parameters")
+_MOST = 1e20
+"""No count and no time is larger."""
 _UNIT = re.compile(r"percent(age)?|pct|sec(ond)?s?|ms|milliseconds|time|accuracy|s")
-_MISSING = ("", "-", "–", "na", "n/a", "nan", "none", "null")
+_MISSING = ("", "-", "–", "na", "n/a", "none", "null")
 
 
 def read_table(path: Path, columns: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
@@ -107,9 +109,16 @@ def _record(
         if cell.lower() in _MISSING:
             return None
         try:
-            return float(cell.replace(",", ".") if decimal_comma else cell)
+            found = float(cell.replace(",", ".") if decimal_comma else cell)
         except ValueError:
             raise RecordError(f"{place}, column {columns[field]!r}: {cell!r} is no number") from None
+        limit = 100 if field in ("top1", "top5") else _MOST
+        if not 0 <= found <= limit:
+            what = "accuracy from 0 to 100 %" if limit == 100 else f"{field.replace('_', ' ')}"
+            raise RecordError(
+                f"{place}, column {columns[field]!r}: {cell} is no {what}; leave the cell empty if nothing was measured"
+            )
+        return found
 
     clusters, seed = number("clusters"), row.get("seed", str(line - 1))
     method = row.get("method", "clusters").replace("_", " ") or "unnamed"

@@ -13,7 +13,7 @@ from typing import Literal
 
 from .. import stats
 from .format import interval, points, ratio_interval, signed, times
-from .study import MACS, SECONDS, TOP1, Group, Measure, Record, Study, ratio_of_means
+from .study import MACS, SECONDS, TOP1, Group, Measure, Record, Study, call_seconds, ratio_of_means
 
 ALPHA = 0.05
 
@@ -25,7 +25,8 @@ Pace = Literal["faster", "slower", "not shown", "not measured"]
 class Judgement:
     """One group against the control.
 
-    `speedup` is control time over the group's time, `macs_ratio` control MACs over the group's. The
+    `speedup` is control time over the group's time for the whole test set, `macs_ratio` control MACs over the group's,
+    `call` the smallest batch size that was timed and the speed-up there. The
     p-values `p_not_worse`, `p_differs`, `p_pace` are corrected over the methods.
     """
 
@@ -40,6 +41,7 @@ class Judgement:
     p_pace: float | None = None
     macs_ratio: float | None = None
     paired: bool = False
+    call: tuple[int, float] | None = None
 
     @property
     def accuracy(self) -> Accuracy:
@@ -68,6 +70,11 @@ class Judgement:
         return "faster" if self.speedup.value > 1 else "slower"
 
     @property
+    def wins(self) -> bool:
+        """Whether it is shown to be both faster and no worse."""
+        return self.kept and self.pace == "faster"
+
+    @property
     def suspicious(self) -> bool:
         """Whether the measured speed-up exceeds the ratio of MACs by more than timing noise."""
         return (
@@ -79,7 +86,7 @@ class Judgement:
 
 
 def judge(study: Study, margin: float = 0.5) -> list[Judgement]:
-    """Compare every group with the control; empty if the study has no control.
+    """Compare every group with the control, the winners first, the fastest first; empty if the study has no control.
 
     **Arguments:**
 
@@ -89,17 +96,19 @@ def judge(study: Study, margin: float = 0.5) -> list[Judgement]:
     control = study.reference
     if control is None:
         return []
-    found = [_measure(group, control, margin) for group in study.others]
+    smallest = next(iter(study.batch_sizes), None)
+    found = [_measure(group, control, margin, smallest) for group in study.others]
     not_worse = stats.holm([j.tost.p_not_worse if j.tost else None for j in found])
     differs = stats.holm([j.top1.p if j.top1 else None for j in found])
     pace = stats.holm([j.speedup.p if j.speedup else None for j in found])
-    return [
+    judged = [
         replace(judgement, p_not_worse=a, p_differs=b, p_pace=c)
         for judgement, a, b, c in zip(found, not_worse, differs, pace, strict=True)
     ]
+    return sorted(judged, key=lambda j: -j.speedup.value if j.wins and j.speedup else 0)
 
 
-def _measure(group: Group, control: Group, margin: float) -> Judgement:
+def _measure(group: Group, control: Group, margin: float, smallest: int | None) -> Judgement:
     top1, seconds = matched(group, control, TOP1), matched(group, control, SECONDS)
     judgement = Judgement(group, control, margin, macs_ratio=ratio_of_means(control, group, MACS))
     if top1:
@@ -109,6 +118,9 @@ def _measure(group: Group, control: Group, margin: float) -> Judgement:
         judgement = replace(judgement, top1=difference, tost=tost, paired=paired)
     if seconds and min(*seconds.ours, *seconds.theirs) > 0:
         judgement = replace(judgement, speedup=stats.mean_ratio(seconds.theirs, seconds.ours))
+    call = matched(group, control, call_seconds(smallest)) if smallest is not None else None
+    if smallest is not None and call:
+        judgement = replace(judgement, call=(smallest, stats.mean_ratio(call.theirs, call.ours).value))
     return judgement
 
 
@@ -175,7 +187,7 @@ def accuracy_words(j: Judgement) -> str:
     margin = points(j.margin)
     change = f"{signed(j.top1.value)} points top-1"
     if j.tost.low is None:
-        return f"accuracy not shown to be kept ({change}; {j.top1.notes[0]})"
+        return f"one trial can’t tell whether accuracy is kept ({change}; {j.top1.notes[0]})"
     found = f"{change}, 90 % interval {interval(j.tost.low, j.tost.high)}"
     if j.accuracy == "not shown" and min(j.tost.p_not_worse or 1, j.top1.p or 1) < ALPHA:
         found += _UNCORRECTED
@@ -184,7 +196,7 @@ def accuracy_words(j: Judgement) -> str:
         "no worse": f"accuracy is no worse within {margin} ({found})",
         "lower within the margin": f"accuracy is lower, but by less than {margin} ({found})",
         "worse": f"accuracy is worse ({found})",
-        "not shown": f"neither a loss nor “no worse within {margin}” is shown ({found})",
+        "not shown": f"too few or too unsteady trials to tell whether accuracy is kept within {margin} ({found})",
     }[j.accuracy]
 
 
@@ -194,14 +206,20 @@ def pace_words(j: Judgement) -> str:
         return "inference time was not measured"
     ratio = times(j.speedup.value)
     if j.speedup.low is None or j.speedup.high is None:
-        return f"faster inference is not shown (ratio {ratio}; {j.speedup.notes[0]})"
+        return f"one trial can’t tell whether inference is faster (ratio {ratio}; {j.speedup.notes[0]})"
     bounds = f"95 % interval {ratio_interval(j.speedup)}"
     if j.pace == "faster":
-        return f"inference is {ratio} faster ({bounds})"
+        return f"inference is {ratio} faster over the test set{call_words(j)} ({bounds})"
     if j.pace == "slower":
-        return f"inference is slower: {times(1 / j.speedup.value)} the time ({bounds} of the speed)"
+        slower = f"{times(1 / j.speedup.value)} the time over the test set{call_words(j)}"
+        return f"inference is slower: {slower} ({bounds} of the speed)"
     note = _UNCORRECTED if (j.speedup.p or 1) < ALPHA else ""
-    return f"a difference in inference time is not shown (ratio {ratio}, {bounds}{note})"
+    return f"inference is as fast as far as these trials can tell ({ratio} over the test set, {bounds}{note})"
+
+
+def call_words(j: Judgement) -> str:
+    """The speed-up at the smallest batch size, if that was timed."""
+    return f", {times(j.call[1])} at batch {j.call[0]}" if j.call else ""
 
 
 def sentence(j: Judgement) -> str:
@@ -231,10 +249,14 @@ def headline(study: Study, judgements: Sequence[Judgement]) -> str:
         worse = [j for j in judgements if j.accuracy == "worse"]
         parts.append(f"{_count(worse, judgements)} shown to be worse")
     text = f"Of {len(judgements)} settings, {'; '.join(parts)}."
-    both = [j.group.label for j in kept if j.pace == "faster"]
-    if both:
-        return f"{text} Faster and no worse: {', '.join(both)}."
-    return f"{text} No setting is shown to be both faster and no worse."
+    winners = [j for j in judgements if j.wins]
+    if not winners:
+        return f"No setting is shown to be both faster and no worse. {text}"
+    best, *others = winners
+    ratio = f"{times(best.speedup.value if best.speedup else None)} faster than {control} over the test set"
+    found = f"{best.group.label} wins: {ratio}{call_words(best)}, and no worse in top-1 within {margin}."
+    also = f" Also faster and no worse: {', '.join(j.group.label for j in others)}." if others else ""
+    return f"{found}{also} {text}"
 
 
 def _count(found: Sequence[Judgement], of: Sequence[Judgement]) -> str:

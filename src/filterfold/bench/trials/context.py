@@ -78,6 +78,7 @@ class RunContext:
     - `cache_dir`: where decoded data sets are kept; None for the usual place.
     - `trackers`: names of `training.TRACKERS`.
     - `images`: fingerprint that the data set must have; None: any.
+    - `timing`: whether each trial times its network.
     """
 
     setting: Setting
@@ -87,6 +88,7 @@ class RunContext:
     cache_dir: Path | None = None
     trackers: Sequence[str] = ()
     images: str | None = None
+    timing: bool = True
 
     def __post_init__(self) -> None:
         """Refuse a device that is not there, and trackers that are not installed."""

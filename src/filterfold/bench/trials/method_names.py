@@ -34,10 +34,11 @@ ADDITIONS: Mapping[str, Mapping[str, Any]] = {
 
 They go together in any combination (`online-l1+repair+distill`), but for the last two, of which `online` takes one:
 filters are brought together by the stronger rule, or not at all. `longer` trains for as many epochs as `costs.LONGER`
-of the dense training pays for; `scratch` takes it as well. One-shot methods and `scratch` take `distill`."""
+of the dense training pays for; `scratch` takes it as well. One-shot methods take `repair` and `distill`, `scratch`
+takes `distill`."""
 
 
-_OTHERS: Mapping[str, tuple[str, ...]] = {"one-shot": ("distill",), "scratch": ("distill", "longer")}
+_OTHERS: Mapping[str, tuple[str, ...]] = {"one-shot": ("repair", "distill"), "scratch": ("distill", "longer")}
 """Additions that methods take which are not online."""
 
 

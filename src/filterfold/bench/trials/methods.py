@@ -8,6 +8,7 @@ its training counts in full for each of them.
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Sequence
@@ -21,7 +22,10 @@ from ...graph import trace
 from ...online import ClusterRow, Distillation, DistillationCallback, OnlineCallback, OnlineFilterClustering
 from ...plan import Plan
 from ...pruning.budgets.patterns import by_group
+from ...pruning.budgets.solver import Scope
+from ...pruning.criteria.registry import resolve
 from ...pruning.prune import prune
+from ...pruning.reconstruction import repair
 from ...pruning.scored import Scoring
 from ...surgery.checkpoint import load, save
 from ...training import Row
@@ -62,21 +66,26 @@ def dense(trial: Trial, context: RunContext) -> Trained:
 def one_shot(trial: Trial, context: RunContext) -> Trained:
     """The original algorithm (Li et al. 2017, §3): begin with the dense network, cut it, retrain.
 
-    `iterative` cuts and retrains in several rounds, some layers in each.
+    `iterative` cuts and retrains in several rounds, some layers in each; `+repair` solves the next layers' kernels anew
+    after each cut. Under a budget of the MACs, criteria whose scores compare across layers choose the widths.
     """
     trained = base(trial, context)
     context.deadline.check()
     setting, method, model = trial.setting, trial.parsed, trained.model
+    criterion = cast(str, method.criterion)
+    scope: Scope = "global" if trial.macs is not None and resolve(criterion).across_layers else "layer"
     taught = teachers(trial, context, model)
     rounds = _rounds(trial, context, model) if method.strategy == "iterative" else [budget(trial)]
     history: list[Row] = []
     plans: list[Plan] = []
     for number, part in enumerate(rounds):
+        before = copy.deepcopy(model) if "repair" in method.additions else None
         result = prune(
             model,
             context.example,
-            criterion=cast(str, method.criterion),
+            criterion=criterion,
             **part,
+            scope=scope,
             round_to=setting.round_to,
             loader=context.loader(trial.seed),
             scoring=Scoring(
@@ -86,13 +95,15 @@ def one_shot(trial: Trial, context: RunContext) -> Trained:
             ),
         )
         plans.append(result.plan)
+        if before is not None:
+            repair(model, before, result.plan, context.loader(trial.seed))
         epochs = _portion(setting.retrain_epochs, number, len(rounds))
         if epochs:
             recipe = {"lr": setting.retrain_lr, "schedule": "constant", **setting.retrain, "epochs": epochs}
             name = "retraining" if len(rounds) == 1 else f"retraining-{number}"
             rows = context.train(trial, model, checkpoint=name, phase="retrain", callbacks=taught, **recipe)
-            before = len(history)
-            history += [{**row, "epoch": row["epoch"] + before} for row in rows]
+            so_far = len(history)
+            history += [{**row, "epoch": row["epoch"] + so_far} for row in rows]
     return Trained(model, trained.history + history, plans)
 
 

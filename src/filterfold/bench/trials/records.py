@@ -49,7 +49,7 @@ class Result(TypedDict):
 
     top1: float
     top5: float
-    inference_seconds: float
+    inference_seconds: float | None
     macs: int
     parameters: int
     weights: int

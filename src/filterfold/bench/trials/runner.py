@@ -183,7 +183,7 @@ def compare(
     command: str | None = None,
     engine: Engine = local,
     timing_rounds: int | None = None,
-    batch_sizes: Sequence[int] = BATCH_SIZES,
+    batch_sizes: Sequence[int] | None = BATCH_SIZES,
     cache_dir: Path | None = None,
     fresh: bool = False,
     trackers: Sequence[str] = (),
@@ -203,7 +203,7 @@ def compare(
     - `fresh`: remove the run that the folder holds, and start anew.
     - `trackers`: what figures are handed to while trials run: `tensorboard` (event files in `logs/`), `mlflow`.
     - `timing_rounds`: how often every network passes over the test set in the timing pass; None: as often as it takes.
-    - `batch_sizes`: images a call at which the timing pass times every network as well.
+    - `batch_sizes`: images a call at which the timing pass times every network as well; None: nothing is timed.
 
     **Raises:** `RecordError` if the folder holds something else or another process works there; `DataError`,
     `ModelError` for a setting that no trial could run with; `OutputError` if the folder can't be written.
@@ -211,7 +211,8 @@ def compare(
     folder = Path(folder)
     check_output(folder, folder=True)
     known = None if fresh else images_of(folder)
-    context = RunContext(comparison.setting, folder, device, Deadline(stop_after), cache_dir, trackers, known)
+    timing = batch_sizes is not None
+    context = RunContext(comparison.setting, folder, device, Deadline(stop_after), cache_dir, trackers, known, timing)
     # what would make every trial fail, and a folder of something else, is refused before the folder is touched
     if missing := comparison.trials if fresh else _missing(comparison, folder):
         check(missing, context)
@@ -219,7 +220,7 @@ def compare(
     if not (fresh and (folder / DESCRIPTION).exists()):
         comparison.entries(folder)
     ran: list[str] = []
-    timed = False
+    timed = batch_sizes is None
     with _alone_in(folder):
         comparison.claim(folder, command, fresh=fresh and clear(folder), images=context.images)
         missing = _missing(comparison, folder)
@@ -231,8 +232,7 @@ def compare(
                     ran.append(record["id"])
                     _announce(record, len(ran), len(missing))
             finished = records.finished(_recorded(comparison, folder))
-            measure_together(list(finished.values()), context, timing_rounds, batch_sizes)
-            timed = True
+            timed = timed or _timed(finished, context, timing_rounds, batch_sizes or ())
             for trial in comparison.trials:
                 _tidy(trial, context, finished)
         except Stopped:
@@ -240,6 +240,16 @@ def compare(
         everything = _recorded(comparison, folder)
     left = len(comparison.trials) - len(records.finished(everything))
     return Outcome(tuple(everything), tuple(ran), left, timed)
+
+
+def _timed(finished: Mapping[str, Record], context: RunContext, rounds: int | None, batch_sizes: Sequence[int]) -> bool:
+    """The last step, which can be interrupted without harm: time all networks. Whether it was done."""
+    try:
+        measure_together(list(finished.values()), context, rounds, batch_sizes)
+    except KeyboardInterrupt:
+        log.warning("timing was interrupted; everything else is done, and the same command goes on with the timing")
+        return False
+    return True
 
 
 def clear(folder: Path) -> bool:

@@ -96,6 +96,42 @@ def input_of(data: ImageData, asked: Mapping[str, Any]) -> dict[str, Any]:
     return {"mean": mean, "std": std, **{name: asked[name] for name in SHAPE if name in asked}}
 
 
+def network_of(model: str, width: float, data: ImageData) -> dict[str, Any]:
+    """What a saved network notes of its code and its classes, so that it can be built from its file alone.
+
+    >>> from filterfold.data import load
+    >>> network_of("vgg16", 0.5, load("digits"))["arguments"]
+    {'classes': 10, 'channels': 1, 'width': 0.5, 'image_size': 8}
+    """
+    noted = code_of(model, width, (data.channels, data.image_size), len(data.classes))
+    return {**noted, "classes": list(data.classes)}
+
+
+def code_of(model: str, width: float, shape: tuple[int, ...], classes: int) -> dict[str, Any]:
+    """What is noted of a network's code alone; `shape`: channels, height, of its images."""
+    sizes = {"classes": classes, "channels": shape[0], "width": width, "image_size": shape[1]}
+    return {"factory": model, "arguments": sizes}
+
+
+def noted_network(weights: Weights) -> dict[str, Any]:
+    """What `network_of` noted in a file; empty if nothing is noted there.
+
+    **Raises:** `CheckpointError` if it makes no sense.
+    """
+    try:
+        metadata = json.loads(weights.header.get("metadata", "{}"))
+        if "factory" not in metadata:
+            return {}
+        factory, noted, classes = metadata["factory"], metadata["arguments"], metadata.get("classes", [])
+        kinds = {"classes": int, "channels": int, "width": float, "image_size": int}
+        if not isinstance(factory, str) or not all(isinstance(name, str) for name in classes):
+            raise TypeError("names are texts")
+        sizes = {name: kind(noted[name]) for name, kind in kinds.items() if name in noted}
+        return {"factory": factory, "arguments": sizes, "classes": list(classes)}
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise CheckpointError(f"{weights.source}: damaged header: what it notes of its network ({error})") from error
+
+
 def noted_input(weights: Weights) -> dict[str, Any]:
     """What `input_of` noted in a file; empty if nothing is noted there.
 

@@ -54,8 +54,9 @@ BATCH_BYTES = 64 << 20
 """A batch with more bytes of images than this is left out: what the layers make of it may not fit in memory."""
 
 
-ROUNDS, MOST_ROUNDS, SHORT_SECONDS = 3, 9, 5.0
-"""Rounds, and how many there may be as long as all of them together take under so many seconds."""
+ROUNDS, MOST_ROUNDS, SHORT_SECONDS, SHORT_SHARE = 3, 9, 5.0, 0.1
+"""Rounds, and how many there may be as long as all of them together take under so many seconds and under this share of
+what the networks' training took."""
 
 
 WHOLE = "whole"
@@ -167,8 +168,10 @@ class _TimingPass:
     def measure(self, rounds: int | None) -> None:
         """Time the networks one after the other, round after round."""
         models = [*self.models, self.models[0]]
+        trained = sum(record["result"]["train_seconds"] for record in self.finished if record["result"])
+        short = min(SHORT_SECONDS, SHORT_SHARE * trained)
         for turn in range(rounds or MOST_ROUNDS):
-            if rounds is None and turn >= ROUNDS and self._spent() >= SHORT_SECONDS:
+            if rounds is None and turn >= ROUNDS and self._spent() >= short:
                 break
             order = [(name, place) for name in self.columns for place in in_turn(len(models), turn)]
             left = [(name, place) for name, place in order if len(self.seconds[name][place]) <= turn]
@@ -184,7 +187,12 @@ class _TimingPass:
         return sum(sum(map(sum, own)) / self.columns[name].factor for name, own in self.seconds.items())
 
     def look_at_widths(self) -> None:
-        """Time the layers of the first cut network of each label at rounded-up widths; it stands for the label."""
+        """Time the layers of the first cut network of each label at rounded-up widths; it stands for the label.
+
+        Not where no batch sizes were asked for: then nothing but the test set counts.
+        """
+        if not self.asked:
+            return
         for record, model in zip(self.finished, self.models, strict=True):
             result = record["result"]
             cut = result is not None and any(before != after for before, after in result.get("widths", {}).values())

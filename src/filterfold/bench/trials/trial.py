@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, cast
 
-from ...errors import ConfigError, FilterfoldError
+from ...errors import ConfigError, FilterfoldError, one_line
 from ...plan import Plan
 from ...profiling.macs import Cost, measure
 from ...surgery.checkpoint import save
@@ -20,7 +20,7 @@ from .context import RunContext
 from .costs import train_images, train_macs
 from .methods import online_callback, teachers, train_by_method
 from .records import Dense, Record, Result
-from .start import input_of
+from .start import input_of, network_of
 from .timing import measure_alone
 
 
@@ -40,19 +40,20 @@ def run_trial(trial: Trial, context: RunContext, *, command: str | None = None) 
     trained = train_by_method(trial, context)
     final, dense = measure(trained.model, context.example), measure(context.build(trial.seed), context.example)
     metrics = evaluate(trained.model, context.data.test, device=context.device, classes=len(context.data.classes))
-    timing = measure_alone(trained.model, context)
+    timing = measure_alone(trained.model, context) if context.timing else None
     with context.tracked(trial) as trackers:
         for tracker in trackers:
             tracker.final({"top1": metrics.top1, "top5": metrics.top5, "macs": final.macs, "weights": final.weights})
     about = {
         "trial": json.dumps(trial.to_dict(), sort_keys=True),
         "input": input_of(context.data, trial.setting.data_options),
+        **network_of(trial.setting.model, trial.setting.width, context.data),
     }
     save(trained.model, context.model_file(trial.id), plan=tuple(trained.plans), metadata=about)
     result = Result(
         top1=metrics.top1,
         top5=metrics.top5,
-        inference_seconds=timing["rounds"][0],
+        inference_seconds=timing["rounds"][0] if timing else None,
         macs=final.macs,
         parameters=final.parameters,
         weights=final.weights,
@@ -73,12 +74,10 @@ def run_trial(trial: Trial, context: RunContext, *, command: str | None = None) 
 def failure(trial: Trial, error: Exception, device: str, command: str | None, started: str) -> Record:
     """The record of a trial that failed. An error that is none of Filterfold's is a bug: its traceback is kept."""
     record = _unfinished(trial, device, command, started)
-    reason = (str(error).strip().splitlines() or [""])[0]
     if isinstance(error, FilterfoldError):
-        return {**record, "reason": reason}
+        return {**record, "reason": (str(error).strip().splitlines() or [""])[0]}
     trace = "".join(traceback.format_exception(error))
-    environment = record["environment"] | {"traceback": trace}
-    return {**record, "reason": f"{type(error).__name__}: {reason}", "environment": environment}
+    return {**record, "reason": one_line(error), "environment": record["environment"] | {"traceback": trace}}
 
 
 def check(trials: Iterable[Trial], context: RunContext) -> None:

@@ -89,7 +89,7 @@ def _varying_axis(
     else:
         options = sorted(varying, key=lambda a: (a == chosen, block.shape[a], a), reverse=True)
         axis = tracer.choices.get(len(tracer.splits), options[0])
-        tracer.splits.append(Split(block.ravel(), tuple(options), axis))
+        tracer.splits.append(Split(block.ravel(), tuple(options), axis, tracer.where))
     rows = np.moveaxis(block, axis, 0).reshape(block.shape[axis], -1)
     vector = np.ascontiguousarray(rows[:, 0])
     if len(varying) > 1:

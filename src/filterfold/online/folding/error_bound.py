@@ -218,6 +218,8 @@ def _site(cut: Cut, tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Modu
     filters = [layer for layer in layers if layer is not norm]
     if len(filters) != 1 or filters[0].kind != "filter" or not {"weight"} <= filters[0].slices.keys() <= _LEAVES:
         return None
+    if any(piece.units != tuple(range(cut.size)) for layer in layers for piece in layer.slices.values()):
+        return None  # the filter makes other groups' units, too
     made, behind = modules.get(filters[0].name), None if norm is None else modules.get(norm.name)
     if made is None or not _plain(made, filters[0].slices["weight"], 0, tensors):
         return None

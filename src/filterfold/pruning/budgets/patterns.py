@@ -28,7 +28,8 @@ def matching(pattern: str, groups: Sequence[ChannelGroup], option: str) -> list[
         if any(_fits(name, pattern) for name in makers):
             matched.append(group)
     if not matched and not any(_fits(name, pattern) for name in names):
-        raise SelectionError(f"{option}: {pattern!r} matches no layer{suggestion(pattern, names)}")
+        known = {group.name for group in groups if group.frozen is None} or {group.name for group in groups}
+        raise SelectionError(f"{option}: {pattern!r} matches no layer{suggestion(pattern, known)}")
     return matched
 
 
