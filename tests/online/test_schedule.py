@@ -223,12 +223,12 @@ def test_small_cuts_follow_the_cubic_and_leave_time_to_recover(power: float) -> 
     [
         (lambda: Schedule.gradual(), "how long training is"),
         (lambda: Schedule.gradual(10, steps=10), "how long training is"),
-        (lambda: Schedule.gradual(steps=True), "True steps"),
+        (lambda: Schedule.gradual(steps=True), "steps=True must be int"),
         (lambda: Schedule.gradual(steps=100, every=0), "every=0"),
         (lambda: Schedule.at_fractions([(1.5, 1.0)], steps=10), "fractions of training"),
         (lambda: Schedule.small_cuts(steps=100, every=60), "no cut every 60 steps"),
         (lambda: Schedule.small_cuts(steps=100, start=0.6), "no cut every 1 steps"),
-        (lambda: Schedule(milestones=((1, math.nan),)), "shares"),
+        (lambda: Schedule(milestones=((1, math.nan),)), "milestones="),
         (lambda: Schedule(unit="batch"), "unit='batch'"),
     ],
 )

@@ -193,7 +193,6 @@ def test_groups_whose_trial_cut_fails_are_left_whole():
         ({"latency": 0.5, "macs": 0.5}, "macs= can't be combined with latency="),
         ({"latency": 0}, "latency=0 is no share: it must lie above 0 and be at most 1"),
         ({"latency": 1.5}, "latency=1.5 is no share"),
-        ({"latency": True}, "latency=True is no share"),
         ({"latency": 0.5, "round_to": 0}, "round_to=0"),
         ({"latency": 0.5, "selection": Selection("global")}, "scope= has no effect with latency="),
         ({"latency": 0.5, "ignore": ["nothing"]}, "ignore: 'nothing' matches no layer"),

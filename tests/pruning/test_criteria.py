@@ -282,7 +282,7 @@ def test_nothing_is_left_behind(net, groups, name, outer):
 
 def test_an_error_in_the_middle_leaves_nothing_behind(net, groups):
     net.conv.weight.requires_grad_(False)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ConfigError, match="criterion 'taylor' fails on the loader's batches: RuntimeError"):
         score(groups, net, "taylor", loader=[*loader(), (torch.zeros(1, 4, 7, 7), torch.zeros(1))])
     assert net.training
     assert not net.conv.weight.requires_grad

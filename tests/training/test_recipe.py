@@ -89,7 +89,6 @@ def test_what_came_later_is_not_in_old_descriptions() -> None:
         ("epochs", 0),
         ("batch_size", 0),
         ("lr", 0.0),
-        ("lr", float("nan")),
         ("momentum", 1.0),
         ("weight_decay", -1e-4),
         ("schedule", "steps"),

@@ -35,22 +35,31 @@ _THREADS_PAY_ABOVE = 16384
 """Encoded bytes above which threads help: with smaller images they mostly wait for the interpreter lock."""
 
 
-def encoded(entry: Mapping[str, Any] | None) -> bytes:
-    """The bytes of an entry {"bytes": ..., "path": ...} of an undecoded image column."""
-    if entry is None:
+def encoded(entry: Mapping[str, Any] | None, roots: tuple[Path, ...]) -> bytes:
+    """The bytes of an entry {"bytes": ..., "path": ...} of an undecoded image column.
+
+    **Arguments:** `roots`: the folders that paths may lead into.
+
+    **Raises:** `DataError` for an empty entry, or a path out of the folder or to what is no ordinary file.
+    """
+    if entry is None or (entry.get("bytes") is None and not entry.get("path")):
         raise DataError("the entry is empty")
-    content = entry.get("bytes")
-    return Path(entry["path"]).read_bytes() if content is None else bytes(content)
+    if (content := entry.get("bytes")) is not None:
+        return bytes(content)
+    path = Path(os.path.abspath(entry["path"]))  # noqa: PTH100  # links in the folder are its owner's
+    if not any(path.is_relative_to(root) for root in roots) or not path.is_file():
+        raise DataError("its path is no ordinary file in the folder of the data set")
+    return path.read_bytes()
 
 
-def open_image(entry: Mapping[str, Any] | None, hint: tuple[str, ...] | None = None) -> Any:
-    """Open an entry of an undecoded image column with Pillow.
+def open_image(entry: Mapping[str, Any] | None, roots: tuple[Path, ...], hint: tuple[str, ...] | None = None) -> Any:
+    """Open an entry of an undecoded image column with Pillow; `roots` as for `encoded`.
 
     `hint` names the likely format: trying every format in turn takes as long as decoding 32×32 pixels.
     """
     from PIL import Image, UnidentifiedImageError
 
-    content = encoded(entry)
+    content = encoded(entry, roots)
     if hint:
         try:
             return Image.open(io.BytesIO(content), formats=hint)
@@ -96,7 +105,14 @@ def unreadable(name: str, split: str, row: int, entry: Any, error: Exception) ->
 
 
 def decode_all(
-    name: str, split: str, entries: Callable[[int, int], Sequence[Any]], count: int, *, channels: int, size: int
+    name: str,
+    split: str,
+    entries: Callable[[int, int], Sequence[Any]],
+    count: int,
+    *,
+    channels: int,
+    size: int,
+    roots: tuple[Path, ...] = (),
 ) -> Tensor:
     """Decode a whole split.
 
@@ -107,6 +123,7 @@ def decode_all(
     - `count`: number of rows.
     - `channels`: 1 or 3.
     - `size`: height and width; other shapes are scaled and cut.
+    - `roots`: see `encoded`.
 
     **Returns:** uint8, shape (count, channels, size, size).
 
@@ -118,7 +135,7 @@ def decode_all(
     def decode(row: int, entry: Any) -> None:
         nonlocal hint
         try:
-            image = open_image(entry, hint)
+            image = open_image(entry, roots, hint)
             if hint is None and image.format:
                 hint = (image.format,)
             images[row] = to_array(fit(convert(image, channels), size))

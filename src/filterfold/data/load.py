@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, DataError
-from . import decode
+from ..utils.arguments import typed
+from . import decode, streaming
+from .augment import POLICIES
 from .decode import decode_all, open_image, unreadable
 from .sources import Columns, Opened, Place, locate, open_place
 from .splits import ImageData, Normalization, Split, hold_out, limit
@@ -44,6 +46,7 @@ MEMORY_LIMIT = 2 << 30
 STREAMED_SIZE = 224
 
 
+@typed
 def load(
     source: str,
     *,
@@ -109,6 +112,11 @@ def load(
         raise ConfigError(f"channels={channels}: images can be had with 1 or 3 channels")
     if image_size is not None and image_size < 1:
         raise ConfigError(f"image_size={image_size} makes no image; give at least 1")
+    for name, number, least in (("memory_limit", memory_limit, 0), ("workers", workers or 0, 0)):
+        if number < least:
+            raise ConfigError(f"{name}={number}: at least {least}")
+    if augment is not None and augment not in (every := sorted({*POLICIES, *streaming.POLICIES})):
+        raise ConfigError(f"augment={augment!r} is not one of {', '.join(every)}")
     names = Columns(image_column, label_column, train_split, validation_split, test_split)
     if source == "digits":
         name, classes = source, tuple(map(str, range(10)))
@@ -174,7 +182,7 @@ def _shape(name: str, opened: Opened, channels: int | None, size: int | None) ->
     modes, sides = set(), set()
     for row, entry in enumerate(table.rows[:16][table.image_column]):
         try:
-            image = open_image(entry)
+            image = open_image(entry, opened.roots)
         except Exception as error:  # Pillow's plugins raise anything
             raise unreadable(name, "train", row, entry, error) from error
         modes.add(image.mode)
@@ -191,7 +199,7 @@ def _decoded(name: str, opened: Opened, channels: int, size: int) -> dict[str, S
         def entries(start: int, stop: int, table: Any = table) -> Any:
             return table.rows[start:stop][table.image_column]
 
-        images = decode_all(name, role, entries, len(table.labels), channels=channels, size=size)
+        images = decode_all(name, role, entries, len(table.labels), channels=channels, size=size, roots=opened.roots)
         splits[role] = Split(images, table.labels, _neutral(channels))
     return _measured(_with_test(name, splits, len(opened.classes)))
 
@@ -235,9 +243,8 @@ def _streamed(name: str, opened: Opened, channels: int, size: int, workers: int 
     splits = {}
     for role, table in opened.splits.items():
         places, neutral = torch.arange(len(table.labels)), _neutral(channels)
-        splits[role] = StreamedSplit(
-            name, role, table.rows, table.image_column, places, table.labels, channels, size, neutral, workers
-        )
+        where = table.rows, table.image_column, places, table.labels
+        splits[role] = StreamedSplit(name, role, *where, channels, size, neutral, workers, opened.roots)
     return _with_test(name, splits, len(opened.classes))
 
 

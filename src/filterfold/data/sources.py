@@ -64,10 +64,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Opened:
-    """A data set whose images are not decoded yet."""
+    """A data set whose images are not decoded yet, and the folders in which those lie that are files of their own."""
 
     classes: tuple[str, ...]
     splits: dict[str, Table]
+    roots: tuple[Path, ...]
 
 
 def locate(source: str) -> Place:
@@ -116,7 +117,17 @@ def open_place(place: Place, names: Columns, revision: str | None = None) -> Ope
     for role, split in chosen.items():
         labels = _indices(place.name, split, sets[split][label], numbers, len(classes))
         splits[role] = Table(_undecoded(sets[split], image), image, labels)
-    return Opened(classes, splits)
+    return Opened(classes, splits, _roots(place))
+
+
+def _roots(place: Place) -> tuple[Path, ...]:
+    """Where the files of a data set are: in its own folder; what comes from the hub, in the folders kept for that."""
+    if place.path is not None:
+        return (place.path if place.path.is_dir() else place.path.parent,)
+    import datasets
+
+    kept = datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH
+    return tuple(Path(os.path.abspath(folder)) for folder in kept)  # noqa: PTH100  # as paths in the rows are
 
 
 def _load(place: Place, revision: str | None) -> Mapping[str, Any]:
@@ -222,8 +233,8 @@ def _classes(name: str, kind: Any, values: Any) -> tuple[tuple[str, ...], dict[A
     names = getattr(kind, "names", None)
     if names:
         return tuple(names), None
-    found = set(values)
-    if not found or not all(isinstance(value, int | str) for value in found):
+    found = set(values) if all(isinstance(value, int | str) for value in values) else set()
+    if not found:
         raise DataError(f"{name}: labels must be integers or strings, not {kind}; name the column with label_column")
     ordered = sorted(found)
     return tuple(map(str, ordered)), {value: index for index, value in enumerate(ordered)}

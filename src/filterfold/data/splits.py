@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
+from ..utils.arguments import check_device, typed
 from .augment import crop_and_flip, draw, seeded
 
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]
@@ -197,6 +198,7 @@ class ImageData:
         return f"{self.name}: {sizes} images of {shape}, {len(self.classes)} classes"
 
 
+@typed
 def batches(
     split: AnySplit,
     batch_size: int,
@@ -244,6 +246,9 @@ def batches(
 
     ```
     """
+    if not hasattr(split, "pixels"):
+        raise DataError(f"{type(split).__name__} is no split; give one of load(...), such as data.train")
+    check_device(device)
     if batch_size < 1:
         raise DataError(f"batch_size={batch_size} makes no batch; give at least 1")
     if not len(split):

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,6 +53,7 @@ class StreamedSplit:
     - `channels`, `image_size`: what images are converted to.
     - `normalization`: mean and standard deviation of each channel.
     - `workers`: processes that decode; None: one for each processor but one, at most 16.
+    - `roots`: the folders that the rows' paths may lead into.
     """
 
     name: str
@@ -64,13 +66,14 @@ class StreamedSplit:
     image_size: int
     normalization: Normalization
     workers: int | None = None
+    roots: tuple[Path, ...] = ()
 
     @cached_property
     def fingerprint(self) -> str:
         """Of labels, in their order, and of `PROBES` encoded images, evenly spread: 16 hexadecimal digits."""
         digest = hashlib.sha256(self.labels.cpu().contiguous().numpy().data)
         for index in torch.linspace(0, len(self) - 1, min(PROBES, len(self))).long().tolist():
-            digest.update(encoded(self.rows[int(self.places[index])][self.image_column]))
+            digest.update(encoded(self.rows[int(self.places[index])][self.image_column], self.roots))
         return digest.hexdigest()[:16]
 
     def __len__(self) -> int:
@@ -113,7 +116,7 @@ class _Decoder(Dataset[Tensor]):
         row = int(split.places[index])
         entry = split.rows[row][split.image_column]
         try:
-            image = convert(open_image(entry), split.channels)
+            image = convert(open_image(entry, split.roots), split.channels)
             if self.transform is not None:
                 with torch.random.fork_rng(devices=[]):  # these transforms draw from the global random state
                     torch.manual_seed(seeded(self.seed, self.epoch, index, 4).initial_seed())

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..errors import ExportError, one_line, pass_on_exhaustion
+from ..utils.arguments import typed
 from ..utils.inputs import arguments, batch_of, difference, examples, outputs
-from ..utils.io import write_atomically
+from ..utils.io import check_output, write_atomically
 from ..utils.model_state import preserved
 from ..utils.modules import unwrap
 from .onnx_network import OnnxNetwork
@@ -84,6 +85,7 @@ class ExportOptions:
 USUAL = ExportOptions()
 
 
+@typed
 def to_program(
     model: nn.Module, example_inputs: Any, path: str | Path | None = None, *, options: ExportOptions = USUAL
 ) -> torch.export.ExportedProgram:
@@ -107,6 +109,8 @@ def to_program(
 
     ```
     """
+    if path is not None:
+        check_output(Path(path), folder=False)
     model = unwrap(model)
     positional, keywords, shapes = *arguments(example_inputs), None
     if options.dynamic:
@@ -119,7 +123,7 @@ def to_program(
     with preserved(model), torch.no_grad(), quiet():
         try:
             program = torch.export.export(model, positional, keywords, dynamic_shapes=shapes, strict=False)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             pass_on_exhaustion(error)
             hints = {"dynamic": "the batch size", "dynamic_size": "height and width"}
             asked = [f"{name}=False fixes {what}" for name, what in hints.items() if getattr(options, name)]
@@ -135,6 +139,7 @@ def to_program(
     return program
 
 
+@typed
 def to_onnx(
     model: nn.Module,
     example_inputs: Any,

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from ..errors import TraceError, one_line, pass_on_exhaustion
 from ..plan import ChannelGroup
 from ..profiling.macs import Cost, Counting, measure
-from ..utils.inputs import batch_of, call
+from ..utils.arguments import typed
+from ..utils.inputs import batch_of, call, check_inputs
 from ..utils.model_state import preserved, random_state_preserved
-from ..utils.modules import leaves
+from ..utils.modules import leaves, refuse_script
 from .assemble import Assembly, assemble
 from .dispatch import Recorder, SizedLayout, Split, Step, TensorLabels, Tracer, module_stack
 from .labels import FIXED, OUTPUT, Tie
@@ -88,6 +89,7 @@ class Traced(tuple[ChannelGroup, ...]):
         return Traced, (tuple(self), self.sizes, self.unmet)
 
 
+@typed
 def trace(model: nn.Module, example_inputs: Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]) -> Traced:
     """Find all channels of a network that can be removed, and everything that must go with each.
 
@@ -146,6 +148,8 @@ def tied(model: nn.Module, example_inputs: Any, traced: Traced, ties: Iterable[T
 
 
 def _trace(model: nn.Module, example_inputs: Any, watch: AbstractContextManager[Any]) -> Traced:
+    refuse_script(model)
+    check_inputs(example_inputs)
     traced = _trace_once(model, example_inputs, {}, watch)
     tried: list[dict[int, int]] = []
     for wide in (False, True):

@@ -18,6 +18,7 @@ from ..pruning.budgets import Budget, Selection
 from ..pruning.criteria import Criterion
 from ..pruning.reconstruction import Repair, reestimate, repair
 from ..pruning.scored import Planned, PruneResult, Rules, Scored, Scoring, scored
+from ..utils.arguments import typed
 from ..utils.model_state import random_state_preserved
 from ..utils.modules import unwrap
 from .distillation import Distillation
@@ -66,6 +67,7 @@ Train = Callable[[Child], object]
 """The user's own training: trains `child.network` in place, if wanted with `child.distillation`."""
 
 
+@typed
 @torch.inference_mode(mode=False)  # else new tensors could never be trained
 def shrink(
     model: nn.Module,

@@ -15,6 +15,7 @@ from ..errors import CheckpointError, ConfigError, ModelError
 from ..plan import Plan
 from ..profiling.macs import measure
 from ..surgery.layer_attributes import restore, snapshot
+from ..utils.arguments import typed
 from ..utils.inputs import call
 from ..utils.modules import in_memory_order, memory_order, named_tensors, unwrap
 from .channel_maps import ChannelMap, channel_maps, read_map, refuse_unfitting
@@ -90,6 +91,7 @@ class Distillation:
     ```
     """
 
+    @typed
     def __init__(
         self,
         model: nn.Module,

@@ -16,13 +16,14 @@ from ..graph import Traced, trace_and_measure
 from ..plan import ChannelGroup, Plan
 from ..profiling.macs import Cost
 from ..pruning.budgets import Budget, Selection, choose
-from ..pruning.budgets.patterns import merged
+from ..pruning.budgets.patterns import check_shares, merged
 from ..pruning.budgets.ranking import rank
 from ..pruning.criteria import score
 from ..pruning.criteria.registry import resolve
-from ..pruning.prune import check_optimizers
+from ..pruning.prune import check_averaged, check_optimizers
 from ..pruning.scored import Optimizers
 from ..surgery.apply import apply_with_sizes
+from ..utils.arguments import typed
 from ..utils.distributed import agreed, check_wrappers, renew
 from ..utils.modules import named_tensors, unwrap
 from .assign import ClusterRow, read_row, regroup, summary
@@ -93,6 +94,7 @@ class OnlineFilterClustering:
     ```
     """
 
+    @typed
     def __init__(
         self,
         model: nn.Module,
@@ -121,6 +123,7 @@ class OnlineFilterClustering:
         self.model, self.example_inputs, self.optimizer, self.averaged = model, example_inputs, optimizer, averaged
         check_wrappers(model)
         check_optimizers(optimizer, self._bare)
+        check_averaged(averaged, self._bare)
         self.labels: dict[str, Tensor] = {}
         self.history: list[ClusterRow] = []
         self.cuts: list[CutResult] = []
@@ -183,6 +186,7 @@ class OnlineFilterClustering:
         if isinstance(self._pull, Centripetal):
             self._pull.merge()
 
+    @typed
     def cluster_and_prune(self, share: float = 1.0) -> CutResult:
         """Fold every cluster into one unit, physically; model, optimizer state and averaged copies alike.
 
@@ -194,9 +198,11 @@ class OnlineFilterClustering:
 
         **Raises:** `VerificationError` if the cut network would not equal the masked one.
         """
+        check_shares(share=share)
         with all_or_nothing(self, self.widths) as undo:
             return self._pruned(share, undo)
 
+    @typed
     def step(self, done: int, metric: float | None = None) -> list[str]:
         """Do what the schedule says after so many epochs, or optimizer steps if it counts these.
 
@@ -213,6 +219,8 @@ class OnlineFilterClustering:
         """
         if self.schedule is None:
             raise ConfigError("step() needs a schedule: give schedule=Schedule.gradual(epochs), or another")
+        if done < 0:
+            raise ConfigError(f"step({done}): say how many {self.schedule.unit}s are done")
         events = []
         with all_or_nothing(self, self.widths, *([] if self._plateau is None else [self._plateau])) as undo:
             self.epoch = done

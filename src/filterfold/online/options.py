@@ -10,6 +10,7 @@ from typing import Any, Literal
 from ..errors import ConfigError
 from ..pruning.budgets.patterns import check_counts, check_one_budget, check_shares
 from ..pruning.criteria import CRITERIA
+from ..utils.arguments import check_fields
 from .folding import Features
 
 FOLD, CENTROID = "fold", "centroid"
@@ -78,6 +79,7 @@ class Pull:
 
     def __post_init__(self) -> None:
         """Refuse unknown kinds; put in the usual strength."""
+        check_fields(self)
         if self.kind not in _STRENGTH:
             raise ConfigError(f"unknown pull {self.kind!r}: {' or '.join(_STRENGTH)}")
         if self.strength is None:
@@ -120,6 +122,7 @@ class CutOptions:
 
     def __post_init__(self) -> None:
         """Refuse what does not exist, and a remedy without the batches that it needs."""
+        check_fields(self)
         if self.features not in ("units", "filters"):
             raise ConfigError(f"unknown features {self.features!r}: units or filters")
         check_remedy(self.remedy)

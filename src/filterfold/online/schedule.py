@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from math import isnan
 from typing import Any, Literal
 
-from ..errors import ConfigError
+from ..errors import ConfigError, one_line
+from ..utils.arguments import check_fields, typed
 
 DOCUMENT = ((0.5, 1 / 3), (0.6, 2 / 3), (0.7, 1.0))
 GRADUAL = ((0.2, 0.4), (0.35, 0.8), (0.5, 1.0))
@@ -52,6 +53,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         """Refuse milestones out of order."""
+        check_fields(self)
         places, shares = [place for place, _ in self.milestones], [share for _, share in self.milestones]
         if self.unit not in ("epoch", "step"):
             raise ConfigError(f"schedule: unit={self.unit!r} must be 'epoch' or 'step'")
@@ -67,14 +69,16 @@ class Schedule:
             raise ConfigError(f"schedule: change={self.change}: a share of the loss, in [0, 1)")
 
     @classmethod
+    @typed
     def every(cls, n: int, start: int, stop: int, *, milestones: tuple[int, ...]) -> Schedule:
         """Update every n epochs from `start` to `stop` (inclusive); milestones take equal steps to the target."""
-        if n < 1:
-            raise ConfigError(f"schedule: updates every {n} epochs: at least 1")
+        if n < 1 or stop < start:
+            raise ConfigError(f"schedule: updates every {n} epochs from {start} to {stop}: none")
         steps = tuple((epoch, (index + 1) / len(milestones)) for index, epoch in enumerate(milestones))
         return cls(tuple(range(start, stop + 1, n)), steps)
 
     @classmethod
+    @typed
     def at_fractions(
         cls,
         milestones: Sequence[tuple[float, float]],
@@ -91,6 +95,8 @@ class Schedule:
         ((250, 0.5), (500, 1.0))
         """
         unit, length = _length(epochs, steps)
+        if not milestones:
+            raise ConfigError("schedule: no milestone, so nothing would ever be cut")
         if any(not 0 <= fraction < 1 for fraction, _ in milestones):
             raise ConfigError("schedule: milestones lie at fractions of training in [0, 1)")
         found: dict[int, float] = {}
@@ -101,6 +107,7 @@ class Schedule:
         return cls(tuple(range(every, last + 1, every)), tuple(sorted(found.items())), unit=unit)
 
     @classmethod
+    @typed
     def small_cuts(
         cls,
         epochs: int | None = None,
@@ -136,6 +143,7 @@ class Schedule:
         return cls(tuple(updates), tuple(zip(places, shares, strict=True)), unit=unit)
 
     @classmethod
+    @typed
     def document(cls, epochs: int | None = None, *, steps: int | None = None, every: int | None = None) -> Schedule:
         """The form of the original description: clusters watched early and mid, folded once training levels off.
 
@@ -148,6 +156,7 @@ class Schedule:
         return cls.at_fractions(DOCUMENT, epochs=epochs, steps=steps, every=every)
 
     @classmethod
+    @typed
     def gradual(cls, epochs: int | None = None, *, steps: int | None = None, every: int | None = None) -> Schedule:
         """Milestones at 20, 35 and 50 % of training with 40, 80 and 100 % of the units to be removed gone.
 
@@ -156,6 +165,7 @@ class Schedule:
         return cls.at_fractions(GRADUAL, epochs=epochs, steps=steps, every=every)
 
     @classmethod
+    @typed
     def early(cls, epochs: int | None = None, *, steps: int | None = None, every: int | None = None) -> Schedule:
         """Milestones at 5, 10 and 15 % of training, in the steps of `gradual`: nearly all of it is cheap.
 
@@ -165,6 +175,7 @@ class Schedule:
         return cls.at_fractions(EARLY, epochs=epochs, steps=steps, every=every)
 
     @classmethod
+    @typed
     def plateau(cls, epochs: int, *, patience: int = 3, change: float = 0.01) -> Schedule:
         """`document`, but each milestone is taken as soon as training levels off.
 
@@ -174,6 +185,7 @@ class Schedule:
         return replace(cls.document(epochs), patience=patience, change=change)
 
     @classmethod
+    @typed
     def of(cls, schedule: str | Schedule | Mapping[str, Any], epochs: int, steps: int | None = None) -> Schedule:
         """A schedule by name, as it is, or from its `to_dict()`.
 
@@ -225,9 +237,12 @@ class Schedule:
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Schedule:
         """What `to_dict` wrote."""
-        milestones = tuple((int(at), float(share)) for at, share in document["milestones"])
-        others = {name: document[name] for name in ("patience", "change", "unit") if name in document}
-        return cls(tuple(document["updates"]), milestones, **others)
+        try:
+            milestones = tuple((int(at), float(share)) for at, share in document["milestones"])
+            others = {name: document[name] for name in ("patience", "change", "unit") if name in document}
+            return cls(tuple(document["updates"]), milestones, **others)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"schedule: not what Schedule.to_dict() gives: {one_line(error)}") from error
 
 
 def _fractions(text: str) -> list[float]:

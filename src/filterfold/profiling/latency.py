@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import statistics
 import tempfile
@@ -20,8 +21,9 @@ from torch.utils._pytree import tree_map
 
 from ..errors import ConfigError
 from ..export.onnx_network import OnnxNetwork
+from ..utils.arguments import typed
 from ..utils.environment import processor
-from ..utils.inputs import call_as_is, examples
+from ..utils.inputs import call_as_is, check_inputs, examples
 from ..utils.model_state import preserved
 from ..utils.progress import track
 from .latency_results import CONTROL, Latency, LatencyComparison
@@ -57,6 +59,8 @@ def timer_for(device: torch.device) -> Timer:
 @contextmanager
 def threads_set(count: int | None) -> Iterator[None]:
     """Let PyTorch compute with so many CPU threads for the length of a `with` block; None: leave it."""
+    if count is not None and count < 1:
+        raise ConfigError(f"threads={count}: at least 1, or None")
     before = torch.get_num_threads()
     try:
         if count is not None:
@@ -163,6 +167,7 @@ _LEAST_REPEATS = 7
 """Where time is short: the fewest values whose second smallest and second largest still tell something."""
 
 
+@typed
 def measure_latency(
     models: Mapping[str, nn.Module],
     example_inputs: Any,
@@ -214,6 +219,7 @@ def measure_latency(
     ```
     """
     device, dtype = _check(models, batch_sizes, repeats, mode)
+    check_inputs(example_inputs, with_data=True)
     example = _moved(examples(example_inputs), device)
     rows: list[Latency] = []
     rounds = _Rounds(timer or timer_for(device), repeats, warmup, block_seconds, max_seconds)
@@ -326,6 +332,14 @@ class _Rounds:
     warmup: int
     block_seconds: float
     max_seconds: float
+
+    def __post_init__(self) -> None:
+        """Refuse what is no number of calls or seconds."""
+        if self.warmup < 0 or not 0 < self.block_seconds < math.inf or not self.max_seconds >= 0:
+            raise ConfigError(
+                f"warmup={self.warmup}, block_seconds={self.block_seconds}, max_seconds={self.max_seconds}: calls from "
+                "0 on, and seconds above 0"
+            )
 
     def times(self, runs: Sequence[Callable[[], Any]], description: str) -> list[list[float]]:
         """For every network the seconds per call in each round; the last one is the control of the first."""

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from ..errors import ModelError, one_line, pass_on_exhaustion
-from ..utils.inputs import batch_of, call, examples
+from ..utils.arguments import typed
+from ..utils.inputs import batch_of, call, check_inputs, examples
 from ..utils.model_state import preserved, random_state_preserved
 from ..utils.modules import named_tensors
 from .weight_ops import WeightOps, WeightUse
@@ -92,6 +93,7 @@ class Cost:
         return "\n".join(lines)
 
 
+@typed
 def measure(model: nn.Module, example_inputs: Any) -> Cost:
     """Count multiply-accumulates and parameters of a model.
 
@@ -113,6 +115,7 @@ def measure(model: nn.Module, example_inputs: Any) -> Cost:
 
     ```
     """
+    check_inputs(example_inputs)
     batch = batch_of(example_inputs) or 1
     failure: Exception | None = None
     for inputs, count in [(examples(example_inputs), 1), (example_inputs, batch)][: min(batch, 2)]:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..errors import ConfigError, FilterfoldError
 from ..graph import locked
 from ..surgery.cut_cache import CutCache
-from ..utils.modules import unwrap
+from ..utils.arguments import typed
+from ..utils.modules import named_tensors, unwrap
 from .budgets import Budget, LatencyBudget, Selection
 from .budgets.patterns import merged
 from .budgets.solver import Scope
@@ -20,6 +21,7 @@ from .criteria import Criterion
 from .scored import Optimizers, PruneResult, Rules, Scoring, scored
 
 
+@typed
 @torch.inference_mode(mode=False)  # else new tensors could never be trained
 def prune(
     model: nn.Module,
@@ -92,6 +94,7 @@ def prune(
     rules.check(budget)
     inner = unwrap(model)
     check_optimizers(optimizer, inner)
+    check_averaged(averaged, inner)
     cache = CutCache()
     network = scored(inner, example_inputs, rules, loader)
     planned = network.planned(budget, cache)
@@ -112,3 +115,15 @@ def check_optimizers(optimizer: Optimizers, model: nn.Module) -> None:
             raise ConfigError(f"optimizer={type(entry).__name__}: must be a torch.optim.Optimizer, or several")
         if not any(id(parameter) in own for group in entry.param_groups for parameter in group["params"]):
             raise ConfigError(f"{type(entry).__name__} holds no parameter of this model: was it built for another one?")
+
+
+def check_averaged(averaged: nn.Module | Sequence[nn.Module], model: nn.Module) -> None:
+    """Refuse an averaged copy that is none: another network, or the network itself."""
+    for entry in [averaged] if isinstance(averaged, nn.Module) else averaged:
+        copy = unwrap(entry)
+        if copy is model or _shapes(copy) != _shapes(model):
+            raise ConfigError(f"averaged: {type(copy).__name__} is no copy of the network, with tensors as it has them")
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {n: () if nn.parameter.is_lazy(tensor) else tuple(tensor.shape) for n, tensor in named_tensors(model)}

@@ -28,6 +28,7 @@ from ..surgery.apply import apply_with_sizes
 from ..surgery.cut_cache import CutCache
 from ..surgery.verdict import Verification, listed
 from ..surgery.verify import rehearse
+from ..utils.arguments import check_fields
 from ..utils.modules import unwrap
 from .budgets import Budget, LatencyBudget, Selection, choose, cuttable, select_for_latency, select_greedily
 from .criteria import Criterion, score
@@ -54,8 +55,11 @@ class Scoring:
 
     def __post_init__(self) -> None:
         """Refuse what does not exist."""
+        check_fields(self)
         if self.order not in ("independent", "greedy"):
             raise ConfigError(f"scoring: order={self.order!r} must be 'independent' or 'greedy'")
+        if self.follow not in (None, "shortcut"):
+            raise ConfigError(f"scoring: follow={self.follow!r} must be 'shortcut' or None")
 
 
 @dataclass(frozen=True, slots=True)

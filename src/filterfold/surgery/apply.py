@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from ..errors import FilterfoldError, PlanError, SurgeryError, one_line, out_of_memory
 from ..plan import AttributeChange, Plan
-from ..utils.modules import like, named_tensors, unwrap
+from ..utils.arguments import typed
+from ..utils.modules import like, named_tensors, refuse_script, unwrap
 from ..utils.size_slots import get_slot, plain_sizes, set_slot, size_slots
 from .cut_cache import CutCache
 from .index_maps import Edit, Kind, cut_tensor, edits_of
@@ -81,6 +82,7 @@ class Receipt:
         self._journal.undo()
 
 
+@typed
 def apply(
     plan: Plan,
     model: nn.Module,
@@ -125,10 +127,13 @@ def apply(
     """
     if type(model).__name__ == "DistributedDataParallel":
         raise SurgeryError("DDP's buckets would keep the old sizes: apply the plan to ddp.module and wrap it again")
+    refuse_script(model)
     cache = cache or CutCache()
     optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer or ())
     copies = [averaged] if isinstance(averaged, nn.Module) else list(averaged)
     modules = [unwrap(target) for target in (model, *copies)]
+    if len({id(module) for module in modules}) < len(modules):
+        raise SurgeryError("averaged: a network can't be an averaged copy of itself, nor be given twice")
     tensors = [dict(named_tensors(module)) for module in modules]
     # Inside inference_mode, new parameters would be inference tensors, of no use for training.
     with torch.inference_mode(False), torch.no_grad():

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..plan import Plan
+from ..utils.arguments import check_device, typed
 from ..utils.io import CHECKSUM, damage_told, read_safetensors, write_tensors
-from ..utils.modules import in_memory_order, memory_order, named_tensors, unwrap
+from ..utils.modules import in_memory_order, memory_order, named_tensors, refuse_script, unwrap
 from ..utils.snapshot import Snapshot
 from .layer_attributes import restore, snapshot
 
@@ -48,6 +49,7 @@ class CheckpointInfo:
     shapes: Mapping[str, tuple[int, ...]]
 
 
+@typed
 def save(
     model: nn.Module,
     path: str | Path,
@@ -101,6 +103,7 @@ def contents(
 ) -> Contents:
     """What `save` writes to `path`, which is named in errors."""
     model = unwrap(model)
+    refuse_script(model)
     _refuse_extra_state(model)
     plans = [plan] if isinstance(plan, Plan) else list(plan or ())
     tensors, aliases, orders = _collect(model)
@@ -118,6 +121,7 @@ def contents(
     return Contents(tensors, header)
 
 
+@typed
 def load(
     path: str | Path, factory: Callable[[], nn.Module] | nn.Module, *, device: str | torch.device = "cpu"
 ) -> nn.Module:
@@ -136,6 +140,7 @@ def load(
     naming what doesn't; a model that was passed in is then as before.
     """
     path = Path(path)
+    check_device(device)
     _refuse_pickle(path)
     header, tensors = read_safetensors(path)
     if CHECKSUM not in header:

@@ -260,10 +260,10 @@ def _tensor(tensors: Mapping[str, Tensor], name: str, group: str) -> Tensor:
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise PlanError(f"group {group!r}: the model has no tensor {name!r}{hint}")
     tensor = tensors[name]
+    if nn.parameter.is_lazy(tensor) or tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        raise SurgeryError(f"{name} is not an ordinary dense tensor with data; run the model once before cutting it")
     if tensor.is_inference():
         raise SurgeryError(f"{name} was made under inference_mode and can't be changed: build the model outside of it")
-    if isinstance(tensor, nn.UninitializedParameter) or tensor.layout != torch.strided or tensor.is_meta:
-        raise SurgeryError(f"{name} is not an ordinary dense tensor with data; run the model once before cutting it")
     return tensor
 
 

@@ -18,7 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..errors import PlanError
 from ..plan import DROPPED, Cut, Plan, Slice
+from ..utils.arguments import typed
 from ..utils.modules import named_tensors, unwrap
 from .index_maps import Edit
 from .weight_norms import NormedWeight, normed_weights
@@ -30,6 +32,7 @@ _LARGE = 1 << 22
 """Elements from which on memory is so slow to get that writing in place is faster than copying."""
 
 
+@typed
 @contextmanager
 def masked(model: nn.Module, plan: Plan) -> Iterator[None]:
     """Impose a plan on a model without changing any size, for the length of a `with` block.
@@ -48,6 +51,10 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[None]:
     False
     """
     tensors = dict(named_tensors(unwrap(model)))
+    for cut in plan.cuts:
+        for part in (*cut.producers, *cut.consumers):
+            if part.tensor not in tensors or tuple(tensors[part.tensor].shape[part.axis :][:1]) != (len(part.units),):
+                raise PlanError(f"{part.tensor} is not as the plan of group {cut.group!r} has it: of another model?")
     memory = Counter(_address(tensor) for tensor in {id(tensor): tensor for tensor in tensors.values()}.values())
     norms = {norm.weight: norm for norm in normed_weights(unwrap(model), _touched(plan.cuts))}
     estimates = _Estimates(norms.values(), tensors)

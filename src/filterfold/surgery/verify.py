@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import FilterfoldError, VerificationError, one_line, pass_on_exhaustion
+from ..errors import ConfigError, FilterfoldError, VerificationError, one_line, pass_on_exhaustion
 from ..plan import ChannelGroup, Cut, Plan
 from ..profiling.macs import Cost, Counting
-from ..utils.inputs import batch_of, difference, informative_inputs, outputs
+from ..utils.arguments import typed
+from ..utils.inputs import batch_of, check_inputs, difference, informative_inputs, outputs
 from ..utils.model_state import preserved
 from ..utils.modules import named_tensors, unwrap
 from ..utils.same_choices import Decisions
@@ -38,6 +39,7 @@ from .verdict import TOLERANCES, Errors, Verification, describe
 _LOG = logging.getLogger("filterfold.verify")
 
 
+@typed
 @torch.inference_mode(mode=False)  # else new tensors could never be trained
 def verify(
     pruned: nn.Module,
@@ -84,6 +86,9 @@ def verify(
     pruned, original = unwrap(pruned), unwrap(original)
     if pruned is original:
         raise VerificationError("verify needs the original beside the pruned model: copy it before cutting")
+    check_inputs(example_inputs, with_data=True)
+    if tolerance is not None and tolerance < 0:
+        raise ConfigError(f"tolerance={tolerance}: a relative error, at least 0")
     comparison = _Comparison(original, plan, groups)
 
     def compare(dtype: torch.dtype | None) -> Errors:

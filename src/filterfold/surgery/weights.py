@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, one_line, pass_on_exhaustion
+from ..utils.arguments import typed
 from ..utils.io import damage_told, read_safetensors
 from ..utils.modules import classifier, named_tensors, unwrap
 from .checkpoint import draw, is_pickle, read_header, rebuild
@@ -140,6 +141,8 @@ class Weights:
         """Copy the weights into a bare model of the same names and shapes; see `load_weights`."""
         targets, expected = dict(named_tensors(model)), set(model.state_dict())
         found, prefix, left_out = _without_prefix(self.tensors, targets)
+        if any(tensor.is_meta for tensor in targets.values()):
+            raise CheckpointError("the model has no data (it is on the meta device): call its to_empty() first")
         heads, rows = _heads(found, targets)
         rest = {name: value for name, value in found.items() if name not in rows}
         if problems := _problems(rest, targets, expected - rows):
@@ -156,6 +159,7 @@ class Weights:
         return Loaded(self.place, prefix, left_out, heads)
 
 
+@typed
 def load_weights(model: nn.Module, path: str | Path, *, new_head: bool = False) -> Loaded:
     """Fill a model from safetensors or a `torch.save`d state dict, matching names and shapes exactly.
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
+from ..utils.arguments import check_fields
 from ..utils.modules import classifier
 
 Schedule = Literal["step", "constant", "cosine", "onecycle", "warmup-cosine"]
@@ -103,6 +104,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Refuse values that make no sense."""
+        check_fields(self)
         rules: tuple[tuple[str, bool, str], ...] = (
             ("epochs", self.epochs >= 1, "at least 1"),
             ("batch_size", self.batch_size >= 1, "at least 1"),

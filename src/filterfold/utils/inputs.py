@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
-from ..errors import ModelError
+from ..errors import ConfigError, ModelError
 from .model_state import buffers_preserved, random_state_preserved, random_states
 from .modules import leaves
 from .same_choices import SteadyDraws
@@ -26,6 +26,22 @@ def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
+
+
+def check_inputs(inputs: Any, *, with_data: bool = False) -> None:
+    """Refuse example inputs with which nothing can be compared; `with_data`: those on the meta device, too.
+
+    >>> try: check_inputs(torch.tensor([float("nan")]))
+    ... except ConfigError as error: print(error)
+    example_inputs: NaN or infinity among the values, with which no output can be compared
+    """
+    if batch_of(inputs) == 0:
+        raise ConfigError("example_inputs: an empty batch; give one example at least")
+    for tensor in leaves(inputs):
+        if tensor.is_meta and with_data:
+            raise ConfigError("example_inputs lie on the meta device, where nothing is computed")
+        if tensor.is_floating_point() and not tensor.is_meta and bool((tensor.isnan() | tensor.isposinf()).any()):
+            raise ConfigError("example_inputs: NaN or infinity among the values, with which no output can be compared")
 
 
 def call(model: nn.Module, inputs: Any) -> Any:

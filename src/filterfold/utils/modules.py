@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from ..errors import ModelError
+
 WRAPPERS = {
     "OptimizedModule": "_orig_mod",  # torch.compile
     "DistributedDataParallel": "module",
@@ -93,6 +95,13 @@ def unwrap(model: nn.Module) -> nn.Module:
     while type(model).__name__ in WRAPPERS:
         model = getattr(model, WRAPPERS[type(model).__name__])
     return model
+
+
+def refuse_script(model: nn.Module) -> None:
+    """**Raises:** `ModelError` for a network that TorchScript has compiled, whole or in part: its sizes are fixed."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ModelError(f"{name or 'the network'} is compiled by TorchScript: use the network it was made from")
 
 
 def classifier(model: nn.Module, classes: int | None = None) -> str | None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...errors import SelectionError
 from ...plan import DROPPED, ChannelGroup, Cut, Plan, Slice
 from ...pruning.budgets.patterns import suggestion
+from ...utils.arguments import typed
 from ...utils.modules import named_tensors, unwrap
 from ..clustering import directions
 from .units import ProducerLayer, filter_slices, importance, only_norm, producer_layers, rows_of, sign_of
@@ -316,6 +317,7 @@ def _regression_gain(units: _Units, mean: _Means, norm: ProducerLayer, share: Te
     return regression(gamma, beta, *own, (unit * centre).sum(dim=1), otherwise)
 
 
+@typed
 def from_clusters(groups: Iterable[ChannelGroup], labels: Mapping[str, Sequence[int] | Tensor]) -> Plan:
     """Turn cluster labels into a plan that folds every cluster into one unit.
 
@@ -349,6 +351,8 @@ def from_clusters(groups: Iterable[ChannelGroup], labels: Mapping[str, Sequence[
         if len(values) != group.size:
             raise SelectionError(f"group {name!r}: {len(values)} labels for {group.size} units")
         given = torch.as_tensor(values).tolist()
+        if not all(type(label) is int for label in given):
+            raise SelectionError(f"group {name!r}: labels must be whole numbers")
         members: dict[int, list[int]] = {}
         for unit, label in enumerate(given):
             if label != DROPPED:

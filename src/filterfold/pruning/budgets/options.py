@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ...errors import SelectionError
 from ...profiling import Mode, Timer
+from ...utils.arguments import check_fields
 from .patterns import check_counts, check_floor, check_one_budget, check_shares
 from .ranking import count, least
 from .solver import NORMS, Normalize, Scope
@@ -41,10 +42,16 @@ class LatencyBudget:
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense."""
+        check_fields(self)
         check_shares(latency=self.share)
         for name, value in (("batch_size", self.batch_size), ("repeats", self.repeats), ("rounds", self.rounds)):
             if value < 1:
                 raise SelectionError(f"latency: {name}={value} must be at least 1")
+        check_counts(threads=self.threads)
+        if self.mode not in get_args(Mode):
+            raise SelectionError(f"latency: mode={self.mode!r} must be one of {', '.join(get_args(Mode))}")
+        if self.folder is True:
+            raise SelectionError("latency: folder=True: give a folder, or False for none")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +103,7 @@ class Selection:
 
     def __post_init__(self) -> None:
         """Refuse what does not exist or has no effect."""
+        check_fields(self)
         check_counts(round_to=self.round_to)
         check_floor(self.min_keep)
         check_shares(max_cut=self.max_cut)

@@ -12,6 +12,7 @@ from ...errors import SelectionError
 from ...plan import ChannelGroup, Cut, Plan
 from ...profiling.macs import Cost
 from ...profiling.predict import predict
+from ...utils.arguments import typed
 from .options import Budget, Selection
 from .patterns import by_group, cuttable
 from .prices import SizePrices
@@ -19,6 +20,7 @@ from .ranking import RankedGroup, count, multiple, rank
 from .solver import Normalize, Scope, search
 
 
+@typed
 def select(
     groups: Iterable[ChannelGroup],
     scores: Mapping[str, Tensor],

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...plan import ChannelGroup
+from ...utils.arguments import typed
 
 Evidence = Mapping[str, Tensor]
 
@@ -65,6 +66,7 @@ def _arguments(function: Function) -> frozenset[str]:
 CRITERIA: dict[str, Criterion] = {}
 
 
+@typed
 def criterion(
     name: str, *, gather: Gather | None = None, across_layers: bool = False
 ) -> Callable[[Function], Function]:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_map
 
-from ...errors import ConfigError, DataError
+from ...errors import ConfigError, DataError, one_line, pass_on_exhaustion
 from ...plan import DROPPED, ChannelGroup, Plan, Slice
+from ...utils.arguments import typed
 from ...utils.modules import named_tensors
 from ...utils.progress import track
 from .registry import Batch, Criterion, Function, resolve
@@ -63,6 +64,7 @@ def _is_pointwise(part: Slice, evidence: Mapping[str, Tensor]) -> bool:
     return tensor is not None and tensor.dim() > 2 and prod(tensor.shape[2:]) == 1
 
 
+@typed
 def score(
     groups: Iterable[ChannelGroup],
     model: nn.Module,
@@ -114,6 +116,8 @@ def score(
     """
     chosen = resolve(criterion)
     free = [group for group in groups if group.frozen is None]
+    if batches is not None and batches < 1:
+        raise ConfigError(f"batches={batches}: at least 1")
     if combine not in COMBINE:
         raise ConfigError(f"combine={combine!r}: must be one of {', '.join(COMBINE)}")
     if follow not in (None, "shortcut"):
@@ -161,7 +165,11 @@ def _gathered(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         limited = islice(loader, batches)  # in here, since it may draw a random order at once
         stream = passed.count(_prepared(track(limited, f"scoring by {chosen.name}", total), device))
-        evidence = chosen.gather(model, groups, stream, loss)
+        try:
+            evidence = chosen.gather(model, groups, stream, loss)
+        except (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError) as error:
+            pass_on_exhaustion(error)
+            raise ConfigError(f"criterion {chosen.name!r} fails on the loader's batches: {one_line(error)}") from error
     if passed.number == 0:
         raise DataError(f"criterion {chosen.name!r}: the loader gave no batch")
     return evidence

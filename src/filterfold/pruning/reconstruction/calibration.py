@@ -13,9 +13,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ...errors import ConfigError, DataError, FilterfoldError, ModelError, pass_on_exhaustion
+from ...utils.arguments import typed
 from ...utils.inputs import batch_of, call
 from ...utils.model_state import preserved, random_state_preserved
-from ...utils.modules import named_tensors, unwrap
+from ...utils.modules import leaves, named_tensors, unwrap
 from ...utils.progress import track
 
 MEMORY = 4 * 2**30
@@ -115,6 +116,8 @@ def gathered(model: nn.Module, loader: Iterable[Any], batches: int) -> list[Any]
         found.append(tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, inputs))
     if not found:
         raise DataError("the loader gave no batch to measure on")
+    if any(tensor.isnan().any() for tensor in leaves(found) if tensor.is_floating_point()):
+        raise DataError("the loader gave NaN, with which nothing can be measured")
     return found
 
 
@@ -130,6 +133,7 @@ def run(model: nn.Module, inputs: Any) -> None:
         raise ModelError(f"{type(model).__name__} can't run on a batch of the loader: {reason}") from error
 
 
+@typed
 def reestimate(model: nn.Module, loader: Iterable[Any], *, batches: int = 10) -> int:
     """Measure the running statistics of all batch norms anew, each batch counting the same.
 

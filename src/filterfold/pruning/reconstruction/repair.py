@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 from ...errors import ConfigError, PlanError
 from ...plan import Plan
 from ...surgery.index_maps import Edit, edits_of
+from ...utils.arguments import typed
 from ...utils.model_state import preserved, random_state_preserved
 from ...utils.modules import named_tensors, unwrap
 from .calibration import Images, ReachedError, gathered, run
@@ -55,6 +57,7 @@ class Repair:
 _SIDES = ("before", "after")
 
 
+@typed
 def repair(
     pruned: nn.Module,
     original: nn.Module,
@@ -107,7 +110,7 @@ def repair(
 
     ```
     """
-    if ridge is not None and not ridge > 0:
+    if ridge is not None and not 0 < ridge < math.inf:
         raise ConfigError(f"ridge={ridge}: must be above 0, such as 1e-3, or None")
     pruned, original = unwrap(pruned), unwrap(original)
     saved = [(tensor, tensor.detach().clone()) for _, tensor in named_tensors(pruned)]
