@@ -203,7 +203,7 @@ class OnlineFilterClustering:
             return self._pruned(share, undo)
 
     @typed
-    def step(self, done: int, metric: float | None = None) -> list[str]:
+    def step(self, done: int, metric: float | Tensor | None = None) -> list[str]:
         """Do what the schedule says after so many epochs, or optimizer steps if it counts these.
 
         **Arguments:**
@@ -271,7 +271,7 @@ class OnlineFilterClustering:
             self._plateau.load_state_dict(state["plateau"])
         self._prepare_pull()
 
-    def _due(self, schedule: Schedule, done: int, metric: float | None) -> int:
+    def _due(self, schedule: Schedule, done: int, metric: float | Tensor | None) -> int:
         """How many milestones are to be behind after this step."""
         passed = schedule.passed(done, self._passed)
         if self._plateau is not None and not self.finished:
