@@ -194,7 +194,7 @@ class AttributeChange:
         object.__setattr__(self, "new", _freeze(self.new))
         if type(self.module) is not str or type(self.attribute) is not str:
             raise PlanError(f"a size to change must be given by names, not {self.module!r} and {self.attribute!r}")
-        if not _shrinks(self.old, self.new):
+        if not shrinks(self.old, self.new):
             raise PlanError(f"{self.module}.{self.attribute}: {self.old!r} can't shrink to {self.new!r}")
 
 
@@ -409,14 +409,14 @@ def _check_factors(where: str, name: str, values: tuple[float, ...] | None) -> N
         raise PlanError(f"{where}: {name} must be finite numbers below {_LARGEST:g}")
 
 
-def _shrinks(old: Any, new: Any) -> bool:
+def shrinks(old: Any, new: Any) -> bool:
     """Whether two sizes, nested alike, are whole numbers that become no larger.
 
-    >>> _shrinks((4, (2, -1)), (3, (2, -1))), _shrinks(4, 5), _shrinks(4, (4,)), _shrinks(4, -1)
+    >>> shrinks((4, (2, -1)), (3, (2, -1))), shrinks(4, 5), shrinks(4, (4,)), shrinks(4, -1)
     (True, False, False, False)
     """
-    if isinstance(old, tuple) and isinstance(new, tuple):
-        return len(old) == len(new) and all(map(_shrinks, old, new))
+    if isinstance(old, tuple | list) and isinstance(new, tuple | list):
+        return len(old) == len(new) and all(map(shrinks, old, new))
     return type(old) is int and type(new) is int and (0 <= new <= old or old <= new <= 0)
 
 

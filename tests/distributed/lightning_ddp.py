@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.path[:0] = [str(Path(__file__).parents[2] / "benchmarks"), str(Path(__file__).parent)]
 from conformance.torchvision_shim import declare_missing_operators
 
 declare_missing_operators()  # as tests/conftest.py does, since Lightning imports torchvision

@@ -103,7 +103,7 @@ def test_a_command_runs_once_and_trains_on_all(torchrun: Launch, tmp_path: Path)
     command += ["--model", f"{tmp_path / 'nets.py'}:net", "--epochs", "2", "--trials", "1", "--retrain-epochs", "1"]
     command += ["--latency-batches", "none"]
     done = torchrun(*command, "--lr", "0.1", "--device", "cpu", "--threads", "1", "--out", tmp_path / "run")
-    assert done.stdout.count("records and networks:") == 1
+    assert done.stdout.count("report.html") == 1
     records = [json.loads(path.read_text()) for path in (tmp_path / "run" / "records").glob("*.json")]
     assert sorted(record["method"] for record in records) == ["dense", "l1", "online"]
     for record in records:

@@ -86,7 +86,7 @@ def test_the_change_never_exceeds_the_bound(seed, labels, norm, linear, pool, sl
     lifted = float((patches.square().sum() + patches.shape[0] * patches.shape[2]) ** 0.5)
     assert float((model(other) - other_out).norm()) <= bound.gain * lifted * (1 + 1e-9) + 1e-12
     if near == 0 and not dropped:
-        assert bound.relative < 1e-11  # rounding, of squares that are summed up
+        assert bound.relative < 1e-9  # rounding, of squares that are summed up
 
 
 def test_one_unit_read_by_one_weight_is_bounded_tightly() -> None:

@@ -126,7 +126,7 @@ def test_the_same_mistakes_are_refused_alike(options) -> None:
         model = Net()
         with pytest.raises(FilterfoldError) as caught:
             verb(model, X, **options)
-        said.append((type(caught.value), str(caught.value)))
+        said.append((type(caught.value), str(caught.value).removeprefix(f"{verb.__qualname__}: ")))
         assert widths(model) == widths(Net())
     if options == {"macs": 1e-6}:  # how narrow groups may get is not the same
         said = [(kind, text.rpartition(" ")[0]) for kind, text in said]
@@ -136,8 +136,9 @@ def test_the_same_mistakes_are_refused_alike(options) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"clusters": 1.5}, "clusters=1.5: must be a whole number of at least 1"),
-        ({"clusters": True}, "clusters=True: must be a whole number of at least 1"),
+        ({"clusters": 0}, "clusters=0: must be a whole number of at least 1"),
+        ({"clusters": 1.5}, "OnlineFilterClustering: clusters=1.5 must be int or Mapping[str, int] or None"),
+        ({"clusters": True}, "OnlineFilterClustering: clusters=True must be int or Mapping[str, int] or None"),
         ({"clusters": {}}, "clusters={} names no layer: give at least one, such as {'*': ...}"),
         ({"threshold": 0.9, "round_to": 4}, "round_to= has no effect with threshold=: leave it out"),
         ({"keep": 0.5, "target": Target(keep=0.4)}, "keep= is given directly and in Target: give it once"),

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import TraceError
-from ..plan import AttributeChange, Plan
+from ..plan import AttributeChange, Plan, shrinks
 from ..utils.modules import like
 from ..utils.size_slots import GRAPH, get_slot, graph_calls, set_slot, size_slots
 from .dispatch import SizedLayout, Step
@@ -359,7 +359,7 @@ def _candidates(
             continue
         for attribute, value in size_slots(modules[name], seen).items():
             found = None if attribute.startswith("_") else _rewritten(value, given, wanted, pairs)
-            if found is None:
+            if found is None or not shrinks(value, found[0]):
                 continue
             new, rank = found
             if "." not in attribute or attribute.startswith(GRAPH):

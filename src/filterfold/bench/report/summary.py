@@ -13,13 +13,13 @@ from .warnings import find_warnings
 
 
 def summary(records: Iterable[Record], *, margin: float = 0.5, control: str = "dense") -> dict[str, Any]:
-    """Means with spreads and intervals of every group, and the verdict on each, as JSON-able values.
+    """Means with spreads and intervals of every group, and the verdict on each, as plain values and dataclasses.
 
     **Arguments:** as of `build`.
 
     >>> record = {"status": "finished", "method": "dense", "label": "dense", "result": {"top1": 90.0}}
     >>> found = summary([record | {"seed": 0}, record | {"seed": 1}])
-    >>> found["studies"][0]["groups"][0]["top1"]["mean"], found["margin"]
+    >>> found["studies"][0]["groups"][0]["top1"].mean, found["margin"]
     (90.0, 0.5)
     """
     records = list(records)
