@@ -25,6 +25,8 @@ from filterfold.surgery.checkpoint import inspect, load
 from filterfold.training import Recipe, evaluate
 from filterfold.zoo import build
 
+pytestmark = pytest.mark.slow
+
 runner = CliRunner()
 
 SMALL = ["--model", "vgg_small", "--data", "digits", "--width", "0.25", "--lr", "0.1", "--schedule", "onecycle"]
@@ -76,7 +78,6 @@ def test_train_leaves_a_network_and_a_record_that_agree(trained: Path) -> None:
     assert record["command"]
 
 
-@pytest.mark.slow
 def test_train_again_is_refused_and_overwriting_gives_the_same(trained: Path, tmp_path: Path) -> None:
     other = tmp_path / "run"
     run("train", *SMALL, "--epochs", "1", "--out", str(other))
@@ -88,7 +89,6 @@ def test_train_again_is_refused_and_overwriting_gives_the_same(trained: Path, tm
     assert len(read_all(other)) == 1
 
 
-@pytest.mark.slow
 def test_train_online_is_smaller(tmp_path: Path) -> None:
     text = run(
         "train", *SMALL, "--epochs", "4", "--method", "online", "--clusters", "4", "--out", str(tmp_path / "run")
@@ -105,7 +105,6 @@ def test_train_online_is_smaller(tmp_path: Path) -> None:
     assert "online k=4" in text
 
 
-@pytest.mark.slow
 def test_a_recipe_for_fine_tuning_and_cuts_between_batches(tmp_path: Path) -> None:
     command = [
         "train",
@@ -143,7 +142,6 @@ def test_a_recipe_for_fine_tuning_and_cuts_between_batches(tmp_path: Path) -> No
     assert evaluate(model, load_data("digits").test).top1 == pytest.approx(record["result"]["top1"], abs=1e-6)
 
 
-@pytest.mark.slow
 def test_a_teacher_on_the_command_line(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = str(trained / "model.safetensors")
     seen: list[dict[str, Any]] = []
@@ -190,7 +188,6 @@ def test_a_teacher_on_the_command_line(trained: Path, tmp_path: Path, monkeypatc
     assert record["history"][0]["extra_macs"] == record["dense"]["macs"]
 
 
-@pytest.mark.slow
 def test_stopping_in_time_and_going_on(tmp_path: Path, trained: Path) -> None:
     command = ["train", *SMALL, "--epochs", "6", "--out", str(tmp_path / "run")]
     text = run(*command, "--stop-after", "0.001s", code=3)
@@ -255,7 +252,6 @@ def test_prune_and_repair(trained: Path, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.slow
 def test_prune_to_onnx(trained: Path, tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")
     out, onnx = tmp_path / "small.safetensors", tmp_path / "small.onnx"
@@ -274,7 +270,6 @@ def test_prune_to_onnx(trained: Path, tmp_path: Path) -> None:
     assert not out.exists()
 
 
-@pytest.mark.slow
 def test_demo_twice(tmp_path: Path) -> None:
     command = ["demo", "--trials", "2", "--epochs", "2", "--latency-batches", "1,16", "--out", str(tmp_path / "demo")]
     first = run(*command)
@@ -300,7 +295,6 @@ def test_demo_twice(tmp_path: Path) -> None:
     assert read_all(tmp_path / "demo") == found
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("no_plots")
 def test_retraining_by_another_schedule_is_another_trial(tmp_path: Path) -> None:
     command = ["compare", *SMALL, "--methods", "l1", "--epochs", "2", "--retrain-epochs", "2", "--keep", "0.5"]
@@ -318,7 +312,6 @@ COMPARE = ["compare", *SMALL, "--methods", "dense,l1,online", "--epochs", "8", "
 COMPARE += ["--trials", "1", "--latency-batches", "none"]
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("no_plots")
 def test_a_killed_comparison_goes_on_with_the_same_numbers(tmp_path: Path) -> None:
     killed, whole = tmp_path / "killed", tmp_path / "whole"

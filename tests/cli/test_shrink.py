@@ -22,6 +22,8 @@ from filterfold.training import evaluate
 from filterfold.training import loop as training_loop
 from filterfold.zoo import build
 
+pytestmark = pytest.mark.slow
+
 runner = CliRunner()
 SHARES = ["0.8", "0.4"]
 
@@ -102,7 +104,6 @@ def test_timing_is_interleaved_with_a_control(family: Path) -> None:
     assert timing["environment"]["torch"] == torch.__version__
 
 
-@pytest.mark.slow
 def test_more_shares_add_children_and_leave_the_others(weights: Path, family: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shrink(weights, out, macs="0.4")
@@ -115,7 +116,6 @@ def test_more_shares_add_children_and_leave_the_others(weights: Path, family: Pa
         assert f" {share} " in text
 
 
-@pytest.mark.slow
 def test_interrupted_between_and_within_children_it_goes_on(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,8 @@ from filterfold.online import CutOptions, OnlineCallback, OnlineFilterClustering
 from filterfold.profiling.macs import measure
 from filterfold.training import Recipe, train
 
+pytestmark = pytest.mark.slow
+
 
 def small() -> nn.Module:
     torch.manual_seed(0)

@@ -15,6 +15,8 @@ from filterfold.errors import ConfigError
 from filterfold.online import CutOptions, OnlineCallback, OnlineFilterClustering, Pull, Schedule
 from filterfold.training import Recipe, train
 
+pytestmark = pytest.mark.slow
+
 X = torch.zeros(1, 1, 6, 6, dtype=torch.float64)
 
 

@@ -16,6 +16,8 @@ from filterfold.errors import ConfigError, DataError, PlanError, SelectionError
 from filterfold.pruning import scored
 from filterfold.zoo import build
 
+pytestmark = pytest.mark.slow
+
 SHARES = [0.8, 0.6, 0.4]
 
 

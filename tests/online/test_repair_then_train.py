@@ -13,6 +13,8 @@ from torch import Tensor, nn
 import filterfold as ff
 from filterfold import data
 
+pytestmark = pytest.mark.slow
+
 
 class Same(nn.Conv2d):
     """Pads in its own forward, as timm's `Conv2dSame` does."""

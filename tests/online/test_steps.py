@@ -21,6 +21,8 @@ from filterfold.online import OnlineCallback, OnlineFilterClustering, Schedule
 from filterfold.profiling.macs import measure
 from filterfold.training import Recipe, train
 
+pytestmark = pytest.mark.slow
+
 RECIPE = Recipe(epochs=4, batch_size=50, lr=0.05)
 STEPS = 6  # of 50 images an epoch
 

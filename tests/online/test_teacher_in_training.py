@@ -23,6 +23,8 @@ from filterfold.profiling.macs import measure
 from filterfold.surgery.weights import Weights
 from filterfold.training import Recipe, train
 
+pytestmark = pytest.mark.slow
+
 
 def small(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)

@@ -15,6 +15,8 @@ from filterfold.online import CutOptions, OnlineCallback, OnlineFilterClustering
 from filterfold.profiling.macs import measure
 from filterfold.training import Recipe, train
 
+pytestmark = pytest.mark.slow
+
 
 class StopError(Exception):
     pass
@@ -115,7 +117,6 @@ def test_sizes_in_user_code_follow(verify: bool) -> None:
     assert model(torch.randn(2, 1, 4, 4)).shape == averaged(torch.randn(2, 1, 4, 4)).shape == (2, 2)
 
 
-@pytest.mark.slow
 def test_the_example_runs(capsys) -> None:
     path = Path(__file__).resolve().parents[2] / "examples" / "online_plain_pytorch.py"
     spec = importlib.util.spec_from_file_location("online_plain_pytorch", path)

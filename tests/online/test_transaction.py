@@ -19,6 +19,8 @@ import filterfold
 from filterfold.errors import VerificationError
 from filterfold.online import CutOptions, OnlineFilterClustering, Pull, Schedule, online_clustering
 
+pytestmark = pytest.mark.slow
+
 STAGES = ("fold", "observed", "rehearsed", "apply_with_sizes", "trace_and_measure", "apply_remedy", "relative_change",
           "renew", "CutResult")  # fmt: skip
 """What `cluster_and_prune` calls, in this order; an error after the call comes when it has done its work."""

@@ -21,6 +21,8 @@ from filterfold.surgery.apply import apply
 from filterfold.training import Callback, History, Recipe, Run, train
 from filterfold.utils.io import load_tree, save_tree
 
+pytestmark = pytest.mark.slow
+
 RECIPE = Recipe(epochs=5, batch_size=50, lr=0.1, schedule="cosine")
 
 
@@ -161,7 +163,6 @@ class Slow(Callback):
     """Stands in for the callback of that name in the killed process."""
 
 
-@pytest.mark.slow
 def test_killed_in_the_middle_of_an_epoch(digits: ImageData, tmp_path: Path) -> None:
     path = tmp_path / "run.safetensors"
     command = [sys.executable, "-c", SCRIPT, str(path), str(Path(__file__).parent)]

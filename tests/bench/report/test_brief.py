@@ -11,6 +11,8 @@ import pytest
 
 from filterfold.bench.report import brief, build
 
+pytestmark = pytest.mark.slow
+
 
 def unfolded(page: str) -> str:
     """What a reader sees before opening anything: no plots, no hints for phones."""

@@ -13,6 +13,8 @@ from filterfold.profiling.latency_results import CONTROL, Latency, LatencyCompar
 
 from .test_page import look, read_page
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("uncut", "0.8", "0.4")
 EVIL = '<script>alert("1")</script>'
 

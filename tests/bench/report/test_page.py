@@ -19,6 +19,8 @@ from filterfold.bench.report.plots import scatter
 from filterfold.bench.report.study import MACS, studies
 from filterfold.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 
 
@@ -157,7 +159,6 @@ def test_groups_never_look_the_same(records):
     assert len(looks) == len(set(looks)) == 45
 
 
-@pytest.mark.slow
 def test_legends_of_many_long_names_stay_inside_the_figure(make):
     records = [make("l1", 0) | {"label": f"{i:02} a method with a long name", "method": f"m{i}"} for i in range(19)]
     [study] = studies([make("dense", 0), *records])
@@ -184,7 +185,6 @@ def test_everything_from_records_is_escaped(make, tmp_path):
     assert evil in "".join(reader.text)
 
 
-@pytest.mark.slow
 def test_equal_records_give_equal_bytes(make, tmp_path):
     records = [make(m, s) for m in ("dense", "l1") for s in (0, 1)]
     first, second = report.build(records, tmp_path / "a"), report.build(records[::-1], tmp_path / "b")
@@ -194,7 +194,6 @@ def test_equal_records_give_equal_bytes(make, tmp_path):
             assert path.read_bytes() == other.read_bytes(), path.name
 
 
-@pytest.mark.slow
 def test_several_studies_on_one_page(make, tmp_path):
     records = [make(m, s) | {"data": data} for data in ("cifar10", "digits") for m in ("dense", "l1") for s in (0, 1)]
     page = report.build(records, tmp_path)
@@ -207,7 +206,6 @@ def test_several_studies_on_one_page(make, tmp_path):
 @pytest.mark.parametrize(
     "case", ["one record", "one group", "all failed", "no control", "accuracy only", "equal values"]
 )
-@pytest.mark.slow
 def test_thin_material_still_gives_a_page(make, tmp_path, case):
     pairs = [(method, seed) for method in ("dense", "l1") for seed in (0, 1)]
     records = {

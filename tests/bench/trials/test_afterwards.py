@@ -19,6 +19,8 @@ from filterfold.bench.trials.setting import Setting
 from filterfold.errors import ConfigError
 from filterfold.surgery.checkpoint import load, save
 
+pytestmark = pytest.mark.slow
+
 SETTING = Setting(
     "vgg_small",
     "digits",
