@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "src" / "filterfold"
 
 FLOORS: list[set[str]] = [
     {"errors"},
-    {"plan", "utils"},
-    {"export"},
+    {"utils"},
+    {"plan", "export"},
     {"profiling", "zoo", "data"},
     {"graph", "surgery"},
     {"pruning"},

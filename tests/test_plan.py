@@ -16,13 +16,14 @@ from torch import Tensor, nn
 import filterfold as ff
 from filterfold.errors import PlanError
 from filterfold.graph import rewrite_stale_sizes
-from filterfold.plan import AttributeChange, Cut, Plan, Slice, _encode, _Runs, keep_units
+from filterfold.plan import AttributeChange, Cut, Plan, Slice, keep_units
+from filterfold.utils.runs import Runs, encode
 
 
 @given(st.lists(st.integers(-1, 40), max_size=60))
 def test_label_vectors_survive_their_encoding(values):
-    runs = _encode(values)
-    assert list(_Runs().decoded(json.loads(json.dumps(runs)))) == values
+    runs = encode(values)
+    assert list(Runs().decoded(json.loads(json.dumps(runs)))) == values
     assert len(runs) <= max(1, len(values))
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from .errors import PlanError, one_line
+from .utils.runs import Runs, encode
 
 FORMAT = 1
 
@@ -25,10 +26,6 @@ DROPPED = -1
 Role = Literal["filter", "depthwise", "bias", "norm", "scale", "kernel"]
 """What a slice is to its units: `filter` rows make the channel, `depthwise`, `bias`, `norm` and
 `scale` entries ride on it, `kernel` slices of a later layer read it."""
-
-
-_POSITIONS = 1 << 23
-"""Units and positions that a plan's runs may stand for in all: 80 ResNet-152s, and half a second."""
 
 
 _LARGEST = 1e30
@@ -292,7 +289,7 @@ class Plan:
                 raise PlanError(f"plan format {document['format']!r} is not {FORMAT}: written by another version?")
             if document.get("checksum", known := _checksum(document)) != known:
                 raise PlanError("the plan does not match its checksum: it is damaged, or was edited by hand")
-            runs = _Runs()
+            runs = Runs()
             return cls(
                 cuts=tuple(_cut_from_dict(entry, runs) for entry in document["cuts"]),
                 attributes=tuple(
@@ -330,14 +327,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Cut | Slice | AttributeChange):
         found = {entry.name: getattr(value, entry.name) for entry in fields(value)}
         return {
-            name: _encode(item) if name in ("assignment", "units") else _plain(item)
+            name: encode(item) if name in ("assignment", "units") else _plain(item)
             for name, item in found.items()
             if item is not None
         }
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-def _cut_from_dict(entry: Mapping[str, Any], runs: _Runs) -> Cut:
+def _cut_from_dict(entry: Mapping[str, Any], runs: Runs) -> Cut:
     return Cut(
         group=entry["group"],
         assignment=runs.decoded(entry["assignment"]),
@@ -348,53 +345,9 @@ def _cut_from_dict(entry: Mapping[str, Any], runs: _Runs) -> Cut:
     )
 
 
-def _slice_from_dict(entry: Mapping[str, Any], runs: _Runs) -> Slice:
+def _slice_from_dict(entry: Mapping[str, Any], runs: Runs) -> Slice:
     weight = tuple(entry["weight"]) if "weight" in entry else None
     return Slice(entry["tensor"], entry["axis"], runs.decoded(entry["units"]), entry["role"], weight)
-
-
-def _encode(values: Sequence[int]) -> list[list[int]]:
-    """Runs of [first, count, step]; most slices are one run, so JSON stays small.
-
-    >>> _encode((0, 1, 2, -1, -1, 3))
-    [[0, 3, 1], [-1, 2, 0], [3, 1, 1]]
-    """
-    runs: list[list[int]] = []
-    for value in values:
-        if runs:
-            first, count, step = runs[-1]
-            if count == 1 and value - first in (0, 1):
-                runs[-1] = [first, 2, value - first]
-                continue
-            if count > 1 and value == first + count * step:
-                runs[-1][1] += 1
-                continue
-        runs.append([value, 1, 1])
-    return runs
-
-
-class _Runs:
-    """Decodes what `_encode` wrote, equal runs to one tuple, and refuses what would fill the memory."""
-
-    def __init__(self) -> None:
-        self._known: dict[str, tuple[int, ...]] = {}
-        self._left = _POSITIONS
-
-    def decoded(self, runs: Sequence[Sequence[int]]) -> tuple[int, ...]:
-        """The entries that the runs stand for.
-
-        >>> _Runs().decoded([[0, 3, 1], [-1, 2, 0], [3, 1, 1]])
-        (0, 1, 2, -1, -1, 3)
-        """
-        key = repr(runs)
-        if key not in self._known:
-            for run in runs:
-                _check_integers("not a plan", "runs", run)
-                if not (len(run) == 3 and 0 < run[1] <= self._left):
-                    raise PlanError(f"not a plan: {run!r} is no run of [first, count, step], or all are too long")
-                self._left -= run[1]
-            self._known[key] = tuple(first + step * index for first, count, step in runs for index in range(count))
-        return self._known[key]
 
 
 def _check_integers(where: str, name: str, values: Iterable[Any]) -> None:
