@@ -230,10 +230,9 @@ class OnlineFilterClustering:
                 self._passed = passed
                 if self._plateau is not None:
                     self._plateau.reset()
-            if done in self.schedule.updates and not self.finished and self._clusters:
-                rows = self.update_clusters()
-                if rows:
-                    events.append(summary(rows, {group.name: group.size for group in self._active}))
+            due = done in self.schedule.updates and not self.finished and self._clusters
+            if due and (rows := self.update_clusters()):
+                events.append(summary(rows, {group.name: group.size for group in self._active}))
         return events
 
     def state_dict(self) -> dict[str, Any]:
@@ -379,29 +378,20 @@ class OnlineFilterClustering:
         if fresh or not self.widths.chosen:  # between milestones clusters move, their number stays
             self._choose_widths(share)
         rows, labels, threshold = [], {}, self.target.threshold
+        how: Any = {"kind": self.cutting.features, "seed": self.cutting.seed, "fresh": fresh, "epoch": self.epoch}
         for group in self._active:
             wanted = self.widths.shared_out(group, share) if threshold is None else float(threshold)
             if wanted is None:
                 continue
-            before = self.labels.get(group.name)
-            labels[group.name], row = regroup(
-                group,
-                tensors,
-                wanted,
-                before,
-                kind=self.cutting.features,
-                seed=self.cutting.seed,
-                fresh=fresh,
-                epoch=self.epoch,
-            )
+            labels[group.name], row = regroup(group, tensors, wanted, self.labels.get(group.name), **how)
             rows.append(row)
         rows, self.labels, self.widths.chosen = agreed((rows, labels, self.widths.chosen))
         self.history += rows
         return rows
 
     def _choose_widths(self, share: float) -> None:
-        tensors = dict(named_tensors(self._bare))
-        self.widths.choose(self._active, share, tensors, self._cost, self.cutting.features)
+        tensors, features = dict(named_tensors(self._bare)), self.cutting.features
+        self.widths.choose(self._active, share, tensors, self._cost, features)
 
     def _prepare_pull(self) -> None:
         """What `loss` or `merge_gradients` needs, laid out once for all batches until the next update."""
