@@ -97,6 +97,7 @@ def test_pruning_reads_no_images_where_none_are_needed(
         (["--no-evaluate", "--repair"], "--repair needs images"),
         (["--no-evaluate", "--epochs", "1"], "--epochs needs images"),
         ([], "evaluation needs images; add --no-evaluate"),
+        (["--no-evaluate", "--data", "digits"], "options of the images have no effect with --input"),
     ],
 )
 def test_what_needs_images_is_named(tmp_path: Path, weights: Path, more: list[str], message: str) -> None:
@@ -104,6 +105,12 @@ def test_what_needs_images_is_named(tmp_path: Path, weights: Path, more: list[st
     assert result.exit_code == 2
     assert message in result.stderr
     assert not (tmp_path / "cut.safetensors").exists()
+
+
+def test_a_number_of_classes_is_for_networks_without_images(tmp_path: Path, weights: Path) -> None:
+    result = runner.invoke(app, _prune(weights, tmp_path / "cut.safetensors", "--data", "digits", "--classes", "7"))
+    assert result.exit_code == 2
+    assert "--classes has no effect without --input" in result.stderr
 
 
 def test_ctrl_c_in_the_timing_leaves_the_pruned_network(

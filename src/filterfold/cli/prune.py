@@ -153,7 +153,7 @@ def prune(
     image: Annotated[
         str | None, Option("--input", help="Channels x height x width, instead of --data, where no images are needed.")
     ] = None,
-    classes: Annotated[int, Option(help="Number of outputs, with --input.")] = 10,
+    classes: Annotated[int | None, Option(help="Number of outputs, with --input.", show_default="10")] = None,
     seed: Annotated[int, Option(help="Of random scores and retraining.")] = 0,
     device: Device = "auto",
     threads: Threads = None,
@@ -178,6 +178,11 @@ def prune(
     use_threads(threads)
     budget, recipe = cut.keywords(), retraining.seeded(seed)
     teaching.check(recipe is not None)
+    if image is None and classes is not None:
+        raise ConfigError("--classes has no effect without --input: the images say how many there are")
+    if image is not None and images != DataOptions():
+        raise ConfigError("options of the images have no effect with --input: give one of both")
+    classes = 10 if classes is None else classes
     shape = _without_images(image, cut.criterion, {"--repair": repair, "--epochs": recipe, "evaluation": evaluate})
     asked = (chosen, images, cut, trained, retraining, teaching, str(onnx), repair, seed)
     begun = _Unfinished(out, asked if shape is None else (*asked, shape, classes))
