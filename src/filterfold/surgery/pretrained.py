@@ -87,8 +87,7 @@ def save_pretrained(
         raise ModelError("arguments= go with a factory's name; a callable has its own")
     noted: dict[str, Any] = {} if name is None else {"factory": name, "arguments": dict(arguments or {})}
     noted |= {} if card.expects is None else {"input": asdict(card.expects)}
-    code = {} if name is None else {"factory": name, "arguments": dict(arguments or {})}
-    found = contents(model, plan=plan, metadata={**noted, **code}, path=folder / WEIGHTS)
+    found = contents(model, plan=plan, metadata=noted, path=folder / WEIGHTS)
     uncut = _built(factory, like=model)
     costs = measure(uncut, example_inputs), measure(model, example_inputs)
     _compare_shapes(model, uncut, example_inputs)
